@@ -1,0 +1,75 @@
+"""Class probabilities for a folder of images, as CSV.
+
+python examples/predict.py --model outputs/sample/balancemix --images FOLDER --output scores.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_balancemix.data import decode
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Folder or Hub name of a saved model.")
+    parser.add_argument("--images", required=True, type=Path, help="Folder with images (sub-folders too).")
+    parser.add_argument("--output", type=Path, default=Path("scores.csv"), help="CSV to write.")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error")
+    args = parser.parse_args(argv)
+    if not args.images.is_dir():
+        raise FileNotFoundError(f"{args.images} is not a folder; pass the folder that holds the images.")
+    files = sorted(file for file in args.images.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{args.images} holds no image ({', '.join(sorted(SUFFIXES))}); pass another folder.")
+
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    model = AutoModelForImageClassification.from_pretrained(args.model).to(args.device).eval()
+    if model.config.problem_type != "multi_label_classification":
+        raise ValueError(
+            f"{args.model} is a {model.config.problem_type or 'single-label'} model, whose outputs are no independent "
+            "probabilities; pass a model trained by this package."
+        )
+    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+
+    skipped = 0
+    part = args.output.with_name(args.output.name + ".part")  # under its own name only when whole
+    with part.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["file", *names])
+        for start in tqdm(range(0, len(files), args.batch_size), desc="Predicting"):
+            kept, images = [], []
+            for file in files[start : start + args.batch_size]:
+                try:
+                    images.append(decode(file))
+                except ValueError:
+                    if args.on_bad_image == "error":
+                        part.unlink()
+                        raise
+                    skipped += 1
+                else:
+                    kept.append(file)
+            if not images:
+                continue
+            inputs = processor(images, return_tensors="pt").to(args.device)
+            with torch.no_grad():
+                probabilities = model(**inputs).logits.float().sigmoid().cpu()
+            for file, row in zip(kept, probabilities.tolist(), strict=True):
+                writer.writerow([file.relative_to(args.images).as_posix(), *(f"{p:.6f}" for p in row)])
+    os.replace(part, args.output)
+    print(f"{len(files) - skipped} images written to {args.output}, {skipped} skipped.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""BalanceMix as plain PyTorch: torch only, no Trainer, no data set, no file.
+
+N: training instances. K: classes. B: instances in a batch. Labels are (.., K) in {0, 1}.
+"""
+
+from hf_balancemix.core.balance_mix import BalanceMix, BalanceMixSettings
+from hf_balancemix.core.keys import keyed_generator, keyed_rng, keyed_seed
+from hf_balancemix.core.label_management import RefinedLabels, Reliability, refine_labels
+from hf_balancemix.core.loss_mixture import (
+    MIXTURE_PRESETS,
+    LossHistogram,
+    LossMixtures,
+    MixtureSettings,
+    label_losses,
+)
+from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.core.mixing import minority_mixup, mixing_coefficient
+from hf_balancemix.core.sampling import (
+    EpochSampler,
+    PairKey,
+    PairSampler,
+    class_confidences,
+    class_lift,
+    effective_sample_size,
+    instance_scores,
+    sampling_weights,
+    systematic_resample,
+)
+
+__all__ = [
+    "MIXTURE_PRESETS",
+    "BalanceMix",
+    "BalanceMixSettings",
+    "EpochSampler",
+    "LossHistogram",
+    "LossMixtures",
+    "MixtureSettings",
+    "PairKey",
+    "PairSampler",
+    "RefinedLabels",
+    "Reliability",
+    "binary_cross_entropy",
+    "class_confidences",
+    "class_lift",
+    "effective_sample_size",
+    "instance_scores",
+    "keyed_generator",
+    "keyed_rng",
+    "keyed_seed",
+    "label_losses",
+    "minority_mixup",
+    "mixing_coefficient",
+    "refine_labels",
+    "sampling_weights",
+    "systematic_resample",
+]

@@ -1,0 +1,278 @@
+"""The state of one BalanceMix run (Algorithm 1), composed of the parts beside this file.
+
+A training loop calls, in this order:
+
+    for epoch in range(num_epochs):
+        if epoch > 0:                                    # the end of the epoch before, in the paper's words
+            for index, images in training set (evaluation mode, no augmentation, no gradient):
+                state.observe(index, model(images))
+            state.end_epoch(epoch)
+        for each pair of batches:
+            random = state.refine(index_R, labels_R, probabilities_R)     # mean of two views, no gradient
+            minority = state.refine(index_M, labels_M, probabilities_M)
+            images, targets = minority_mixup(images_R, images_M, random.labels, minority.labels, lam)
+            loss = state.loss(model(images), targets, random.weight)
+
+The caller runs the model and owns evaluation mode and autocast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_balancemix.core.distributed import all_reduce_sum, broadcast
+from hf_balancemix.core.label_management import RefinedLabels, refine_labels
+from hf_balancemix.core.loss_mixture import (
+    MIXTURE_PRESETS,
+    LossHistogram,
+    LossMixtures,
+    label_losses,
+)
+from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
+from hf_balancemix.core.sampling import (
+    MINORITY_SCORES,
+    confidence_sums,
+    confidences_from_sums,
+    instance_scores,
+    sampling_weights,
+)
+
+CLEAN_PROBABILITY_SOURCES = ("scan", "views")
+
+
+@dataclass(frozen=True)
+class BalanceMixSettings:
+    """What BalanceMix can be told. Defaults are the trainer's defaults; `docs/choices.md` gives reasons and effects.
+
+    Attributes:
+        label_warmup_epochs: Epochs before label-wise management begins.
+        minority_score: `"paper"` (Eq. 3 as printed), `"positive"` or `"uniform"`; see
+            :func:`~hf_balancemix.core.sampling.instance_scores`.
+        select_clean: Label-wise management at all; False trains on the given labels (ablation).
+        relabel: Re-label confident labels that are not clean (Eq. 9).
+        ambiguous: Weigh ambiguous labels by p_G; False leaves them out.
+        trust_positives: Every positive label counts as clean.
+        relabel_threshold: eps of Eq. 9, in [0.5, 1].
+        mixup_alpha: alpha of Eq. 5; 0 does not mix.
+        loss_reduction: `"sum"` over classes, as printed, or `"mean"`.
+        mixture_preset: Stopping rule of the mixtures, a name in `MIXTURE_PRESETS`.
+        monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
+        clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, kept as
+            N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory.
+    """
+
+    label_warmup_epochs: int = 5
+    minority_score: str = "paper"
+    select_clean: bool = True
+    relabel: bool = True
+    ambiguous: bool = True
+    trust_positives: bool = False
+    relabel_threshold: float = 0.975
+    mixup_alpha: float = 4.0
+    loss_reduction: str = "sum"
+    mixture_preset: str = "sklearn"
+    monotone: bool = True
+    clean_probability_source: str = "scan"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("minority_score", MINORITY_SCORES),
+            ("loss_reduction", LOSS_REDUCTIONS),
+            ("mixture_preset", tuple(MIXTURE_PRESETS)),
+            ("clean_probability_source", CLEAN_PROBABILITY_SOURCES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if not 0.5 <= self.relabel_threshold <= 1:
+            raise ValueError(f"relabel_threshold is {self.relabel_threshold}; it must lie in [0.5, 1].")
+        if not self.mixup_alpha >= 0:
+            raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
+        if self.label_warmup_epochs < 0:
+            raise ValueError(f"label_warmup_epochs is {self.label_warmup_epochs}; it must be 0 or more.")
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether anything is learned from the pass over the training set."""
+        return self.select_clean or self.minority_score != "uniform"
+
+    def manages_labels(self, epoch: int) -> bool:
+        """Whether labels are refined in `epoch` (counted from 0). The first epoch has no mixtures yet."""
+        return self.select_clean and epoch >= max(self.label_warmup_epochs, 1)
+
+
+class BalanceMix:
+    """All that a run remembers: tensors only, the same on every rank, whole in `state_dict`.
+
+    Args:
+        labels: `(N, K)` given labels in {0, 1} of the whole training set.
+        settings: The method's knobs.
+
+    Raises:
+        ValueError: `labels` is not an (N, K) matrix of 0 and 1 with at least one instance and one class.
+
+    Attributes:
+        epoch: The epoch that the statistics are for; 0 before the first :meth:`end_epoch`.
+        weights: `(N,)` float64 sampling probabilities (Eq. 4), uniform at first.
+        positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
+        mixtures: :class:`LossMixtures` or None before the first :meth:`end_epoch`.
+        clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
+    """
+
+    def __init__(self, labels: Tensor, settings: BalanceMixSettings | None = None) -> None:
+        if labels.ndim != 2 or 0 in labels.shape or not bool(((labels == 0) | (labels == 1)).all()):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} given; BalanceMix needs the whole training set's (N, K) matrix "
+                "of 0 and 1 with N, K >= 1."
+            )
+        self.settings = settings or BalanceMixSettings()
+        self.labels = labels.to("cpu", torch.uint8)
+        n, k = labels.shape
+        self.epoch = 0
+        self.weights = torch.full((n,), 1 / n, dtype=torch.float64)
+        self.positive_confidence = torch.ones(k, dtype=torch.float64)
+        self.negative_confidence = torch.ones(k, dtype=torch.float64)
+        self.mixtures: LossMixtures | None = None
+        self.clean_probability = torch.ones(n if self._keeps_table else 0, k, dtype=torch.float16)
+        self._begin_observing()
+
+    @property
+    def _keeps_table(self) -> bool:
+        return self.settings.select_clean and self.settings.clean_probability_source == "scan"
+
+    def _begin_observing(self) -> None:
+        n, k = self.labels.shape
+        self._histogram = LossHistogram(k)
+        self._sums = torch.zeros(2, k, dtype=torch.int64)
+        self._counts = torch.zeros(2, k, dtype=torch.int64)
+        self._seen = torch.zeros(n, dtype=torch.int32)
+        self._observed: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def observe(self, index: Tensor, logits: Tensor) -> None:
+        """Take one batch of the scan into the statistics of Eq. 2 and Eq. 6.
+
+        Args:
+            index: `(B,)` int64 indices into the training set. Over all ranks every instance comes exactly once.
+            logits: `(B, K)` of the un-augmented instances in evaluation mode, any float dtype and device.
+        """
+        index, logits = index.cpu(), logits.detach().to("cpu", torch.float32)
+        labels = self.labels[index]
+        losses = label_losses(logits, labels)
+        sums, counts = confidence_sums(torch.nan_to_num(logits).double().sigmoid(), labels)
+        self._sums += sums
+        self._counts += counts
+        self._histogram.update(losses, labels)
+        self._seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
+        if self._keeps_table:
+            self._observed.append((index, losses))
+
+    @torch.no_grad()
+    def end_epoch(self, epoch: int) -> None:
+        """Must be called on every rank, after all were observed: sampling weights and mixtures for `epoch`.
+
+        Args:
+            epoch: The epoch about to begin, from 1 on (the number of epochs after the last one).
+
+        Raises:
+            RuntimeError: The scan missed an instance or saw one twice.
+        """
+        self._seen = all_reduce_sum(self._seen)
+        if not bool((self._seen == 1).all()):
+            missed, again = int((self._seen == 0).sum()), int((self._seen > 1).sum())
+            self._begin_observing()
+            raise RuntimeError(
+                f"the scan missed {missed} of {len(self.labels)} instances and saw {again} more than once; every "
+                "instance must be observed exactly once over all ranks before end_epoch."
+            )
+        self.positive_confidence, self.negative_confidence = confidences_from_sums(
+            all_reduce_sum(self._sums), all_reduce_sum(self._counts)
+        )
+        scores = instance_scores(
+            self.labels, self.positive_confidence, self.negative_confidence, self.settings.minority_score
+        )
+        # Broadcast: the sums are equal on every rank, the matrix product over unlike machines need not be.
+        self.weights = broadcast(sampling_weights(scores))
+        self._histogram.reduce()
+        if self.settings.select_clean:
+            self.mixtures = self._histogram.fit(self.settings.mixture_preset)
+        if self._keeps_table:
+            table = torch.zeros(self.labels.shape, dtype=torch.float32)
+            for index, losses in self._observed:
+                labels = self.labels[index]
+                table[index] = self.mixtures.clean_probability(losses, labels, monotone=self.settings.monotone)
+            self.clean_probability = all_reduce_sum(table).half()
+        self.epoch = epoch
+        self._begin_observing()
+
+    @torch.no_grad()
+    def refine(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> RefinedLabels:
+        """Eq. 8-9 for a batch: labels, reliabilities and weights. Outside the warm-up only.
+
+        Args:
+            index: `(B,)` int64 indices into the training set.
+            labels: `(B, K)` given labels in {0, 1}.
+            probabilities: `(B, K)` in [0, 1], the mean of f over two views.
+
+        Returns:
+            :class:`RefinedLabels` on the device of `probabilities`.
+        """
+        s = self.settings
+        return refine_labels(
+            labels,
+            self._p_clean(index, labels, probabilities),
+            probabilities,
+            s.relabel_threshold,
+            relabel=s.relabel,
+            ambiguous=s.ambiguous,
+            trust_positives=s.trust_positives,
+        )
+
+    def _p_clean(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
+        if self.mixtures is None:
+            return torch.ones_like(probabilities)
+        if self._keeps_table:
+            if self.clean_probability.device != probabilities.device:
+                self.clean_probability = self.clean_probability.to(probabilities.device)
+            return self.clean_probability[index.to(probabilities.device)].float()
+        losses = label_losses(torch.logit(probabilities.float(), 1e-6), labels)
+        p = self.mixtures.clean_probability(losses.cpu(), labels.cpu(), monotone=self.settings.monotone)
+        return p.to(probabilities.device)
+
+    def loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Eq. 10 (Eq. 1 where `weight` is None) on mixed instances; see :func:`binary_cross_entropy`."""
+        return binary_cross_entropy(logits, targets, weight, self.settings.loss_reduction)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors on the CPU, to be kept between epochs or in the middle of one (not in the middle of a scan)."""
+        state = {
+            "epoch": torch.tensor(self.epoch),
+            "weights": self.weights,
+            "positive_confidence": self.positive_confidence,
+            "negative_confidence": self.negative_confidence,
+            "clean_probability": self.clean_probability.cpu(),
+        }
+        if self.mixtures is not None:
+            state |= {f"mixtures.{name}": value for name, value in self.mixtures.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
+        """
+        for name in ("weights", "positive_confidence", "clean_probability"):
+            if name not in state or state[name].shape != getattr(self, name).shape:
+                found = "absent" if name not in state else f"of shape {tuple(state[name].shape)}"
+                raise ValueError(
+                    f"the saved state's {name} is {found}; this run (N, K = {tuple(self.labels.shape)}) needs "
+                    f"{tuple(getattr(self, name).shape)}. Resume with the data set and settings of the checkpoint."
+                )
+        mixtures = {name.removeprefix("mixtures."): v for name, v in state.items() if name.startswith("mixtures.")}
+        self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
+        self.epoch = int(state["epoch"])
+        for name in ("weights", "positive_confidence", "negative_confidence", "clean_probability"):
+            setattr(self, name, state[name].clone())

@@ -1,0 +1,39 @@
+"""The two collectives that the method needs. Both do nothing where torch.distributed is not initialised."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def world() -> tuple[int, int]:
+    """`(rank, number of ranks)`; `(0, 1)` without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _device_of_backend(tensor: torch.Tensor) -> torch.Tensor:
+    # NCCL moves CUDA tensors only; gloo moves either.
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Must be called on every rank: the sum of `tensor` over ranks, on its own device, same dtype and shape.
+
+    Integers are summed exactly, and so are floats of which at most one rank holds a non-zero value.
+    """
+    if world()[1] == 1:
+        return tensor
+    moved = _device_of_backend(tensor.clone())
+    dist.all_reduce(moved)
+    return moved.to(tensor.device)
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Must be called on every rank: rank 0's `tensor`, on the caller's device."""
+    if world()[1] == 1:
+        return tensor
+    moved = _device_of_backend(tensor.clone())
+    dist.broadcast(moved, 0)
+    return moved.to(tensor.device)

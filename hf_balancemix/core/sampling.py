@@ -1,0 +1,238 @@
+"""The minority sampler (Eq. 2-4) and the stream of keys that pairs it with the random sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from hf_balancemix.core.keys import keyed_generator
+
+MINORITY_SCORES = ("paper", "positive", "uniform")
+
+
+def class_confidences(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 2: the mean confidence of every class in its positive and in its negative labels.
+
+    Args:
+        probabilities: `(N, K)` float in [0, 1], the model's sigmoid outputs.
+        labels: `(N, K)` given labels in {0, 1}.
+
+    Returns:
+        `(P, A)`, each `(K,)` float64: P(k) is the mean of f(x)_k over positive labels, A(k) the mean of 1 - f(x)_k
+        over negative labels. A class without positive (negative) labels gets P(k) = 1 (A(k) = 1): no instance ever
+        uses the value.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> P, A = class_confidences(torch.tensor([[0.9], [0.5], [0.2]]), torch.tensor([[1], [1], [0]]))
+        >>> round(P.item(), 4), round(A.item(), 4)
+        (0.7, 0.8)
+    """
+    return confidences_from_sums(*confidence_sums(probabilities, labels))
+
+
+# Probabilities are summed as integers of this unit: exact, hence the same in any order and on any number of ranks.
+# 2^31 instances fit into 63 bits.
+_UNIT = 2**32
+
+
+def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sufficient statistics of Eq. 2, to be added over batches and ranks.
+
+    Args:
+        probabilities: `(B, K)` float in [0, 1].
+        labels: `(B, K)` given labels in {0, 1}.
+
+    Returns:
+        `(sums, counts)`, each `(2, K)` int64, row 0 for negative and row 1 for positive labels; sums of the confidence
+        in the given label in units of 2^-32.
+    """
+    if probabilities.shape != labels.shape or labels.ndim != 2:
+        raise ValueError(
+            f"probabilities have shape {tuple(probabilities.shape)} and labels {tuple(labels.shape)}; both must be "
+            "(N, K). Pass one probability a label."
+        )
+    positive = labels.bool()
+    p = probabilities.double()
+    confidence = (torch.where(positive, p, 1 - p) * _UNIT).round().long()
+    sums = torch.stack([(confidence * ~positive).sum(0), (confidence * positive).sum(0)])
+    counts = torch.stack([(~positive).sum(0), positive.sum(0)])
+    return sums, counts
+
+
+def confidences_from_sums(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 2 from the totals of :func:`confidence_sums`: `(P, A)`, each `(K,)` float64."""
+    means = sums.double() / _UNIT / counts.clamp(min=1)
+    means = torch.where(counts > 0, means, torch.ones_like(means))
+    return means[1], means[0]
+
+
+def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: str = "paper") -> Tensor:
+    """Eq. 3: how confidently the model knows each instance's labels; a low score marks a minority instance.
+
+    Args:
+        labels: `(N, K)` given labels in {0, 1}.
+        positive: `(K,)` P(k) in [0, 1].
+        negative: `(K,)` A(k) in [0, 1].
+        score: `"paper"`: Eq. 3 as printed, the sum over classes of P(k) where the label is 1 and A(k) where it is 0.
+            With many classes the negative terms drown the positive ones and Eq. 4 becomes almost uniform.
+            `"positive"`: the mean of P(k) over the instance's positive labels; an instance without any counts as
+            fully known (1). `"uniform"`: 1 for every instance, i.e. no minority sampler.
+
+    Returns:
+        `(N,)` float64, positive.
+
+    Raises:
+        ValueError: Unknown `score`.
+
+    Example:
+        >>> labels = torch.tensor([[1, 0], [0, 1]])
+        >>> P, A = torch.tensor([0.9, 0.1]), torch.tensor([0.8, 0.9])
+        >>> [round(s, 4) for s in instance_scores(labels, P, A).tolist()]
+        [1.8, 0.9]
+    """
+    if score not in MINORITY_SCORES:
+        raise ValueError(f"minority_score is {score!r}; it must be one of {', '.join(MINORITY_SCORES)}.")
+    t = labels.double()
+    P, A = positive.double(), negative.double()
+    if score == "uniform":
+        return torch.ones(len(t), dtype=torch.float64)
+    if score == "paper":
+        scores = t @ (P - A) + A.sum()
+    else:
+        count = t.sum(1)
+        scores = torch.where(count > 0, (t @ P) / count.clamp(min=1), torch.ones_like(count))
+    # A class that the model gives no probability at all must not take the whole epoch.
+    return scores.clamp(min=1e-3)
+
+
+def sampling_weights(scores: Tensor) -> Tensor:
+    """Eq. 4: sampling probabilities, inverse to the scores.
+
+    Args:
+        scores: `(N,)` positive floats.
+
+    Returns:
+        `(N,)` float64, sum 1.
+
+    Raises:
+        ValueError: A score is not a positive finite number.
+    """
+    if not bool(((scores > 0) & torch.isfinite(scores)).all()):
+        raise ValueError("scores must be positive and finite; found a zero, negative or non-finite one.")
+    inverse = 1 / scores.double()
+    return inverse / inverse.sum()
+
+
+def systematic_resample(weights: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
+    """Draw instances by weight so that each one comes floor or ceil of `num_draws * weight` times, in random order.
+
+    Args:
+        weights: `(N,)` float64 probabilities, sum 1.
+        num_draws: How many to draw.
+        generator: CPU generator; the only source of randomness.
+
+    Returns:
+        `(num_draws,)` int64 indices. With uniform weights and `num_draws = N`: a permutation.
+    """
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    edges = weights.double().cumsum(0)
+    edges = edges / edges[-1] * num_draws
+    # Point i lies at i + offset; an instance gets the points between its edges. Rounding to 2^-20 of a draw keeps a
+    # cumulative sum that is off in its last bits from moving a point across an edge that it should touch exactly.
+    first = torch.ceil(((edges - offset) * 2**20).round() / 2**20).clamp(0, num_draws).long()
+    first[-1] = num_draws
+    counts = torch.diff(first, prepend=first.new_zeros(1))
+    indices = torch.repeat_interleave(torch.arange(len(weights)), counts)
+    return indices[torch.randperm(num_draws, generator=generator)]
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """Kish's effective sample size over N, in (0, 1]: 1 means uniform sampling."""
+    w = weights.double()
+    return float(w.sum() ** 2 / (w.square().sum() * len(w)))
+
+
+def class_lift(weights: Tensor, labels: Tensor) -> Tensor:
+    """How often each class is drawn relative to uniform sampling.
+
+    Args:
+        weights: `(N,)` sampling probabilities, sum 1.
+        labels: `(N, K)` in {0, 1}, the clean labels where they are known.
+
+    Returns:
+        `(K,)` float64; 1 = as often as uniform, NaN for a class without positive labels.
+    """
+    t = labels.double()
+    return (weights.double() @ t) * len(t) / t.sum(0)
+
+
+class PairKey(NamedTuple):
+    """What a data loader's worker gets: all that the random choices of one pair depend on."""
+
+    epoch: int
+    random: int
+    """Index of the random instance."""
+    minority: int | None
+    """Index of the minority instance; None for methods without a second stream."""
+
+
+class EpochSampler(Sampler[PairKey]):
+    """The random sampler: a new permutation of `range(num_instances)` every epoch, as keys.
+
+    The order is a pure function of `(seed, epoch)`. Whoever runs the epochs calls `set_epoch` before `iter`; the epoch
+    travels in the key, so workers that hold an old copy of the data set still see it. It is not a `RandomSampler`:
+    Accelerate would replace one by its own. Every rank iterates the whole sampler and takes its share of batches.
+
+    Args:
+        num_instances: N.
+        seed: Any int.
+    """
+
+    def __init__(self, num_instances: int, seed: int) -> None:
+        if num_instances < 1:
+            raise ValueError(f"num_instances is {num_instances}; the data set must hold at least one instance.")
+        self.num_instances, self.seed, self.epoch = num_instances, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_instances
+
+    def _permutation(self) -> list[int]:
+        generator = keyed_generator(self.seed, self.epoch, "random")
+        return torch.randperm(self.num_instances, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[PairKey]:
+        epoch = self.epoch
+        for index in self._permutation():
+            yield PairKey(epoch, index, None)
+
+
+class PairSampler(EpochSampler):
+    """The random sampler paired with the minority sampler (Algorithm 1): N keys an epoch, one minority instance each.
+
+    Args:
+        num_instances: N.
+        seed: Any int.
+        weights: Called at the start of each epoch; gives the `(N,)` float64 sampling probabilities of Eq. 4. They must
+            be the same, bit for bit, on every rank.
+    """
+
+    def __init__(self, num_instances: int, seed: int, weights: Callable[[], Tensor]) -> None:
+        super().__init__(num_instances, seed)
+        self.weights = weights
+
+    def __iter__(self) -> Iterator[PairKey]:
+        epoch = self.epoch
+        generator = keyed_generator(self.seed, epoch, "minority")
+        minority = systematic_resample(self.weights(), self.num_instances, generator).tolist()
+        for pair in zip(self._permutation(), minority, strict=True):
+            yield PairKey(epoch, *pair)

@@ -1,0 +1,218 @@
+"""Label columns: from what a `datasets.Dataset` stores to an (N, K) matrix of 0 and 1.
+
+Two forms are understood. A *class list* is `List(ClassLabel(names=...))`, the ids of the classes that are present in
+an instance; it is what this package's loaders make, because the class names travel with the data. A *multi-hot*
+column is a list of K zeros and ones (integers, floats or booleans) for each instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+
+def is_class_list(feature: Any) -> bool:
+    """Tell whether a feature is a list of class ids with names, `List(ClassLabel(...))`."""
+    return isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(
+        feature.feature, datasets.ClassLabel
+    )
+
+
+def class_names(dataset: datasets.Dataset, column: str = "labels") -> list[str]:
+    """Names of the K classes, in the order of their ids.
+
+    Args:
+        dataset: A `datasets.Dataset`.
+        column: Name of the label column.
+
+    Returns:
+        The K names of the column's ClassLabel; `"LABEL_0"`, `"LABEL_1"`, ... for a multi-hot column.
+
+    Raises:
+        TypeError: `dataset` is not a `datasets.Dataset`, or the column is neither a class list nor multi-hot.
+        ValueError: The column is absent, or it is multi-hot and no row tells its length.
+    """
+    feature = _label_feature(dataset, column)
+    if is_class_list(feature):
+        return list(_names(feature, column))
+    return [f"LABEL_{k}" for k in range(_multi_hot_length(dataset, feature, column))]
+
+
+def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Tensor:
+    """The label column as a matrix, read through Arrow: no other column is read, no image is decoded.
+
+    Args:
+        dataset: A `datasets.Dataset`, also after `select`, `shuffle` or `concatenate_datasets`.
+        column: Name of the label column.
+
+    Returns:
+        (N, K) uint8 tensor of 0 and 1, rows in the order of the data set.
+
+    Raises:
+        TypeError: As `class_names`.
+        ValueError: As `class_names`, or a row is not a valid label list (see `multi_hot`).
+    """
+    feature = _label_feature(dataset, column)
+    if is_class_list(feature):
+        num_classes = len(_names(feature, column))
+    else:
+        num_classes = _multi_hot_length(dataset, feature, column)
+    lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    if lists.null_count:
+        _raise_not_a_list(column, int(np.flatnonzero(lists.is_null())[0]), None)
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    values = lists.flatten()  # respects the offset of a sliced array, which `.values` does not
+    if values.null_count:
+        position = int(np.flatnonzero(values.is_null())[0])
+        _raise_bad_value(column, _row_of(lengths, position), None, is_class_list(feature))
+    values = values.to_numpy(zero_copy_only=False)
+    fill = _from_class_ids if is_class_list(feature) else _from_zeros_and_ones
+    return torch.from_numpy(fill(values, lengths, num_classes, column))
+
+
+def multi_hot(
+    rows: Iterable[Sequence[int]], num_classes: int, *, column: str = "labels", one_hot_input: bool = False
+) -> torch.Tensor:
+    """Label lists as a matrix.
+
+    Args:
+        rows: N lists (or 1-D arrays or tensors): the ids of the present classes, or K zeros and ones each where
+            `one_hot_input` is true.
+        num_classes: K.
+        column: Name of the label column, for messages.
+        one_hot_input: The rows are multi-hot already and are only checked.
+
+    Returns:
+        (N, K) uint8 tensor of 0 and 1.
+
+    Raises:
+        ValueError: A row is not a list, holds None, NaN or something that is not a whole number, a class id outside
+            `[0, K)` or one twice, a multi-hot value other than 0 and 1, or not K of them. The message names the
+            column, the row and the value.
+
+    Example:
+        >>> multi_hot([[2, 0], []], num_classes=3)
+        tensor([[1, 0, 1],
+                [0, 0, 0]], dtype=torch.uint8)
+    """
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    for index, row in enumerate(rows):
+        if not isinstance(row, (list, tuple)):
+            _raise_not_a_list(column, index, row)
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    flat = [value.item() if hasattr(value, "item") else value for value in chain.from_iterable(rows)]
+    allowed = (int, float, bool) if one_hot_input else (int,)  # exact types: True is no class id
+    for position, value in enumerate(flat):
+        if type(value) not in allowed:
+            _raise_bad_value(column, _row_of(lengths, position), value, not one_hot_input)
+    fill = _from_zeros_and_ones if one_hot_input else _from_class_ids
+    return torch.from_numpy(fill(np.array(flat, dtype=None if flat else np.int64), lengths, num_classes, column))
+
+
+def _label_feature(dataset: datasets.Dataset, column: str) -> Any:
+    if not isinstance(dataset, datasets.Dataset):
+        hint = "pass one of its splits" if isinstance(dataset, dict) else "load it as a map-style data set"
+        raise TypeError(f"labels are read from a datasets.Dataset, got {type(dataset).__name__}: {hint}.")
+    if column not in dataset.features:
+        raise ValueError(
+            f"no column '{column}' in the data set, which has {dataset.column_names}. "
+            f"Rename the one that holds the labels: dataset.rename_column(..., '{column}')."
+        )
+    feature = dataset.features[column]
+    if not is_class_list(feature):
+        inner = getattr(feature, "feature", None)
+        storage = inner.pa_type if isinstance(inner, datasets.Value) else pa.null()
+        if not (pa.types.is_integer(storage) or pa.types.is_floating(storage) or pa.types.is_boolean(storage)):
+            raise TypeError(
+                f"column '{column}' is {feature}; labels must be List(ClassLabel(names=[...])) with the classes that "
+                f"are present, or a list of K numbers 0 or 1. Ids or names of classes become the first with "
+                f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
+            )
+    return feature
+
+
+def _names(feature: Any, column: str) -> list[str]:
+    names = feature.feature.names
+    if not names:
+        raise ValueError(f"column '{column}' is {feature}, without class names: give ClassLabel(names=[...]).")
+    return names
+
+
+def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> int:
+    length = getattr(feature, "length", -1)
+    if length < 0:
+        if len(dataset) == 0:
+            raise ValueError(
+                f"the number of classes of column '{column}' ({feature}) is not known because the data set is empty: "
+                f"give the feature a length, or use List(ClassLabel(names=[...]))."
+            )
+        first = dataset.select_columns([column]).with_format("arrow")[0:1][column][0]
+        if not first.is_valid:
+            _raise_not_a_list(column, 0, None)
+        length = len(first)
+    if length == 0:
+        raise ValueError(f"column '{column}', row 0: 0 values, expected one for each of the K >= 1 classes.")
+    return length
+
+
+def _row_of(lengths: np.ndarray, position: int) -> int:
+    """The row that holds the flat position."""
+    return int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+
+
+def _raise_not_a_list(column: str, row: int, value: Any) -> None:
+    raise ValueError(
+        f"column '{column}', row {row}: expected a list, got {value!r}. "
+        f"An instance without labels has an empty list (or K zeros); drop or repair this row."
+    )
+
+
+def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> None:
+    expected = "class ids (whole numbers from 0)" if class_list else "0 or 1"
+    fix = (
+        "if the rows are multi-hot, pass one_hot_input=True or store them as lists of numbers, not as ClassLabel"
+        if class_list
+        else f"a list of class ids needs names: dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
+    )
+    raise ValueError(f"column '{column}', row {row}: expected {expected}, got {value!r}. Repair the row; {fix}.")
+
+
+def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
+    outside = np.flatnonzero((ids < 0) | (ids >= num_classes))
+    if len(outside):
+        raise ValueError(
+            f"column '{column}', row {_row_of(lengths, outside[0])}: class id {int(ids[outside[0]])} is outside "
+            f"0..{num_classes - 1} (K = {num_classes} classes). Correct the id or add the class to ClassLabel(names)."
+        )
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    matrix = np.zeros((len(lengths), num_classes), dtype=np.uint8)
+    matrix[rows, ids] = 1
+    if int(matrix.sum(dtype=np.int64)) != len(ids):
+        cells = rows * num_classes + ids.astype(np.int64)
+        ordered = np.sort(cells)
+        row, twice = divmod(int(ordered[1:][ordered[1:] == ordered[:-1]][0]), num_classes)
+        raise ValueError(
+            f"column '{column}', row {row}: class id {twice} is listed more than once. "
+            f"List each present class once, for instance sorted(set(ids))."
+        )
+    return matrix
+
+
+def _from_zeros_and_ones(values: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
+    wrong = np.flatnonzero(lengths != num_classes)
+    if len(wrong):
+        raise ValueError(
+            f"column '{column}', row {int(wrong[0])}: {int(lengths[wrong[0]])} values, expected one for each of the "
+            f"K = {num_classes} classes. Repair the row; if the values are class ids, use "
+            f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
+        )
+    bad = np.flatnonzero(~((values == 0) | (values == 1)))  # NaN is neither
+    if len(bad):
+        _raise_bad_value(column, _row_of(lengths, bad[0]), values[bad[0]].item(), class_list=False)
+    return values.astype(np.uint8).reshape(len(lengths), num_classes)

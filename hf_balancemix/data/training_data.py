@@ -1,0 +1,170 @@
+"""What data loaders iterate: pairs of augmented instances by key, and plain instances by index, with their collators."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_balancemix.core.mixing import mixing_coefficient
+from hf_balancemix.core.sampling import PairKey
+from hf_balancemix.data.labels import label_matrix
+from hf_balancemix.data.views import ViewMaker, decode
+
+logger = logging.getLogger(__name__)
+
+
+def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The `image` column alone, as path or bytes, so that decoding happens in the worker and once.
+
+    Raises:
+        TypeError: Not a `datasets.Dataset` (an IterableDataset cannot be indexed by two samplers).
+        ValueError: No `image` column of type `datasets.Image`.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"the data set is a {type(dataset).__name__}; a datasets.Dataset is needed, because both samplers address "
+            "instances by index. Build one with load_coco, datasets.load_dataset(..., streaming=False) or "
+            "datasets.Dataset.from_dict."
+        )
+    feature = dataset.features.get("image")
+    if not isinstance(feature, datasets.Image):
+        raise ValueError(
+            f"the data set's columns are {dataset.column_names}; a column 'image' of type datasets.Image is needed. "
+            "Rename it with dataset.rename_column and cast it with dataset.cast_column('image', datasets.Image())."
+        )
+    return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
+
+
+def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
+    """Decode every image once, with a progress bar, and leave out the rows whose file is absent or cut off.
+
+    Returns:
+        The data set without them; the number and the first names are logged as a warning.
+    """
+
+    def is_good(row: dict[str, Any]) -> bool:
+        try:
+            decode(row["image"])
+        except (ValueError, FileNotFoundError):
+            return False
+        return True
+
+    images = undecoded_images(dataset)
+    good = images.map(
+        lambda row: {"good": is_good(row)},
+        remove_columns=["image"],
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc="Checking images",
+    )
+    kept = np.asarray(good["good"], dtype=bool)
+    if kept.all():
+        return dataset
+    bad = np.flatnonzero(~kept)
+    names = ", ".join(str(images[int(i)]["image"]["path"]) for i in bad[:3])
+    logger.warning("%d of %d images cannot be decoded and are left out: %s ...", len(bad), len(kept), names)
+    return dataset.select(np.flatnonzero(kept))
+
+
+class TrainingPairs(Dataset):
+    """Augmented instances by :class:`~hf_balancemix.core.sampling.PairKey`.
+
+    Every random choice is a pure function of (seed, epoch, random index of the pair, role, view), so an instance that
+    is drawn twice in an epoch gets different views, and what a step sees does not depend on workers, ranks or resuming.
+
+    Args:
+        dataset: With `image` and `labels`, optionally `clean_labels`.
+        labels: `(N, K)` uint8 given labels.
+        views: Makes the views.
+        clean_labels: `(N, K)` uint8 or None.
+        two_views_from: First epoch in which each instance has two views (label-wise management); None: never.
+        mixup_alpha: alpha of Eq. 5.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        labels: Tensor,
+        views: ViewMaker,
+        *,
+        clean_labels: Tensor | None = None,
+        two_views_from: int | None = None,
+        mixup_alpha: float = 0.0,
+    ) -> None:
+        self.images = undecoded_images(dataset)
+        self.labels, self.clean_labels, self.views = labels, clean_labels, views
+        self.two_views_from, self.mixup_alpha = two_views_from, mixup_alpha
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: PairKey) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[PairKey]) -> list[dict[str, Any]]:
+        # One Arrow access for both halves of the batch.
+        indices = [key.random for key in keys] + [key.minority for key in keys if key.minority is not None]
+        images = dict(zip(indices, self.images[indices]["image"], strict=True))
+        rows = []
+        for key in keys:
+            row = self._instance(images[key.random], key, key.random, role="random", prefix="")
+            if self.clean_labels is not None:
+                row["clean_labels"] = self.clean_labels[key.random].float()
+            if key.minority is not None:
+                row |= self._instance(images[key.minority], key, key.minority, role="minority", prefix="minority_")
+                row["lam"] = torch.tensor(mixing_coefficient(self.mixup_alpha, self.views.seed, *key[:2]))
+            rows.append(row)
+        return rows
+
+    def _instance(self, image: Any, key: PairKey, index: int, role: str, prefix: str) -> dict[str, Tensor]:
+        two = self.two_views_from is not None and key.epoch >= self.two_views_from
+        views = self.views.augmented(image, key.epoch, key.random, role, num_views=2 if two else 1)
+        row = {
+            f"{prefix}pixel_values": views[0],
+            f"{prefix}labels": self.labels[index].float(),
+            f"{prefix}index": torch.tensor(index),
+        }
+        if two:
+            row[f"{prefix}second_view"] = views[1]
+        return row
+
+
+class PlainInstances(Dataset):
+    """Un-augmented instances by index, for the scan, evaluation and prediction.
+
+    Rows have `pixel_values` `(3, S, S)` uint8, `index`, and `labels` `(K,)` float32 where the data set has labels.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, views: ViewMaker, labels: Tensor | None = None) -> None:
+        self.images = undecoded_images(dataset)
+        if labels is None and "labels" in dataset.column_names:
+            labels = label_matrix(dataset)
+        self.views, self.labels = views, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        images = self.images[list(indices)]["image"]
+        rows = []
+        for index, image in zip(indices, images, strict=True):
+            row = {"pixel_values": self.views.plain(image), "index": torch.tensor(index)}
+            if self.labels is not None:
+                row["labels"] = self.labels[index].float()
+            rows.append(row)
+        return rows
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack each column: `pixel_values` `(B, 3, S, S)` uint8, `labels` `(B, K)` float32, `index` `(B,)` int64, ..."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

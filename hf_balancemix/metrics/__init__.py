@@ -1,0 +1,20 @@
+"""Figures of an evaluation and of the label management."""
+
+from hf_balancemix.metrics.average_precision import (
+    class_groups,
+    mean_average_precision,
+    multilabel_metrics,
+    precision_recall_f1,
+)
+from hf_balancemix.metrics.label_quality import Count, LabelQuality, count_label_quality, label_quality
+
+__all__ = [
+    "Count",
+    "LabelQuality",
+    "class_groups",
+    "count_label_quality",
+    "label_quality",
+    "mean_average_precision",
+    "multilabel_metrics",
+    "precision_recall_f1",
+]

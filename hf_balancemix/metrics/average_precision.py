@@ -1,0 +1,298 @@
+"""Multi-label figures of an evaluation: mAP over all, many-, medium- and few-shot classes, CF1 and OF1.
+
+Everything here is a pure function of arrays in memory. `N` is the number of instances, `K` the number of classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.metrics import average_precision_score
+
+logger = logging.getLogger(__name__)
+
+
+def class_groups(class_counts: ArrayLike, many: int = 10_000, few: int = 1_000) -> dict[str, np.ndarray]:
+    """Splits the classes into many-, medium- and few-shot by their number of positive training labels.
+
+    The paper counts the clean training labels; both bounds themselves are medium-shot.
+
+    Args:
+        class_counts: `(K,)` number of positive labels of each class, at least 0.
+        many: a class with more positive labels than this is many-shot.
+        few: a class with fewer positive labels than this is few-shot; at most `many`.
+
+    Returns:
+        `{"many", "medium", "few"}`, each a boolean `(K,)` mask. Every class is in exactly one of them.
+
+    Raises:
+        ValueError: for counts that are not one finite number of at least 0 a class, or `few` above `many`.
+
+    Example:
+        >>> {name: mask.tolist() for name, mask in class_groups([45_174, 1_000, 135]).items()}
+        {'many': [True, False, False], 'medium': [False, True, False], 'few': [False, False, True]}
+    """
+    if few > many:
+        raise ValueError(f"Received few={few} above many={many}; few must be at most many. Swap the two bounds.")
+    counts = _to_numpy(class_counts)
+    if counts.ndim != 1 or counts.dtype.kind not in "iuf":
+        raise ValueError(
+            f"Received class_counts of shape {counts.shape} and type {counts.dtype}; one number a class, shape (K,), "
+            "is required. Pass the column sums of the clean training labels."
+        )
+    if not (np.isfinite(counts) & (counts >= 0)).all():
+        raise ValueError(
+            "Received class_counts with negative or non-finite values; numbers of positive labels, at least 0, are "
+            "required. Pass the column sums of the clean training labels."
+        )
+    groups = {"many": counts > many, "few": counts < few}
+    return {"many": groups["many"], "medium": ~(groups["many"] | groups["few"]), "few": groups["few"]}
+
+
+def mean_average_precision(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    class_counts: ArrayLike | None = None,
+    many: int = 10_000,
+    few: int = 1_000,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Mean over classes of scikit-learn's average precision, also by class group.
+
+    The average precision does not interpolate and treats equal scores as one threshold, so it does not depend on the
+    order of the instances. Classes without positive labels have no average precision: they are skipped in every mean,
+    named in the result, and named once in the log.
+
+    Args:
+        scores: `(N, K)` logits or probabilities, as any real type, numpy array or tensor on any device. Only their
+            order within a class matters. Prefer logits: a float32 sigmoid saturates and makes ties. Half precision is
+            converted to float32 exactly, but the ties its few bits have made stay, so score a float32 head where
+            figures are reported. Infinite scores are ranked first or last.
+        labels: `(N, K)` labels, 0 or 1.
+        class_counts: `(K,)` positive labels of each class in the clean training set; gives the group figures.
+        many: see `class_groups`.
+        few: see `class_groups`.
+        class_names: `(K,)` names to use in `skipped` instead of indices.
+
+    Returns:
+        Dictionary of `mAP` (a fraction in [0, 1]); with `class_counts` also `mAP_many`, `mAP_medium`, `mAP_few`, where
+        any of the four is None if its group holds no class with a positive label; `per_class_ap`, float64 `(K,)` with
+        NaN for skipped classes; `skipped`, the skipped classes in order.
+
+    Raises:
+        ValueError: for shapes that do not fit together, labels other than 0 and 1, or NaN scores.
+
+    Example:
+        >>> scores = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.4], [0.3, 0.1, 0.2]]
+        >>> result = mean_average_precision(scores, [[1, 0, 0], [0, 1, 0], [1, 0, 0]])
+        >>> round(result["mAP"], 4), result["per_class_ap"].round(4).tolist(), result["skipped"]
+        (0.9167, [0.8333, 1.0, nan], [2])
+    """
+    scores, labels = _check_scores(scores, "scores"), _check_labels(labels)
+    _check_same_shape(scores, "scores", labels)
+    num_classes = labels.shape[1]
+    _check_length(class_names, "class_names", num_classes)
+    groups: dict[str, np.ndarray] = {}
+    if class_counts is not None:
+        groups = class_groups(class_counts, many=many, few=few)
+        _check_length(groups["many"], "class_counts", num_classes)
+
+    scored = np.flatnonzero(labels.any(axis=0))
+    per_class_ap = np.full(num_classes, np.nan)
+    for k in scored:
+        per_class_ap[k] = average_precision_score(labels[:, k], scores[:, k])
+
+    skipped = np.flatnonzero(np.isnan(per_class_ap)).tolist()
+    if class_names is not None:
+        skipped = [class_names[k] for k in skipped]
+    if skipped:
+        _warn_skipped(tuple(skipped), num_classes)
+
+    result: dict[str, Any] = {"mAP": _mean_or_none(per_class_ap)}
+    for name, mask in groups.items():
+        result[f"mAP_{name}"] = _mean_or_none(per_class_ap[mask])
+    return result | {"per_class_ap": per_class_ap, "skipped": skipped}
+
+
+def precision_recall_f1(probabilities: ArrayLike, labels: ArrayLike, threshold: float = 0.5) -> dict[str, float]:
+    """Per-class (C) and overall (O) precision, recall and F1 of thresholded predictions.
+
+    The convention of the multi-label literature: CP and CR are means over all K classes, a class without positive
+    labels or without positive predictions counting as 0 (unlike in mAP, such a class is not left out); CF1 is the
+    harmonic mean of CP and CR, which is not the mean of the classes' F1. OP, OR and OF1 pool all labels.
+
+    Args:
+        probabilities: `(N, K)` sigmoid outputs in [0, 1].
+        labels: `(N, K)` labels, 0 or 1.
+        threshold: a label is predicted positive if its probability is above this.
+
+    Returns:
+        Dictionary of fractions `CP`, `CR`, `CF1`, `OP`, `OR`, `OF1`; 0 divided by 0 is 0.
+
+    Raises:
+        ValueError: for shapes that do not fit together, labels other than 0 and 1, or values outside [0, 1].
+
+    Example:
+        >>> figures = precision_recall_f1([[0.9, 0.6], [0.8, 0.1]], [[1, 1], [0, 0]])
+        >>> {name: round(value, 3) for name, value in figures.items()}
+        {'CP': 0.75, 'CR': 1.0, 'CF1': 0.857, 'OP': 0.667, 'OR': 1.0, 'OF1': 0.8}
+    """
+    probabilities, labels = _check_scores(probabilities, "probabilities"), _check_labels(labels)
+    _check_same_shape(probabilities, "probabilities", labels)
+    if probabilities.size and (probabilities.min() < 0 or probabilities.max() > 1):
+        raise ValueError(
+            f"Received probabilities between {probabilities.min():.4g} and {probabilities.max():.4g}; values in "
+            "[0, 1] are required. Apply a sigmoid to logits first."
+        )
+    predicted, labels = probabilities > threshold, labels.astype(bool)
+    true_positives = (predicted & labels).sum(axis=0)
+    num_predicted, num_positives = predicted.sum(axis=0), labels.sum(axis=0)
+
+    class_precision = float(_ratio(true_positives, num_predicted).mean())
+    class_recall = float(_ratio(true_positives, num_positives).mean())
+    precision = float(_ratio(true_positives.sum(), num_predicted.sum()))
+    recall = float(_ratio(true_positives.sum(), num_positives.sum()))
+    return {
+        "CP": class_precision,
+        "CR": class_recall,
+        "CF1": _harmonic_mean(class_precision, class_recall),
+        "OP": precision,
+        "OR": recall,
+        "OF1": _harmonic_mean(precision, recall),
+    }
+
+
+def multilabel_metrics(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    class_counts: ArrayLike | None = None,
+    many: int = 10_000,
+    few: int = 1_000,
+    threshold: float = 0.5,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The scalar figures of one evaluation, flat, as a Trainer logs them.
+
+    mAP is taken on the logits themselves, CF1 and OF1 on their float32 sigmoid.
+
+    Args:
+        logits: `(N, K)` logits, see `mean_average_precision`.
+        labels: `(N, K)` labels, 0 or 1.
+        class_counts: `(K,)` positive labels of each class in the clean training set; gives the group figures.
+        many: see `class_groups`.
+        few: see `class_groups`.
+        threshold: see `precision_recall_f1`.
+        class_names: `(K,)` names for the log line about classes without positive labels.
+
+    Returns:
+        `mAP`, `mAP_many`, `mAP_medium`, `mAP_few`, `CF1`, `OF1`, as Python floats in [0, 1]. A mean over no class is
+        left out.
+
+    Raises:
+        ValueError: see `mean_average_precision`.
+
+    Example:
+        >>> multilabel_metrics([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 1]], class_counts=[20_000, 500])
+        {'mAP': 1.0, 'mAP_many': 1.0, 'mAP_few': 1.0, 'CF1': 1.0, 'OF1': 1.0}
+    """
+    logits = _check_scores(logits, "logits")
+    figures = mean_average_precision(logits, labels, class_counts, many=many, few=few, class_names=class_names)
+    means = {name: figures[name] for name in ("mAP", "mAP_many", "mAP_medium", "mAP_few") if name in figures}
+    probabilities = torch.from_numpy(logits).float().sigmoid()
+    f1 = precision_recall_f1(probabilities, labels, threshold=threshold)
+    means |= {"CF1": f1["CF1"], "OF1": f1["OF1"]}
+    return {name: value for name, value in means.items() if value is not None}
+
+
+@functools.cache
+def _warn_skipped(skipped: tuple[int | str, ...], num_classes: int) -> None:
+    """Logs once a process, not once an evaluation, for the same classes."""
+    shown = ", ".join(str(name) for name in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
+    logger.warning(
+        "%d of %d classes have no positive label here and are skipped in mAP: %s", len(skipped), num_classes, shown
+    )
+
+
+def _to_numpy(values: ArrayLike) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy knows no bfloat16
+    return np.asarray(values)
+
+
+def _check_scores(scores: ArrayLike, name: str) -> np.ndarray:
+    """`(N, K)` float32 or float64 without NaN or infinity."""
+    scores = _to_numpy(scores)
+    if scores.ndim != 2 or scores.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Received {name} of shape {scores.shape} and type {scores.dtype}; real numbers of shape (N, K) are "
+            "required. Pass one row an instance and one column a class."
+        )
+    if scores.dtype == np.float16:
+        scores = scores.astype(np.float32)  # exact; in float16 the bound below would tie large scores
+    elif scores.dtype not in (np.float32, np.float64):
+        scores = scores.astype(np.float64)
+    is_nan = np.isnan(scores)
+    if is_nan.any():
+        rows, classes = int(is_nan.any(axis=1).sum()), int(is_nan.any(axis=0).sum())
+        raise ValueError(
+            f"Received {name} with NaN in {rows} of {len(scores)} rows and {classes} of {scores.shape[1]} classes; "
+            "numbers are required. The model has probably diverged: lower the learning rate or look at the loss."
+        )
+    # scikit-learn takes no infinite score. Half the range keeps the difference of any two scores finite too.
+    bound = np.finfo(scores.dtype).max / 2
+    return scores.clip(-bound, bound)
+
+
+def _check_labels(labels: ArrayLike) -> np.ndarray:
+    """`(N, K)` int8 of 0 and 1."""
+    labels = _to_numpy(labels)
+    if labels.ndim != 2 or labels.shape[1] == 0 or labels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Received labels of shape {labels.shape} and type {labels.dtype}; 0 and 1 of shape (N, K), with at least "
+            "one class, are required. Pass multi-hot rows, one column a class."
+        )
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        raise ValueError(
+            f"Received labels with {int(wrong.sum())} values other than 0 and 1, the first {labels[wrong][0]}; only 0 "
+            "(absent) and 1 (present) are known, no soft or unknown labels. Binarize them, or leave such rows out."
+        )
+    return labels.astype(np.int8)
+
+
+def _check_same_shape(scores: np.ndarray, name: str, labels: np.ndarray) -> None:
+    if scores.shape != labels.shape:
+        raise ValueError(
+            f"Received {name} of shape {scores.shape} and labels of shape {labels.shape}; the same shape (N, K) is "
+            "required. Check that both come from the same instances and classes."
+        )
+
+
+def _check_length(values: Sequence[Any] | np.ndarray | None, name: str, num_classes: int) -> None:
+    if values is not None and len(values) != num_classes:
+        raise ValueError(
+            f"Received {len(values)} {name} for {num_classes} classes; one a class is required. "
+            "Pass them in the order of the label columns."
+        )
+
+
+def _mean_or_none(per_class: np.ndarray) -> float | None:
+    """Mean over the entries that are not NaN, None if there is none."""
+    scored = per_class[~np.isnan(per_class)]
+    return float(scored.mean()) if scored.size else None
+
+
+def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
+    """Elementwise, 0 / 0 = 0; here the numerator is 0 wherever the denominator is."""
+    return np.asarray(numerator) / np.maximum(denominator, 1)
+
+
+def _harmonic_mean(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b > 0 else 0.0

@@ -1,0 +1,63 @@
+"""Image processors that squash: what is saved with a model is exactly what it was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_balancemix.data.views import BICUBIC, BILINEAR
+
+_TIMM_INTERPOLATION = {"bicubic": BICUBIC, "bilinear": BILINEAR}
+
+
+def squash_processor(processor: Any | None = None, image_size: int | None = None) -> ViTImageProcessor:
+    """An image processor that squashes to S x S and normalises as `processor` does.
+
+    Args:
+        processor: Any image processor of transformers, timm's wrapper included; None: ImageNet's mean and standard
+            deviation.
+        image_size: S; by default the size of `processor`.
+
+    Returns:
+        A processor that `AutoImageProcessor.from_pretrained` loads and pipelines use.
+
+    Raises:
+        ValueError: Neither `image_size` nor the processor says a size.
+    """
+    timm_config = getattr(processor, "data_config", None)
+    if timm_config is not None:  # TimmWrapperImageProcessor cannot be saved itself
+        mean, std = timm_config["mean"], timm_config["std"]
+        resample = _TIMM_INTERPOLATION.get(timm_config.get("interpolation"), BICUBIC)
+        size = timm_config["input_size"][-1]
+    else:
+        normalises = processor is None or getattr(processor, "do_normalize", None) is not False
+        mean = (getattr(processor, "image_mean", None) or IMAGENET_DEFAULT_MEAN) if normalises else [0.0] * 3
+        std = (getattr(processor, "image_std", None) or IMAGENET_DEFAULT_STD) if normalises else [1.0] * 3
+        resample = getattr(processor, "resample", None)
+        resample = BICUBIC if resample is None else int(resample)
+        size = _side(getattr(processor, "crop_size", None)) or _side(getattr(processor, "size", None))
+    size = image_size or size
+    if not size:
+        raise ValueError("no image size is known: pass image_size (--image_size), the pixels a side of the squash.")
+    return ViTImageProcessor(
+        size={"height": size, "width": size},
+        resample=resample,
+        image_mean=list(mean),
+        image_std=list(std),
+        do_resize=True,
+        do_rescale=True,
+        do_normalize=True,
+    )
+
+
+def _side(size: Any) -> int | None:
+    if size is None:
+        return None
+    if isinstance(size, int):
+        return size
+    values = [
+        size.get(name) if hasattr(size, "get") else getattr(size, name, None) for name in ("height", "shortest_edge")
+    ]
+    return next((v for v in values if v), None)

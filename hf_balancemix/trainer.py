@@ -1,0 +1,602 @@
+"""Trainers for multi-label images: overrides of Trainer's hooks, no maths.
+
+Private hooks of transformers 5 that are relied upon, each with a canary in tests/test_trainer_hooks.py:
+`_get_dataloader`, `_get_train_sampler`, `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`,
+`_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from hf_balancemix import checkpoints
+from hf_balancemix.core import (
+    BalanceMix,
+    EpochSampler,
+    PairSampler,
+    RefinedLabels,
+    class_lift,
+    effective_sample_size,
+    minority_mixup,
+)
+from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.data.labels import class_names, label_matrix
+from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
+from hf_balancemix.data.views import ViewMaker, normalise
+from hf_balancemix.metrics import LabelQuality, class_groups, multilabel_metrics
+from hf_balancemix.models.processing import squash_processor
+from hf_balancemix.scan import broadcast_buffers, evaluation_mode, scan
+from hf_balancemix.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+STATE_FILE = "balancemix_state.safetensors"
+
+
+class _EpochHook(TrainerCallback):
+    """`on_epoch_begin` is the one place that a fresh, a resumed and a mid-epoch start all pass before `iter(loader)`."""
+
+    def __init__(self, trainer: MultiLabelTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer._begin_epoch(int(state.epoch))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.trainer._end_training()
+
+
+class MultiLabelTrainer(Trainer):
+    """A correct multi-label Trainer on images, which stock Trainer is not.
+
+    - The gradient's size does not depend on the number of ranks or accumulation steps; losses are computed in float32.
+    - RandAugment views, data order and everything else outside the model are pure functions of (seed, epoch,
+      instance): resuming a run gives the same parameters, bit for bit, as the run uninterrupted.
+    - A checkpoint is whole or not there; `train(resume_from_checkpoint=True)` takes the last whole one, or starts
+      afresh if there is none. Weights are loaded back through `from_pretrained`, because stock Trainer silently loads
+      nothing where an architecture's keys are renamed on save (ViT, Swin, DINOv2, ...).
+    - `evaluate` reports mAP over all, many-, medium- and few-shot classes, CF1 and OF1.
+
+    Args:
+        model: Any image classifier of transformers with K labels.
+        args: :class:`MultiLabelTrainingArguments`.
+        train_dataset: `datasets.Dataset` with `image` (`datasets.Image`) and `labels` (class ids as
+            `List(ClassLabel)`, or multi-hot); where `clean_labels` is there too, it is used for the class groups.
+        eval_dataset: The same columns. Evaluation uses `labels`.
+        processing_class: Image processor of the backbone; its normalisation is kept, images are squashed to
+            `args.image_size`. What is saved is that.
+        compute_metrics: Replaces the metrics named above.
+
+    Raises:
+        TypeError, ValueError: Something that would go wrong later; see the message.
+    """
+
+    # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps. transformers reads the
+    # attribute from 5.19 on; `model_accepts_loss_kwargs`, set below, does the same before.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: MultiLabelTrainingArguments | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        processing_class: Any | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or self._default_args()
+        _check_arguments(args)
+        size = args.image_size or (
+            None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
+        )
+        processor = squash_processor(processing_class, size)
+        self.class_names, self.train_labels, self.clean_labels = None, None, None
+        if train_dataset is not None:
+            self.class_names = class_names(train_dataset)
+            self.train_labels = label_matrix(train_dataset)
+            if "clean_labels" in train_dataset.column_names:
+                self.clean_labels = label_matrix(train_dataset, "clean_labels")
+            _check_train_dataset(self.train_labels, args)
+        _check_eval_dataset(eval_dataset, self.class_names)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            compute_metrics=compute_metrics or self._compute_metrics,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
+                "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        _check_model(self.model, self.class_names)
+        self.views = ViewMaker(
+            processor.size["height"],
+            args.data_seed if args.data_seed is not None else args.seed,
+            resample=int(processor.resample),
+            num_ops=args.randaugment_num_ops,
+            magnitude=args.randaugment_magnitude,
+        )
+        self._mean = torch.tensor(processor.image_mean)
+        self._std = torch.tensor(processor.image_std)
+        self.train_sampler: EpochSampler | None = None
+        self.add_callback(_EpochHook(self))
+
+    @staticmethod
+    def _default_args() -> MultiLabelTrainingArguments:
+        return MultiLabelTrainingArguments(output_dir="outputs")
+
+    # ---- data ----
+
+    def _make_sampler(self) -> EpochSampler:
+        return EpochSampler(len(self.train_labels), self.views.seed)
+
+    def _training_pairs(self) -> TrainingPairs:
+        return TrainingPairs(self.train_dataset, self.train_labels, self.views)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        self.train_sampler = self._make_sampler()
+        return self.train_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Loader of collated pairs; every rank takes its share of whole pairs."""
+        if self.train_dataset is None:
+            raise ValueError("there is no train_dataset; pass one to the trainer.")
+        return self._get_dataloader(
+            dataset=self._training_pairs(),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        if isinstance(dataset, datasets.Dataset):  # evaluation and prediction
+            dataset = PlainInstances(dataset, self.views)
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        # Each iter() of a loader draws a base seed from the global generator unless it has its own; how often that
+        # happens differs between an uninterrupted and a resumed run.
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        return data_collator  # rows hold tensors for compute_loss, which are not arguments of the model
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = super()._prepare_inputs(inputs)
+        return {name: self._normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return normalise(images, self._mean.to(images.device), self._std.to(images.device))
+
+    # ---- training and evaluation ----
+
+    def _begin_epoch(self, epoch: int) -> None:
+        # Trainer's own set_epoch does not reach the sampler when it resumes in the middle of an epoch on several ranks.
+        self.train_sampler.set_epoch(epoch)
+
+    def _end_training(self) -> None:
+        pass
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Eq. 1 on `pixel_values` `(B, 3, S, S)` and `labels` `(B, K)`, as a mean over the batch."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = binary_cross_entropy(outputs.logits, inputs["labels"], reduction=self.args.loss_reduction)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, float32 logits `(B, K)` and labels `(B, K)`; the last two are None or absent where not asked for."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(pixel_values=inputs["pixel_values"]).logits.float()
+        loss = None
+        if labels is not None:
+            loss = binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after giving every rank the same batch-norm statistics."""
+        broadcast_buffers(self.model)
+        return super().evaluation_loop(*args, **kwargs)
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """`(K,)` positive training labels a class, clean ones where they are known; None without training data."""
+        labels = self.train_labels if self.clean_labels is None else self.clean_labels
+        return None if labels is None else labels.sum(0, dtype=torch.int64).numpy()
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return multilabel_metrics(
+            prediction.predictions,
+            prediction.label_ids,
+            class_counts=self.class_counts,
+            many=self.args.many_shot,
+            few=self.args.few_shot,
+            class_names=self.class_names,
+        )
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; with `resume_from_checkpoint=True` from the last whole checkpoint in `output_dir`, if there is one.
+
+        Raises:
+            ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed.
+        """
+        if resume_from_checkpoint is True:
+            with self.args.main_process_first(local=False):
+                resume_from_checkpoint = checkpoints.last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.info("No whole checkpoint in %s: training starts from the beginning.", self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self._check_checkpoint(Path(resume_from_checkpoint))
+            logger.info("Resuming from %s.", resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    @cached_property
+    def _data_digest(self) -> str:
+        digest = hashlib.blake2b(self.train_labels.numpy().tobytes(), digest_size=16)
+        digest.update("\x1f".join(self.class_names).encode())
+        if "image_id" in self.train_dataset.column_names:
+            digest.update("\x1f".join(map(str, self.train_dataset["image_id"])).encode())
+        return digest.hexdigest()
+
+    def _run_facts(self) -> dict[str, Any]:
+        return {
+            "trainer": type(self).__name__,
+            "num_instances": len(self.train_labels),
+            "num_classes": self.train_labels.shape[1],
+            "data": self._data_digest,
+            "seed": self.args.seed,
+            "data_seed": self.views.seed,
+            "image_size": self.views.image_size,
+            "global_batch_size": self.args.global_batch_size,
+            "ranks": self.args.world_size,
+        }
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        problem = checkpoints.check(checkpoint)
+        if problem is None and not (checkpoint / RUN_FILE).is_file():
+            problem = f"{RUN_FILE} is missing"
+        if problem is not None:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: {problem}. Pass another checkpoint, or True for the last."
+            )
+        saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._run_facts()
+        for name in ("trainer", "num_instances", "num_classes", "data", "seed", "data_seed", "image_size"):
+            if saved.get(name) != own[name]:
+                raise ValueError(
+                    f"cannot resume from {checkpoint}: its {name} is {saved.get(name)}, this run's is {own[name]}. "
+                    "Resume with the data set and settings of the checkpoint, or start in another output_dir."
+                )
+        for name in ("global_batch_size", "ranks"):
+            if saved.get(name) != own[name]:
+                logger.warning(
+                    "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have.",
+                    name, saved.get(name), own[name],
+                )  # fmt: skip
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (checkpoint / checkpoints.MANIFEST).unlink(missing_ok=True)  # a resumed run may write it again
+        # Trainer rotates before a manifest could be there, so that a kill in between could leave nothing whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self._seal(checkpoint)
+        if self.args.should_save and limit:
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(checkpoint.parent, limit, keep=[checkpoint] + ([Path(best)] if best else []))
+
+    def _seal(self, checkpoint: Path) -> None:
+        """Must be called on every rank: write the manifest once all ranks have written their files."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not (checkpoint / checkpoints.MANIFEST).exists():
+            checkpoints.write_manifest(checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self._run_state()
+        if self.args.should_save:
+            Path(output_dir, RUN_FILE).write_text(json.dumps(self._run_facts(), indent=2) + "\n")
+            if state:
+                save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            file = Path(checkpoint, STATE_FILE)
+            self._load_run_state(load_file(file) if file.is_file() else {})
+
+    def _run_state(self) -> dict[str, Tensor]:
+        """Called on every rank: what the method remembers, as tensors."""
+        return {}
+
+    def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_weights(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        # transformers#48805: keys that are renamed on save are not found again by a plain load_state_dict.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+
+class BalanceMixTrainer(MultiLabelTrainer):
+    """BalanceMix (Song, Kim, Lee; AAAI 2024) as a Trainer: Algorithm 1 for unbalanced, wrong or missing labels.
+
+    With `args.minority_score="uniform"` and `args.select_clean=False` it is plain Mixup.
+
+    Args:
+        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`. Where `train_dataset` has
+        `clean_labels`, label-quality figures (Eq. 14, 15) are logged every epoch; the method never sees them.
+
+    Attributes:
+        balance_mix: :class:`~hf_balancemix.core.BalanceMix`, the method's state.
+    """
+
+    args: BalanceMixTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, BalanceMixTrainingArguments):
+            raise TypeError(
+                f"args is {type(self.args).__name__}; BalanceMixTrainer needs BalanceMixTrainingArguments."
+            )
+        self.quality = LabelQuality()
+        self.balance_mix: BalanceMix | None = None
+        if self.train_labels is not None:
+            self.balance_mix = BalanceMix(self.train_labels, self.args.balance_mix_settings())
+
+    @staticmethod
+    def _default_args() -> BalanceMixTrainingArguments:
+        return BalanceMixTrainingArguments(output_dir="outputs")
+
+    def _make_sampler(self) -> PairSampler:
+        return PairSampler(len(self.train_labels), self.views.seed, weights=lambda: self.balance_mix.weights)
+
+    def _training_pairs(self) -> TrainingPairs:
+        settings = self.balance_mix.settings
+        return TrainingPairs(
+            self.train_dataset,
+            self.train_labels,
+            self.views,
+            clean_labels=self.clean_labels,
+            two_views_from=max(settings.label_warmup_epochs, 1) if settings.select_clean else None,
+            mixup_alpha=settings.mixup_alpha,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """A step of Algorithm 1: refine both batches (after the warm-up), mix them (Eq. 5), Eq. 10 on the result."""
+        if "minority_pixel_values" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        random_labels, minority_labels, weight = inputs["labels"], inputs["minority_labels"], None
+        if "second_view" in inputs:
+            random = self._refine(inputs, "")
+            minority = self._refine(inputs, "minority_")
+            if "clean_labels" in inputs:
+                self.quality.update(inputs["labels"], inputs["clean_labels"], random.labels, random.reliability)
+            random_labels, minority_labels, weight = random.labels, minority.labels, random.weight
+        lam = inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
+        images, targets = minority_mixup(
+            inputs["pixel_values"], inputs["minority_pixel_values"], random_labels, minority_labels, lam
+        )
+        outputs = model(pixel_values=images)
+        loss = self.balance_mix.loss(outputs.logits, targets, weight)
+        return (loss, outputs) if return_outputs else loss
+
+    def _refine(self, inputs: dict[str, Tensor], prefix: str) -> RefinedLabels:
+        # self.model, as Trainer evaluates with: under DDP the bare module, so no reducer and no broadcast of buffers.
+        with torch.no_grad(), evaluation_mode(self.model):
+            views = (
+                self.model(pixel_values=inputs[f"{prefix}{name}"]).logits.float().sigmoid()
+                for name in ("pixel_values", "second_view")
+            )
+            probabilities = sum(views) / 2
+        return self.balance_mix.refine(inputs[f"{prefix}index"], inputs[f"{prefix}labels"], probabilities)
+
+    # ---- epochs ----
+
+    def _begin_epoch(self, epoch: int) -> None:
+        super()._begin_epoch(epoch)
+        # After resuming in the middle of an epoch its statistics are there already; made again they would differ.
+        if epoch > self.balance_mix.epoch:
+            self._end_epoch(epoch)
+
+    def _end_training(self) -> None:
+        epoch = int(self.state.epoch)
+        if epoch > self.balance_mix.epoch:
+            self._end_epoch(epoch)
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Algorithm 1's end of an epoch. It runs at the start of the next one, so that a checkpoint of the last step,
+        which is written before Trainer's `on_epoch_end`, leads to the very same."""
+        self.quality.reduce()
+        logs = {f"label_{name}": value for name, value in self.quality.compute().items()}
+        self.quality.reset()
+        if self.balance_mix.settings.needs_scan:
+            self._scan()
+            self.balance_mix.end_epoch(epoch)
+            logs |= self._sampler_logs()
+        else:
+            self.balance_mix.epoch = epoch
+        if logs:
+            self.log(logs)
+
+    def _scan(self) -> None:
+        def forward(batch: dict[str, Tensor]) -> Tensor:
+            images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
+            return self.model(pixel_values=images).logits
+
+        scan(
+            forward,
+            self.model,
+            PlainInstances(self.train_dataset, self.views, self.train_labels),
+            self.balance_mix.observe,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    def _sampler_logs(self) -> dict[str, float]:
+        """What the sampler and the mixtures made of the scan: effective sample size, draws a class group, mean p_G."""
+        state = self.balance_mix
+        known = self.train_labels if self.clean_labels is None else self.clean_labels
+        logs = {"sampler_effective_size": effective_sample_size(state.weights)}
+        lift = class_lift(state.weights, known).numpy()
+        for name, group in class_groups(self.class_counts, self.args.many_shot, self.args.few_shot).items():
+            if np.isfinite(lift[group]).any():
+                logs[f"sampler_lift_{name}"] = float(np.nanmean(lift[group]))
+        if len(state.clean_probability):
+            p, positive = state.clean_probability.float().cpu(), state.labels.bool()
+            logs["p_clean_mean"] = p.mean().item()
+            logs["p_clean_mean_positives"] = p[positive].mean().item() if positive.any() else 1.0
+        return logs
+
+    # ---- checkpoints ----
+
+    def _run_state(self) -> dict[str, Tensor]:
+        self.quality.reduce()
+        return self.balance_mix.state_dict() | {f"quality.{k}": v for k, v in self.quality.state_dict().items()}
+
+    def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        quality = {k.removeprefix("quality."): v for k, v in state.items() if k.startswith("quality.")}
+        self.balance_mix.load_state_dict(state)
+        self.quality.load_state_dict(quality)
+
+
+# ---- what is refused, before training starts ----
+
+
+def _check_arguments(args: MultiLabelTrainingArguments) -> None:
+    if not isinstance(args, MultiLabelTrainingArguments):
+        raise TypeError(
+            f"args is {type(args).__name__}; MultiLabelTrainer needs MultiLabelTrainingArguments, BalanceMixTrainer "
+            "needs BalanceMixTrainingArguments."
+        )
+    accelerator = args.accelerator_config
+    refused = {
+        "label_smoothing_factor": (
+            args.label_smoothing_factor != 0,
+            "multi-label targets are not smoothed; leave it 0",
+        ),
+        "dispatch_batches": (
+            bool(accelerator.dispatch_batches),
+            "it skips the wrong batches on resuming; leave it unset",
+        ),
+        "even_batches": (accelerator.even_batches is False, "ranks would wait for each other for ever; leave it True"),
+        "train_sampling_strategy": (
+            args.train_sampling_strategy != "random",
+            "the samplers are the method's; leave it",
+        ),
+    }
+    for name, (bad, why) in refused.items():
+        if bad:
+            raise ValueError(f"{name} is set to something that cannot work here: {why}.")
+
+
+def _check_train_dataset(labels: Tensor, args: MultiLabelTrainingArguments) -> None:
+    if len(labels) < args.global_batch_size:
+        raise ValueError(
+            f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; "
+            "lower per_device_train_batch_size."
+        )
+
+
+def _check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
+    if eval_dataset is None:
+        return
+    for dataset in eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]:
+        own = class_names(dataset)
+        if names is not None and own != names:
+            raise ValueError(
+                f"train_dataset has {len(names)} classes and eval_dataset {len(own)}, or they differ in name or order "
+                f"({names[:3]} ... against {own[:3]} ...); load both with the same class list."
+            )
+        if "clean_labels" in dataset.column_names and not torch.equal(
+            label_matrix(dataset), label_matrix(dataset, "clean_labels")
+        ):
+            logger.warning(
+                "eval_dataset carries noisy labels (its labels differ from its clean_labels), and metrics use the noisy "
+                "ones; evaluate on clean labels to compare with the paper."
+            )
+
+
+def _check_model(model: nn.Module, names: list[str] | None) -> None:
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if names is not None and num_labels is not None and num_labels != len(names):
+        raise ValueError(
+            f"the model has {num_labels} outputs and train_dataset {len(names)} classes; load the model with "
+            f"num_labels={len(names)}."
+        )
+    config = getattr(model, "config", None)
+    if config is not None and config.problem_type != "multi_label_classification":
+        logger.info("Setting problem_type to 'multi_label_classification', so that pipelines use a sigmoid.")
+        config.problem_type = "multi_label_classification"

@@ -1,0 +1,192 @@
+"""Every knob of the trainers, on top of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from hf_balancemix.core import MIXTURE_PRESETS, BalanceMixSettings
+from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES
+from hf_balancemix.core.losses import LOSS_REDUCTIONS
+from hf_balancemix.core.sampling import MINORITY_SCORES
+
+_BY_PRESET = "Default: what the preset says."
+
+
+def _preset_field(help_text: str, **metadata: Any) -> Any:
+    return field(default=None, metadata={"help": f"{help_text} {_BY_PRESET}", **metadata})
+
+
+@dataclass
+class MultiLabelTrainingArguments(TrainingArguments):
+    """Arguments of :class:`MultiLabelTrainer`: a correct multi-label Trainer on images.
+
+    Fields whose default is None are set by `preset`. A value given by flag or in a config file always wins:
+    flag > config file > preset.
+
+    > Parameters that control the preset and the optimiser
+
+    preset (`str`, defaults to `"default"`): `"paper"` is the paper as printed: SGD, momentum 0.9, learning rate 0.01,
+        cosine, weight decay 1e-4, no gradient clipping, loss summed over the classes. `"default"` is what measured
+        best (docs/choices.md).
+    global_batch_size (`int`, *optional*): instances in one optimiser step over all ranks and accumulation steps;
+        `per_device_train_batch_size` follows from it unless that is given.
+
+    > Parameters that control images and evaluation
+
+    image_size (`int`, *optional*): images are squashed to this many pixels a side, in training and in evaluation;
+        by default the size of the image processor.
+    randaugment_num_ops, randaugment_magnitude: RandAugment, for every method of the paper.
+    many_shot, few_shot (`int`): class groups by clean positive training labels: more than `many_shot` is many-shot,
+        fewer than `few_shot` few-shot.
+
+    NOTE defaults that differ from `TrainingArguments`: `remove_unused_columns` is False (the image column is needed),
+    and those that the presets set (see :attr:`PRESETS`).
+
+    Raises:
+        ValueError: A value out of range, an unknown preset, or a global batch size that the ranks cannot share.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "cosine",
+            "optim": "sgd",
+            "optim_args": "momentum=0.9",
+            "weight_decay": 1e-4,
+            "max_grad_norm": 0.0,
+            "loss_reduction": "sum",
+        },
+        "paper": {
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "cosine",
+            "optim": "sgd",
+            "optim_args": "momentum=0.9",
+            "weight_decay": 1e-4,
+            "max_grad_norm": 0.0,
+            "loss_reduction": "sum",
+        },
+    }
+
+    preset: str = field(default="default", metadata={"help": "Where unset values come from: 'default' or 'paper'."})
+
+    learning_rate: float | None = _preset_field("Initial learning rate.")
+    lr_scheduler_type: str | None = _preset_field("Learning-rate schedule.")
+    optim: str | None = _preset_field("Optimiser.")
+    optim_args: str | None = _preset_field("Arguments of the optimiser, such as 'momentum=0.9'.")
+    weight_decay: float | None = _preset_field("Weight decay.")
+    max_grad_norm: float | None = _preset_field("Gradient norm to clip at; 0 does not clip.")
+    num_train_epochs: float | None = _preset_field("Epochs. 20 where no preset says.")
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Batch size of one device. Default: the share of --global_batch_size."}
+    )
+    global_batch_size: int | None = _preset_field(
+        "Instances in one optimiser step, over all ranks and accumulation steps. 64 where no preset says."
+    )
+    loss_reduction: str | None = _preset_field(
+        "'sum' over the classes as printed (Eq. 1, 10), or 'mean'; both average over the batch.",
+        choices=[*LOSS_REDUCTIONS],
+    )
+
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side in pixels that images are squashed to. Default: the image processor's."}
+    )
+    randaugment_num_ops: int = field(default=2, metadata={"help": "RandAugment operations a view."})
+    randaugment_magnitude: int = field(default=9, metadata={"help": "RandAugment magnitude, 0 to 30."})
+    many_shot: int = field(
+        default=10_000, metadata={"help": "Classes with more clean positive training labels are many-shot."}
+    )
+    few_shot: int = field(
+        default=1_000, metadata={"help": "Classes with fewer clean positive training labels are few-shot."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the views are made from the image column."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.preset not in self.PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(self.PRESETS)}.")
+        values = {"num_train_epochs": 20.0, "global_batch_size": 64} | self.PRESETS[self.preset]
+        if "optim_args" in values and self.optim is not None and self.optim != values["optim"]:
+            del values["optim_args"]  # SGD's momentum means nothing to the optimiser that was asked for
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns is True, which would drop the image column; leave it out.")
+        if self.many_shot < self.few_shot:
+            raise ValueError(f"many_shot ({self.many_shot}) must not be smaller than few_shot ({self.few_shot}).")
+        given = self.per_device_train_batch_size
+        self.per_device_train_batch_size = given or 1
+        super().__post_init__()
+        shares = max(self.world_size, 1) * self.gradient_accumulation_steps
+        if given is None:
+            if self.global_batch_size % shares:
+                raise ValueError(
+                    f"global_batch_size is {self.global_batch_size}, which {self.world_size} ranks x "
+                    f"{self.gradient_accumulation_steps} accumulation steps cannot share evenly; change one of them or "
+                    "set per_device_train_batch_size."
+                )
+            self.per_device_train_batch_size = self.global_batch_size // shares
+        self.global_batch_size = self.per_device_train_batch_size * shares
+
+
+@dataclass
+class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
+    """Arguments of :class:`BalanceMixTrainer`; the method's own are the fields of
+    :class:`~hf_balancemix.core.BalanceMixSettings`, where each is explained with its equation.
+
+    NOTE `warmup_steps` is the learning rate's warm-up; the method's is `label_warmup_epochs`.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": MultiLabelTrainingArguments.PRESETS["default"]
+        | {"label_warmup_epochs": 5, "minority_score": "paper", "mixture_preset": "sklearn", "monotone": True},
+        "paper": MultiLabelTrainingArguments.PRESETS["paper"]
+        | {"label_warmup_epochs": 5, "minority_score": "paper", "mixture_preset": "sklearn", "monotone": False},
+    }
+
+    label_warmup_epochs: int | None = _preset_field("Epochs before label-wise management begins.")
+    minority_score: str | None = _preset_field(
+        "Score of the minority sampler: 'paper' (Eq. 3), 'positive' (mean P(k) over positives) or 'uniform' (none).",
+        choices=[*MINORITY_SCORES],
+    )
+    select_clean: bool = field(
+        default=True, metadata={"help": "Label-wise management; False trains on the given labels (ablation)."}
+    )
+    relabel: bool = field(default=True, metadata={"help": "Re-label confident labels that are not clean (Eq. 9)."})
+    ambiguous: bool = field(
+        default=True, metadata={"help": "Weigh ambiguous labels by p_G (Eq. 10); False leaves them out (ablation)."}
+    )
+    trust_positives: bool = field(
+        default=False, metadata={"help": "All positive labels count as clean (noise-free and single-positive data)."}
+    )
+    relabel_threshold: float = field(
+        default=0.975, metadata={"help": "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."}
+    )
+    mixup_alpha: float = field(default=4.0, metadata={"help": "alpha of Eq. 5; 0 does not mix."})
+    lambda_per_batch: bool = field(
+        default=False, metadata={"help": "One lambda for a rank's micro-batch instead of one for each pair."}
+    )
+    mixture_preset: str | None = _preset_field(
+        "Stopping rule and variance floor of the mixtures.", choices=[*MIXTURE_PRESETS]
+    )
+    monotone: bool | None = _preset_field("Correct p_G so that it never rises with the loss; Eq. 8 has no correction.")
+    clean_probability_source: str = field(
+        default="scan",
+        metadata={
+            "help": "'scan' keeps p_G as N x K half precision; 'views' computes it from the step's own losses, for "
+            "data sets where N x K does not fit in memory.",
+            "choices": [*CLEAN_PROBABILITY_SOURCES],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.balance_mix_settings()  # raises on bad values
+
+    def balance_mix_settings(self) -> BalanceMixSettings:
+        """The method's settings as `core` takes them."""
+        return BalanceMixSettings(**{f.name: getattr(self, f.name) for f in fields(BalanceMixSettings)})

@@ -1,0 +1,89 @@
+"""Tiny data sets and models, made here: no file of this repository and no network is needed."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+NAMES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+def make_dataset(
+    folder: Path, num_instances: int = 24, seed: int = 0, size: int = 20, names: list[str] | None = None
+) -> datasets.Dataset:
+    """Random images on disk, with random class lists in which each class occurs."""
+    names = names or NAMES
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, labels = [], []
+    for i in range(num_instances):
+        paths.append(str(folder / f"{i:03}.png"))
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(paths[-1])
+        present = np.flatnonzero(rng.random(len(names)) < 0.3).tolist()
+        labels.append(sorted({*present, i % len(names)}))
+    features = datasets.Features(
+        image=datasets.Image(),
+        labels=datasets.List(datasets.ClassLabel(names=names)),
+        image_id=datasets.Value("int64"),
+    )
+    return datasets.Dataset.from_dict(
+        {"image": paths, "labels": labels, "image_id": list(range(100, 100 + num_instances))}, features=features
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> datasets.Dataset:
+    return make_dataset(tmp_path / "images")
+
+
+def tiny_resnet(num_labels: int = len(NAMES), seed: int = 0) -> torch.nn.Module:
+    """With batch norm."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+        num_labels=num_labels, problem_type="multi_label_classification",
+    )  # fmt: skip
+    return ResNetForImageClassification(config)
+
+
+def tiny_vit(num_labels: int = len(NAMES), dropout: float = 0.0, seed: int = 0) -> torch.nn.Module:
+    """Without batch norm; its keys are renamed on save."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+        num_labels=num_labels, problem_type="multi_label_classification", hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def arguments(folder: Path, **changes):
+    """Arguments of a short run on the CPU."""
+    from hf_balancemix import BalanceMixTrainingArguments
+
+    values = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "logging_strategy": "no", "num_train_epochs": 2, "per_device_train_batch_size": 4, "image_size": 16,
+        "label_warmup_epochs": 1, "seed": 3, "learning_rate": 0.05, "relabel_threshold": 0.6,
+    }  # fmt: skip
+    return BalanceMixTrainingArguments(**values | changes)
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters and buffers in one vector."""
+    return torch.cat([t.detach().float().flatten() for t in (*model.parameters(), *model.buffers())])

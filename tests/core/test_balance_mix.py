@@ -1,0 +1,154 @@
+"""The run's state: what it learns from a scan, what it refuses, and that it comes back whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_balancemix.core import (
+    BalanceMix,
+    BalanceMixSettings,
+    LossMixtures,
+    Reliability,
+    class_confidences,
+    label_losses,
+)
+
+
+def case(n=400, k=3, seed=0):
+    """Logits of a good model, and given labels of which some positive ones are wrong."""
+    g = torch.Generator().manual_seed(seed)
+    clean = (torch.rand(n, k, generator=g) < 0.3).long()
+    logits = (2.0 * clean - 1) * 3 + torch.randn(n, k, generator=g)
+    flipped = torch.rand(n, k, generator=g) < 0.1
+    return logits, torch.where(flipped, 1 - clean, clean), clean
+
+
+def observed(state, logits, order=None, batch=64):
+    order = torch.arange(len(logits)) if order is None else order
+    for index in order.split(batch):
+        state.observe(index, logits[index])
+    return state
+
+
+def test_a_scan_gives_the_parts_own_results():
+    logits, given, _ = case()
+    state = observed(BalanceMix(given), logits)
+    state.end_epoch(1)
+    P, A = class_confidences(logits.double().sigmoid(), given)
+    assert torch.equal(state.positive_confidence, P)
+    assert torch.equal(state.negative_confidence, A)
+    losses = label_losses(logits, given)
+    expected = LossMixtures.fit(losses, given, "sklearn").clean_probability(losses, given).half()
+    assert torch.equal(state.clean_probability, expected)
+    assert state.epoch == 1
+    assert state.weights.sum().item() == pytest.approx(1)
+
+
+def test_wrong_labels_are_found_and_repaired():
+    logits, given, clean = case()
+    state = observed(BalanceMix(given), logits)
+    state.end_epoch(1)
+    refined = state.refine(torch.arange(400), given.float(), logits.sigmoid())
+    wrong = given != clean
+    trusted = refined.reliability == Reliability.CLEAN
+    assert (given == clean)[trusted].float().mean() > 0.99
+    assert trusted[wrong].float().mean() < 0.05
+    relabeled = refined.reliability == Reliability.RELABELED
+    assert relabeled.sum() > 0
+    assert (refined.labels == clean)[relabeled].float().mean() > 0.95
+
+
+def test_the_order_of_a_scan_does_not_matter():
+    logits, given, _ = case()
+    one, two = (BalanceMix(given) for _ in range(2))
+    observed(one, logits).end_epoch(1)
+    observed(two, logits, torch.randperm(400, generator=torch.Generator().manual_seed(1)), batch=7).end_epoch(1)
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("index", [list(range(399)), [*range(400), 5]])
+def test_a_scan_that_misses_or_repeats_an_instance_is_refused(index):
+    logits, given, _ = case()
+    state = observed(BalanceMix(given), logits, torch.tensor(index))
+    with pytest.raises(RuntimeError, match="the scan missed"):
+        state.end_epoch(1)
+    observed(state, logits).end_epoch(1)  # and a whole one afterwards counts
+
+
+def test_state_comes_back_and_goes_on_the_same():
+    logits, given, _ = case()
+    state = observed(BalanceMix(given), logits)
+    state.end_epoch(4)
+    other = BalanceMix(given)
+    other.load_state_dict({k: v.clone() for k, v in state.state_dict().items()})
+    assert other.epoch == 4
+    for name, value in state.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    index = torch.tensor([3, 77, 399])
+    for a, b in zip(*(s.refine(index, given[index], logits[index].sigmoid()) for s in (state, other)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_another_size_is_refused_and_changes_nothing():
+    logits, given, _ = case()
+    small = observed(BalanceMix(given[:100]), logits[:100])
+    small.end_epoch(1)
+    state = BalanceMix(given)
+    with pytest.raises(ValueError, match="weights is of shape"):
+        state.load_state_dict(small.state_dict())
+    assert state.epoch == 0
+
+
+def test_before_the_first_scan_everything_is_uniform_and_clean():
+    _, given, _ = case()
+    state = BalanceMix(given)
+    assert torch.equal(state.weights, torch.full((400,), 1 / 400, dtype=torch.float64))
+    refined = state.refine(torch.arange(5), given[:5], torch.full((5, 3), 0.01))
+    assert (refined.reliability == Reliability.CLEAN).all()
+    assert torch.equal(refined.labels, given[:5].float())
+    assert refined.weight.eq(1).all()
+
+
+def test_p_clean_from_views_needs_no_table_and_agrees_on_the_same_losses():
+    logits, given, _ = case()
+    table = observed(BalanceMix(given), logits)
+    views = observed(BalanceMix(given, BalanceMixSettings(clean_probability_source="views")), logits)
+    for state in (table, views):
+        state.end_epoch(1)
+    assert len(views.clean_probability) == 0
+    index = torch.arange(400)
+    a, b = (s.refine(index, given, logits.sigmoid()) for s in (table, views))
+    assert (a.reliability == b.reliability).float().mean() > 0.995
+
+
+def test_warm_up_and_the_first_epoch_manage_no_labels():
+    settings = BalanceMixSettings(label_warmup_epochs=2)
+    assert [settings.manages_labels(e) for e in range(4)] == [False, False, True, True]
+    assert not BalanceMixSettings(label_warmup_epochs=0).manages_labels(0)
+    assert not dataclasses.replace(settings, select_clean=False).manages_labels(3)
+    assert not BalanceMixSettings(select_clean=False, minority_score="uniform").needs_scan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"relabel_threshold": 0.3}, r"relabel_threshold is 0.3"),
+        ({"mixup_alpha": -1}, "mixup_alpha is -1"),
+        ({"minority_score": "x"}, "minority_score is 'x'"),
+        ({"label_warmup_epochs": -1}, "label_warmup_epochs is -1"),
+        ({"mixture_preset": "best"}, "mixture_preset is 'best'"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        BalanceMixSettings(**change)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([[0, 2]]), torch.ones(3), torch.ones(0, 2), torch.ones(2, 0)])
+def test_bad_label_matrices_are_refused(labels):
+    with pytest.raises(ValueError, match="BalanceMix needs the whole training set"):
+        BalanceMix(labels)

@@ -1,0 +1,96 @@
+"""Eq. 5, 1 and 10."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
+
+from hf_balancemix.core import binary_cross_entropy, minority_mixup, mixing_coefficient
+
+
+def test_lambda_is_keyed_and_at_least_one_half():
+    drawn = [mixing_coefficient(4.0, 0, 1, i) for i in range(2000)]
+    assert drawn == [mixing_coefficient(4.0, 0, 1, i) for i in range(2000)]
+    assert min(drawn) >= 0.5
+    assert max(drawn) <= 1
+    assert drawn[0] != mixing_coefficient(4.0, 0, 2, 0)
+    # E max(l, 1 - l) for Beta(4, 4) is 1/2 + C(8, 4) / 2^9 = 0.63672; the standard error here is 0.0022.
+    assert sum(drawn) / 2000 == pytest.approx(0.63672, abs=4 * 0.0022)
+
+
+def test_alpha_zero_does_not_mix():
+    assert mixing_coefficient(0, 1, 2) == 1.0
+    x, y = torch.rand(3, 3, 4, 4), torch.rand(3, 3, 4, 4)
+    s, t = torch.rand(3, 5), torch.rand(3, 5)
+    images, labels = minority_mixup(x, y, s, t, torch.ones(3))
+    assert torch.equal(images, x)
+    assert torch.equal(labels, s)
+
+
+def test_each_pair_is_mixed_by_its_own_lambda():
+    x, y = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    s, t = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    images, labels = minority_mixup(x, y, s, t, torch.tensor([0.75, 0.5]))
+    assert images.flatten(1).tolist() == [[0.75] * 4, [0.5] * 4]
+    assert labels.tolist() == [[0.75, 0.25], [1.0, 0.0]]
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, s = torch.ones(2, 1, 2, 2), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="cannot mix"):
+        minority_mixup(x, x, s, s, torch.ones(3))
+
+
+def test_eq_10_equals_the_sum_over_classes_written_out():
+    g = torch.Generator().manual_seed(0)
+    logits, targets, weight = (torch.rand(4, 3, generator=g) for _ in range(3))
+    expected = 0.0
+    for i in range(4):
+        for k in range(3):
+            p, t = 1 / (1 + math.exp(-logits[i, k].item())), targets[i, k].item()
+            expected -= weight[i, k].item() * (t * math.log(p) + (1 - t) * math.log(1 - p)) / 4
+    assert binary_cross_entropy(logits, targets, weight).item() == pytest.approx(expected, rel=1e-5)
+    mean = binary_cross_entropy(logits, targets, weight, reduction="mean")
+    assert mean.item() == pytest.approx(expected / 3, rel=1e-5)
+    assert binary_cross_entropy(logits, targets, reduction="mean").item() == pytest.approx(
+        torch_bce(logits, targets).item()
+    )
+
+
+def test_gradient_does_not_depend_on_how_a_batch_is_split():
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.rand(8, 5)
+    (whole,) = torch.autograd.grad(binary_cross_entropy(logits, targets), logits)
+    halves = [binary_cross_entropy(logits[i : i + 4], targets[i : i + 4]) / 2 for i in (0, 4)]
+    (split,) = torch.autograd.grad(sum(halves), logits)
+    assert torch.allclose(whole, split, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_low_precision_logits_stay_finite(dtype):
+    logits = torch.tensor([[60000.0, -60000.0, 20.0]], dtype=torch.float32).to(dtype).requires_grad_()
+    loss = binary_cross_entropy(logits, torch.tensor([[0.0, 1.0, 0.0]]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_loss_stays_float32_under_autocast():
+    linear = torch.nn.Linear(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = linear(torch.ones(2, 8))
+        loss = binary_cross_entropy(logits, torch.full((2, 3), 0.3))
+    assert logits.dtype == torch.bfloat16
+    expected = torch_bce(logits.float(), torch.full((2, 3), 0.3), reduction="sum").item() / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)  # bfloat16 would be off by 1e-3
+
+
+def test_bad_reduction_and_shapes_are_refused():
+    with pytest.raises(ValueError, match="reduction is 'max'"):
+        binary_cross_entropy(torch.ones(1, 2), torch.ones(1, 2), reduction="max")
+    with pytest.raises(ValueError, match="same shape"):
+        binary_cross_entropy(torch.ones(1, 2), torch.ones(1, 3))

@@ -1,0 +1,93 @@
+"""A run that is killed and resumed ends exactly as the same run uninterrupted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_balancemix import checkpoints
+
+WORKER = Path(__file__).parent / "training_worker.py"
+# 26 instances in batches of 4: 7 steps an epoch for one rank (4 for two), 3 epochs, warm-up of one epoch.
+# Scan batches hold 5 instances: 6 a scan for one rank (3 for two).
+MOMENTS = ["step:3", "step:9", "scan:2", "scan:8", "save:3", "manifest:4"]
+
+
+def run(folder: Path, *flags: str, ranks: int = 1, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
+        start += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--max_restarts", "0"]
+    done = subprocess.run(
+        [*start, str(WORKER), str(folder), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done
+
+
+def final(folder: Path, rank: int = 0) -> dict:
+    return torch.load(folder / f"final-{rank}.pt", weights_only=True)
+
+
+def assert_same_end(one: dict, two: dict) -> None:
+    assert one["steps"] == two["steps"]
+    assert torch.equal(one["parameters"], two["parameters"])
+    assert one["state"].keys() == two["state"].keys()
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+
+
+def kill_and_resume(folder: Path, moment: str, *flags: str, ranks: int = 1) -> dict:
+    run(folder, "--kill", moment, "--kill_rank", str(ranks - 1 if moment[:4] in ("step", "scan") else 0), *flags,
+        ranks=ranks, fails=True)  # fmt: skip
+    assert not (folder / "final-0.pt").exists()
+    run(folder, "--resume", *flags, ranks=ranks)
+    return final(folder)
+
+
+def test_one_rank_with_batch_norm_killed_at_four_moments(tmp_path):
+    run(tmp_path / "whole")
+    whole = final(tmp_path / "whole")
+    start = tmp_path / "start"
+    for moment in ("step:3", "scan:8", "save:5", "manifest:6"):
+        resumed = kill_and_resume(tmp_path / moment.replace(":", "-"), moment)
+        assert_same_end(whole, resumed)
+    del start
+
+
+def test_two_ranks_vit_with_workers_killed_during_a_save(tmp_path):
+    flags = ("--arch", "vit", "--workers", "2", "--clip", "1.0")
+    run(tmp_path / "whole", *flags, ranks=2)
+    whole = final(tmp_path / "whole")
+    assert whole["world"] == 2
+    resumed = kill_and_resume(tmp_path / "killed", "save:3", *flags, ranks=2)
+    assert_same_end(whole, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "workers", "ranks"), itertools.product(["resnet", "vit"], [0, 2], [1, 2]))
+def test_the_full_matrix(tmp_path, arch, workers, ranks):
+    flags = ("--arch", arch, "--workers", str(workers), "--accumulation", "2" if workers == 0 else "1")
+    run(tmp_path / "whole", *flags, ranks=ranks)
+    whole = final(tmp_path / "whole")
+    for moment in MOMENTS:
+        if ranks == 2 or workers == 0:  # fewer steps and scan batches a rank
+            moment = {"step:9": "step:5", "scan:8": "scan:4", "save:3": "save:2", "manifest:4": "manifest:2"}.get(
+                moment, moment
+            )
+        resumed = kill_and_resume(tmp_path / moment.replace(":", "-"), moment, *flags, ranks=ranks)
+        assert_same_end(whole, resumed)
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_named(tmp_path, caplog):
+    run(tmp_path / "run", "--kill", "save:3", fails=True)
+    assert checkpoints.check(tmp_path / "run" / "checkpoint-6") is not None
+    assert checkpoints.last_whole_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert "checkpoint-6" in caplog.text
