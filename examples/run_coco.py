@@ -21,7 +21,7 @@ from transformers import set_seed
 from transformers.trainer_utils import is_main_process
 
 from hf_balancemix import BalanceMixTrainingArguments, drop_bad_images, load_coco, load_model, make_scenes
-from hf_balancemix.cli import parse_arguments
+from hf_balancemix.cli import parse_arguments, run
 from hf_balancemix.comparison import METHODS, trainer_for
 from hf_balancemix.data import Mislabel, RandomFlip, SinglePositive, class_names
 from hf_balancemix.report import results_table
@@ -92,7 +92,6 @@ class CocoArguments(BalanceMixTrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of training loss."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..."})
 
 
 @dataclass
@@ -167,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         train, val = load_data(data, args.seed)
     noise = data.noise if data.noise in ("none", "single_positive") else f"{data.noise} {data.noise_rate:g}"
     say(
-        f"{len(train):,} training and {len(val):,} validation images, {len(class_names(train))} classes, noise: {noise}."
+        f"{len(train):,} training and {len(val):,} validation images, {len(class_names(train))} classes, "
+        f"noise: {noise}."
     )
 
     results = {}
@@ -229,4 +229,4 @@ def report(results: dict[str, dict[str, float]], args: CocoArguments, data: Data
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

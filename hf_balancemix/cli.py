@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -27,47 +30,99 @@ def parse_arguments(
 
     Raises:
         FileNotFoundError: The config file does not exist.
-        ValueError: The config file cannot be read, is no mapping or has a key that is no flag.
+        ValueError: The config file cannot be read, is no mapping or has a key that is no flag; a flag is not known; or
+            a value that the dataclasses refuse.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(argv)
-    parser = HfArgumentParser(types, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = HfArgumentParser(
+        types,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # not all flags, before every error
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # one letter less must not set something else
+    )
     parser.add_argument("--config", type=Path, help="YAML or JSON file with values of these flags; flags win.")
     if known.config is not None:
-        values = _read(known.config)
-        flags = {action.dest for action in parser._actions}
-        unknown = sorted(set(values) - flags)
-        if unknown:
-            raise ValueError(
-                f"{known.config} has keys that are no flags: {', '.join(unknown)}. See --help for the names."
-            )
         # Through text, so that a value from a file is converted and checked as the flag's would be.
-        rest = [*_as_flags(values), *rest]
-    parsed = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+        rest = [*_as_flags(_read(known.config), parser, known.config), *rest]
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            rest, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, TypeError) as error:  # what the dataclasses' own checks say
+        raise ValueError(str(error)) from error
+    if unknown:
+        names = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
+        raise ValueError(f"not understood on the command line: {' '.join(unknown)}. {hint}")
     return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`; bad input ends it with one line on stderr, `error: ...`, and exit status 2.
+
+    Only this package's own messages are shown like that. Any other exception keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in (__package__, "__main__"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's booleans, true and false only: `save_strategy: no` means the word."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"config file {file} does not exist; pass a YAML or JSON file.")
     try:
-        values = yaml.safe_load(file.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {file} cannot be read: {error}") from error
+        text = file.read_text(encoding="utf-8")
+        # JSON is YAML, but for tabs between its tokens.
+        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Yaml)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"config file {file} cannot be read as YAML or JSON: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"config file {file} holds a {type(values).__name__}; it must map flag names to values.")
     return values
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
+def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """The command line that says the same; an empty value or list leaves the default."""
+    actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name, not its --no_ form
+    unknown = sorted(str(name) for name in values if name not in actions or name in ("help", "config"))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], actions, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
+        raise ValueError(f"{file} has keys that are no flags: {', '.join(unknown)}. {hint}")
     flags: list[str] = []
     for name, value in values.items():
-        if value is None:
+        many = actions[name].nargs == "+"
+        if value is None or value == []:
             continue
-        flags.append(f"--{name}")
-        if isinstance(value, list):
-            flags += [str(v) for v in value]
+        if many:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, list):
+            raise ValueError(f"{file}: {name} takes one value, but is the list {value}.")
         else:
-            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags

@@ -1,4 +1,4 @@
-"""The pass over the whole training set between epochs: every instance once, in evaluation mode, without augmentation."""
+"""The pass over the whole training set between epochs: every instance once, in evaluation mode, not augmented."""
 
 from __future__ import annotations
 

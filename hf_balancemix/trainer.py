@@ -1,30 +1,27 @@
 """Trainers for multi-label images: overrides of Trainer's hooks, no maths.
 
-Private hooks of transformers 5 that are relied upon, each with a canary in tests/test_trainer_hooks.py:
-`_get_dataloader`, `_get_train_sampler`, `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`,
-`_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`.
+Private hooks of transformers 5 that are relied upon, here and in resumable.py, with a canary in
+tests/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`, `_get_collator_with_removed_columns`,
+`_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`, `_save_optimizer_and_scheduler`,
+`_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import EvalPrediction, TrainerCallback
 
-from hf_balancemix import checkpoints
+from hf_balancemix.checks import check_arguments, check_eval_dataset, check_model, check_train_dataset
 from hf_balancemix.core import (
     BalanceMix,
     EpochSampler,
@@ -35,22 +32,20 @@ from hf_balancemix.core import (
     minority_mixup,
 )
 from hf_balancemix.core.losses import binary_cross_entropy
-from hf_balancemix.data.labels import class_names, label_matrix
+from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, normalise
 from hf_balancemix.metrics import LabelQuality, class_groups, multilabel_metrics
 from hf_balancemix.models.processing import squash_processor
+from hf_balancemix.resumable import ResumableTrainer
 from hf_balancemix.scan import broadcast_buffers, evaluation_mode, scan
 from hf_balancemix.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-STATE_FILE = "balancemix_state.safetensors"
-
 
 class _EpochHook(TrainerCallback):
-    """`on_epoch_begin` is the one place that a fresh, a resumed and a mid-epoch start all pass before `iter(loader)`."""
+    """`on_epoch_begin` is the one place that every start, resumed or not, passes before `iter(loader)`."""
 
     def __init__(self, trainer: MultiLabelTrainer) -> None:
         self.trainer = trainer
@@ -62,7 +57,7 @@ class _EpochHook(TrainerCallback):
         self.trainer._end_training()
 
 
-class MultiLabelTrainer(Trainer):
+class MultiLabelTrainer(ResumableTrainer):
     """A correct multi-label Trainer on images, which stock Trainer is not.
 
     - The gradient's size does not depend on the number of ranks or accumulation steps; losses are computed in float32.
@@ -102,7 +97,7 @@ class MultiLabelTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or self._default_args()
-        _check_arguments(args)
+        check_arguments(args)
         size = args.image_size or (
             None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
         )
@@ -110,11 +105,11 @@ class MultiLabelTrainer(Trainer):
         self.class_names, self.train_labels, self.clean_labels = None, None, None
         if train_dataset is not None:
             self.class_names = class_names(train_dataset)
-            self.train_labels = label_matrix(train_dataset)
+            self.train_labels = given_labels(train_dataset)
             if "clean_labels" in train_dataset.column_names:
                 self.clean_labels = label_matrix(train_dataset, "clean_labels")
-            _check_train_dataset(self.train_labels, args)
-        _check_eval_dataset(eval_dataset, self.class_names)
+            check_train_dataset(train_dataset, self.train_labels, args)
+        check_eval_dataset(eval_dataset, self.class_names)
         super().__init__(
             model=model,
             args=args,
@@ -131,7 +126,7 @@ class MultiLabelTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        _check_model(self.model, self.class_names)
+        check_model(self.model, self.class_names)
         self.views = ViewMaker(
             processor.size["height"],
             args.data_seed if args.data_seed is not None else args.seed,
@@ -147,6 +142,27 @@ class MultiLabelTrainer(Trainer):
     @staticmethod
     def _default_args() -> MultiLabelTrainingArguments:
         return MultiLabelTrainingArguments(output_dir="outputs")
+
+    @cached_property
+    def _data_digest(self) -> str:
+        digest = hashlib.blake2b(self.train_labels.numpy().tobytes(), digest_size=16)
+        digest.update("\x1f".join(self.class_names).encode())
+        if "image_id" in self.train_dataset.column_names:
+            digest.update("\x1f".join(map(str, self.train_dataset["image_id"])).encode())
+        return digest.hexdigest()
+
+    def _run_facts(self) -> dict[str, Any]:
+        return {
+            "trainer": type(self).__name__,
+            "num_instances": len(self.train_labels),
+            "num_classes": self.train_labels.shape[1],
+            "data": self._data_digest,
+            "seed": self.args.seed,
+            "data_seed": self.views.seed,
+            "image_size": self.views.image_size,
+            "global_batch_size": self.args.global_batch_size,
+            "ranks": self.args.world_size,
+        }
 
     # ---- data ----
 
@@ -194,7 +210,7 @@ class MultiLabelTrainer(Trainer):
     # ---- training and evaluation ----
 
     def _begin_epoch(self, epoch: int) -> None:
-        # Trainer's own set_epoch does not reach the sampler when it resumes in the middle of an epoch on several ranks.
+        # Trainer's own set_epoch does not reach the sampler after resuming in mid-epoch on several ranks.
         self.train_sampler.set_epoch(epoch)
 
     def _end_training(self) -> None:
@@ -238,7 +254,7 @@ class MultiLabelTrainer(Trainer):
     def class_counts(self) -> np.ndarray | None:
         """`(K,)` positive training labels a class, clean ones where they are known; None without training data."""
         labels = self.train_labels if self.clean_labels is None else self.clean_labels
-        return None if labels is None else labels.sum(0, dtype=torch.int64).numpy()
+        return None if labels is None else (labels == 1).sum(0).numpy()
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         return multilabel_metrics(
@@ -249,138 +265,6 @@ class MultiLabelTrainer(Trainer):
             few=self.args.few_shot,
             class_names=self.class_names,
         )
-
-    # ---- checkpoints ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; with `resume_from_checkpoint=True` from the last whole checkpoint in `output_dir`, if there is one.
-
-        Raises:
-            ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed.
-        """
-        if resume_from_checkpoint is True:
-            with self.args.main_process_first(local=False):
-                resume_from_checkpoint = checkpoints.last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.info("No whole checkpoint in %s: training starts from the beginning.", self.args.output_dir)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            self._check_checkpoint(Path(resume_from_checkpoint))
-            logger.info("Resuming from %s.", resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    @cached_property
-    def _data_digest(self) -> str:
-        digest = hashlib.blake2b(self.train_labels.numpy().tobytes(), digest_size=16)
-        digest.update("\x1f".join(self.class_names).encode())
-        if "image_id" in self.train_dataset.column_names:
-            digest.update("\x1f".join(map(str, self.train_dataset["image_id"])).encode())
-        return digest.hexdigest()
-
-    def _run_facts(self) -> dict[str, Any]:
-        return {
-            "trainer": type(self).__name__,
-            "num_instances": len(self.train_labels),
-            "num_classes": self.train_labels.shape[1],
-            "data": self._data_digest,
-            "seed": self.args.seed,
-            "data_seed": self.views.seed,
-            "image_size": self.views.image_size,
-            "global_batch_size": self.args.global_batch_size,
-            "ranks": self.args.world_size,
-        }
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        problem = checkpoints.check(checkpoint)
-        if problem is None and not (checkpoint / RUN_FILE).is_file():
-            problem = f"{RUN_FILE} is missing"
-        if problem is not None:
-            raise ValueError(
-                f"cannot resume from {checkpoint}: {problem}. Pass another checkpoint, or True for the last."
-            )
-        saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._run_facts()
-        for name in ("trainer", "num_instances", "num_classes", "data", "seed", "data_seed", "image_size"):
-            if saved.get(name) != own[name]:
-                raise ValueError(
-                    f"cannot resume from {checkpoint}: its {name} is {saved.get(name)}, this run's is {own[name]}. "
-                    "Resume with the data set and settings of the checkpoint, or start in another output_dir."
-                )
-        for name in ("global_batch_size", "ranks"):
-            if saved.get(name) != own[name]:
-                logger.warning(
-                    "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have.",
-                    name, saved.get(name), own[name],
-                )  # fmt: skip
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            (checkpoint / checkpoints.MANIFEST).unlink(missing_ok=True)  # a resumed run may write it again
-        # Trainer rotates before a manifest could be there, so that a kill in between could leave nothing whole.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self._seal(checkpoint)
-        if self.args.should_save and limit:
-            best = self.state.best_model_checkpoint
-            checkpoints.rotate(checkpoint.parent, limit, keep=[checkpoint] + ([Path(best)] if best else []))
-
-    def _seal(self, checkpoint: Path) -> None:
-        """Must be called on every rank: write the manifest once all ranks have written their files."""
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and not (checkpoint / checkpoints.MANIFEST).exists():
-            checkpoints.write_manifest(checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._seal(Path(checkpoint_folder))
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = self._run_state()
-        if self.args.should_save:
-            Path(output_dir, RUN_FILE).write_text(json.dumps(self._run_facts(), indent=2) + "\n")
-            if state:
-                save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir, STATE_FILE))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            file = Path(checkpoint, STATE_FILE)
-            self._load_run_state(load_file(file) if file.is_file() else {})
-
-    def _run_state(self) -> dict[str, Tensor]:
-        """Called on every rank: what the method remembers, as tensors."""
-        return {}
-
-    def _load_run_state(self, state: dict[str, Tensor]) -> None:
-        pass
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_weights(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_weights(self.state.best_model_checkpoint)
-
-    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        # transformers#48805: keys that are renamed on save are not found again by a plain load_state_dict.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
-        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
 
 
 class BalanceMixTrainer(MultiLabelTrainer):
@@ -442,7 +326,7 @@ class BalanceMixTrainer(MultiLabelTrainer):
             random = self._refine(inputs, "")
             minority = self._refine(inputs, "minority_")
             if "clean_labels" in inputs:
-                self.quality.update(inputs["labels"], inputs["clean_labels"], random.labels, random.reliability)
+                self._count_quality(inputs, random)
             random_labels, minority_labels, weight = random.labels, minority.labels, random.weight
         lam = inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
         images, targets = minority_mixup(
@@ -461,6 +345,11 @@ class BalanceMixTrainer(MultiLabelTrainer):
             )
             probabilities = sum(views) / 2
         return self.balance_mix.refine(inputs[f"{prefix}index"], inputs[f"{prefix}labels"], probabilities)
+
+    def _count_quality(self, inputs: dict[str, Tensor], refined: RefinedLabels) -> None:
+        # An unknown label counts as a given negative one, which is what it would be without the mark.
+        given, labels = inputs["labels"].clamp(min=0), refined.labels.clamp(min=0)
+        self.quality.update(given, inputs["clean_labels"], labels, refined.reliability)
 
     # ---- epochs ----
 
@@ -530,73 +419,3 @@ class BalanceMixTrainer(MultiLabelTrainer):
         quality = {k.removeprefix("quality."): v for k, v in state.items() if k.startswith("quality.")}
         self.balance_mix.load_state_dict(state)
         self.quality.load_state_dict(quality)
-
-
-# ---- what is refused, before training starts ----
-
-
-def _check_arguments(args: MultiLabelTrainingArguments) -> None:
-    if not isinstance(args, MultiLabelTrainingArguments):
-        raise TypeError(
-            f"args is {type(args).__name__}; MultiLabelTrainer needs MultiLabelTrainingArguments, BalanceMixTrainer "
-            "needs BalanceMixTrainingArguments."
-        )
-    accelerator = args.accelerator_config
-    refused = {
-        "label_smoothing_factor": (
-            args.label_smoothing_factor != 0,
-            "multi-label targets are not smoothed; leave it 0",
-        ),
-        "dispatch_batches": (
-            bool(accelerator.dispatch_batches),
-            "it skips the wrong batches on resuming; leave it unset",
-        ),
-        "even_batches": (accelerator.even_batches is False, "ranks would wait for each other for ever; leave it True"),
-        "train_sampling_strategy": (
-            args.train_sampling_strategy != "random",
-            "the samplers are the method's; leave it",
-        ),
-    }
-    for name, (bad, why) in refused.items():
-        if bad:
-            raise ValueError(f"{name} is set to something that cannot work here: {why}.")
-
-
-def _check_train_dataset(labels: Tensor, args: MultiLabelTrainingArguments) -> None:
-    if len(labels) < args.global_batch_size:
-        raise ValueError(
-            f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; "
-            "lower per_device_train_batch_size."
-        )
-
-
-def _check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
-    if eval_dataset is None:
-        return
-    for dataset in eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]:
-        own = class_names(dataset)
-        if names is not None and own != names:
-            raise ValueError(
-                f"train_dataset has {len(names)} classes and eval_dataset {len(own)}, or they differ in name or order "
-                f"({names[:3]} ... against {own[:3]} ...); load both with the same class list."
-            )
-        if "clean_labels" in dataset.column_names and not torch.equal(
-            label_matrix(dataset), label_matrix(dataset, "clean_labels")
-        ):
-            logger.warning(
-                "eval_dataset carries noisy labels (its labels differ from its clean_labels), and metrics use the noisy "
-                "ones; evaluate on clean labels to compare with the paper."
-            )
-
-
-def _check_model(model: nn.Module, names: list[str] | None) -> None:
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if names is not None and num_labels is not None and num_labels != len(names):
-        raise ValueError(
-            f"the model has {num_labels} outputs and train_dataset {len(names)} classes; load the model with "
-            f"num_labels={len(names)}."
-        )
-    config = getattr(model, "config", None)
-    if config is not None and config.problem_type != "multi_label_classification":
-        logger.info("Setting problem_type to 'multi_label_classification', so that pipelines use a sigmoid.")
-        config.problem_type = "multi_label_classification"

@@ -126,8 +126,8 @@ class MultiLabelTrainingArguments(TrainingArguments):
             if self.global_batch_size % shares:
                 raise ValueError(
                     f"global_batch_size is {self.global_batch_size}, which {self.world_size} ranks x "
-                    f"{self.gradient_accumulation_steps} accumulation steps cannot share evenly; change one of them or "
-                    "set per_device_train_batch_size."
+                    f"{self.gradient_accumulation_steps} accumulation steps cannot share evenly; change one of them "
+                    "or set per_device_train_batch_size."
                 )
             self.per_device_train_batch_size = self.global_batch_size // shares
         self.global_batch_size = self.per_device_train_batch_size * shares

@@ -107,11 +107,11 @@ class BalanceMix:
     """All that a run remembers: tensors only, the same on every rank, whole in `state_dict`.
 
     Args:
-        labels: `(N, K)` given labels in {0, 1} of the whole training set.
+        labels: `(N, K)` given labels of the whole training set in {0, 1}, or -1 where unknown.
         settings: The method's knobs.
 
     Raises:
-        ValueError: `labels` is not an (N, K) matrix of 0 and 1 with at least one instance and one class.
+        ValueError: `labels` is not an (N, K) matrix of 0, 1 and -1 with at least one instance and class.
 
     Attributes:
         epoch: The epoch that the statistics are for; 0 before the first :meth:`end_epoch`.
@@ -122,13 +122,14 @@ class BalanceMix:
     """
 
     def __init__(self, labels: Tensor, settings: BalanceMixSettings | None = None) -> None:
-        if labels.ndim != 2 or 0 in labels.shape or not bool(((labels == 0) | (labels == 1)).all()):
+        valid = (labels == 0) | (labels == 1) | (labels == -1)
+        if labels.ndim != 2 or 0 in labels.shape or not bool(valid.all()):
             raise ValueError(
-                f"labels of shape {tuple(labels.shape)} given; BalanceMix needs the whole training set's (N, K) matrix "
-                "of 0 and 1 with N, K >= 1."
+                f"labels of shape {tuple(labels.shape)} given; BalanceMix needs the whole training set's (N, K) "
+                "matrix of 0 and 1 (-1: unknown) with N, K >= 1."
             )
         self.settings = settings or BalanceMixSettings()
-        self.labels = labels.to("cpu", torch.uint8)
+        self.labels = labels.to("cpu", torch.int8)
         n, k = labels.shape
         self.epoch = 0
         self.weights = torch.full((n,), 1 / n, dtype=torch.float64)
@@ -160,11 +161,12 @@ class BalanceMix:
         """
         index, logits = index.cpu(), logits.detach().to("cpu", torch.float32)
         labels = self.labels[index]
-        losses = label_losses(logits, labels)
+        given = labels.clamp(min=0)
+        losses = label_losses(logits, given).masked_fill(labels < 0, float("nan"))  # left out of the histograms
         sums, counts = confidence_sums(torch.nan_to_num(logits).double().sigmoid(), labels)
         self._sums += sums
         self._counts += counts
-        self._histogram.update(losses, labels)
+        self._histogram.update(losses, given)
         self._seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
         if self._keeps_table:
             self._observed.append((index, losses))
@@ -201,8 +203,8 @@ class BalanceMix:
         if self._keeps_table:
             table = torch.zeros(self.labels.shape, dtype=torch.float32)
             for index, losses in self._observed:
-                labels = self.labels[index]
-                table[index] = self.mixtures.clean_probability(losses, labels, monotone=self.settings.monotone)
+                given = self.labels[index].clamp(min=0)
+                table[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
             self.clean_probability = all_reduce_sum(table).half()
         self.epoch = epoch
         self._begin_observing()
@@ -213,7 +215,7 @@ class BalanceMix:
 
         Args:
             index: `(B,)` int64 indices into the training set.
-            labels: `(B, K)` given labels in {0, 1}.
+            labels: `(B, K)` given labels in {0, 1}, or -1 where unknown.
             probabilities: `(B, K)` in [0, 1], the mean of f over two views.
 
         Returns:
@@ -237,8 +239,9 @@ class BalanceMix:
             if self.clean_probability.device != probabilities.device:
                 self.clean_probability = self.clean_probability.to(probabilities.device)
             return self.clean_probability[index.to(probabilities.device)].float()
-        losses = label_losses(torch.logit(probabilities.float(), 1e-6), labels)
-        p = self.mixtures.clean_probability(losses.cpu(), labels.cpu(), monotone=self.settings.monotone)
+        given = labels.clamp(min=0)
+        losses = label_losses(torch.logit(probabilities.float(), 1e-6), given)
+        p = self.mixtures.clean_probability(losses.cpu(), given.cpu(), monotone=self.settings.monotone)
         return p.to(probabilities.device)
 
     def loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:

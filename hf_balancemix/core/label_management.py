@@ -21,7 +21,7 @@ class RefinedLabels(NamedTuple):
     """What :func:`refine_labels` returns; each `(B, K)`."""
 
     labels: Tensor
-    """float32 in {0, 1}."""
+    """float32 in {0, 1}; -1 where still unknown."""
     reliability: Tensor
     """uint8 codes of :class:`Reliability`."""
     weight: Tensor
@@ -45,7 +45,8 @@ def refine_labels(
     weight p_clean.
 
     Args:
-        labels: `(B, K)` given labels in {0, 1}.
+        labels: `(B, K)` given labels in {0, 1}, or -1 where unknown. An unknown label has p_clean 0: it is set where
+            the model is confident, and otherwise stays -1 with the weight 0.
         p_clean: `(B, K)` in [0, 1], p_G of Eq. 8.
         probabilities: `(B, K)` in [0, 1], q.
         threshold: eps in [0.5, 1]. 1 never re-labels.
@@ -72,7 +73,8 @@ def refine_labels(
         )
     if not 0.5 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; it must lie in [0.5, 1] (the paper uses 0.975).")
-    labels, p_clean, probabilities = labels.float(), p_clean.float(), probabilities.float()
+    known = labels >= 0
+    labels, p_clean, probabilities = labels.float(), p_clean.float() * known, probabilities.float()
     clean = p_clean > 0.5
     if trust_positives:
         clean = clean | (labels > 0.5)

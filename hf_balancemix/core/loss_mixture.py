@@ -36,7 +36,7 @@ _LARGEST = 16 * (1 - 2.0**-24)  # the last float32 below 2^4; a larger loss (pro
 # squared offsets (each under 2^34) stay under 2^47: exact in float64 too.
 _ROWS_AT_ONCE = 1 << 13
 _VALUES_AT_ONCE = 1 << 18
-_SETS_AT_ONCE = 40
+_SETS_AT_ONCE = 80
 
 _MIN_VALUES = 5
 _MIN_DISTANCE = 1e-3  # of the means, in units of the larger standard deviation
@@ -167,9 +167,9 @@ class LossHistogram:
         num_cells = state.shape[1]
         bins, offsets = _quantize(losses)
         of_class = torch.arange(0, num_cells, 2 * _NUM_BINS, dtype=torch.int32, device=losses.device)
-        cells = bins.add_(torch.where(positive, of_class + _NUM_BINS, of_class))
+        cells = bins.add_(of_class).add_(positive.to(torch.int32), alpha=_NUM_BINS)
         if torch.isfinite(losses.sum()):
-            cells, offsets = cells.view(-1), offsets.view(-1)
+            cells, offsets = cells.reshape(-1), offsets.reshape(-1)
         else:
             finite = torch.isfinite(losses)
             cells, offsets = cells[finite], offsets[finite]
@@ -231,7 +231,7 @@ class LossHistogram:
             if got != f"{own.dtype} {tuple(own.shape)}":
                 raise ValueError(
                     f"'{name}' of the histogram's state is {got}; with {self.num_classes} classes it must be "
-                    f"{own.dtype} {tuple(own.shape)}. Load it into a LossHistogram of the num_classes it was saved with."
+                    f"{own.dtype} {tuple(own.shape)}. Load it into a histogram of the num_classes it was saved with."
                 )
             own.copy_(state[name])
 
@@ -316,19 +316,15 @@ class LossMixtures:
         falling = [x.to(losses.device) for x in _falling_range(self.means, self.variances)]
         p_clean = torch.empty(losses.shape, dtype=torch.float32, device=losses.device)
         rows = max(1, _VALUES_AT_ONCE // num_classes)  # bounds the float64 temporaries
-        for x, is_positive, out in zip(losses.split(rows), positive.split(rows), p_clean.split(rows), strict=True):
-
-            def of_label(parameter: Tensor, is_positive: Tensor = is_positive) -> Tensor:
-                return torch.where(is_positive, parameter[1], parameter[0])
-
-            finite = torch.isfinite(x)
+        for x, t, out in zip(losses.split(rows), positive.split(rows), p_clean.split(rows), strict=True):
+            ignored = ~torch.isfinite(x)
             x = x.double()
             if monotone:
-                x = x.clamp(*map(of_label, falling))
-            at, constant, slope, curve = map(of_label, odds)
-            x = x - at
-            clean = torch.sigmoid(constant + x * (slope + x * curve))
-            out.copy_(torch.where(of_label(separated), clean, 1.0) * finite)
+                x = x.clamp(*(_of_label(bound, t) for bound in falling))
+            at, constant, slope, curve = (_of_label(coefficient, t) for coefficient in odds)
+            y = x - at
+            clean = torch.sigmoid(constant + y * (slope + y * curve))
+            out.copy_(torch.where(_of_label(separated, t), clean, 1.0).masked_fill_(ignored, 0.0))
         return p_clean
 
     def to(self, device: torch.device | str) -> LossMixtures:
@@ -371,10 +367,15 @@ def _log_odds(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor
 
 
 def _falling_range(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses, from and to, for which the log-odds fall: below the vertex of a wider first component, else above."""
+    """The losses between which the log-odds fall: below the vertex of a wider first component, else above it."""
     excess = variances[..., 0] - variances[..., 1]
     vertex = means[..., 0] + (means[..., 1] - means[..., 0]) * variances[..., 0] / excess
     return torch.where(excess < 0, vertex, -torch.inf), torch.where(excess > 0, vertex, torch.inf)
+
+
+def _of_label(parameter: Tensor, positive: Tensor) -> Tensor:
+    """The element of `(2, K)` that belongs to each of `(B, K)` labels."""
+    return torch.where(positive, parameter[1], parameter[0])
 
 
 def _quantize(losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,7 +407,7 @@ def _bin_statistics(cells: Tensor) -> tuple[_Bins, Tensor]:
     used[0] = True  # leaves one where all sets are empty
     bits = (torch.arange(_NUM_BINS, dtype=torch.int32) + _FIRST_BIN) << _OFFSET_BITS
     low = bits.view(torch.float32).double()[used]
-    step = torch.exp2(torch.floor(torch.log2(low)) - 6 - _OFFSET_BITS)
+    step = torch.exp2(torch.floor(torch.log2(low)) - 6 - _OFFSET_BITS)  # from one float32 to the next
     count, offset, square = cells[:, :, used].double()
     some = count.clamp(min=1)
     offset = offset / some
@@ -584,16 +585,16 @@ def exact_em(values: Tensor, settings: str | MixtureSettings = DEFAULT_MIXTURE_S
 
     left = min(splits, key=squared_error)
     means, variances, weights = m_step(torch.stack([left, ~left]).double())
-    bound = -math.inf
-    for iteration in range(1, settings.max_iter + 1):  # noqa: B007
+    bounds = [-math.inf]
+    while len(bounds) <= settings.max_iter:
         square = (x - means[:, None]) ** 2 / variances[:, None]
         log_joint = torch.log(weights / torch.sqrt(2 * math.pi * variances))[:, None] - 0.5 * square
-        previous, bound = bound, float(log_joint.logsumexp(0).mean())
         means, variances, weights = m_step(log_joint.softmax(0))
-        if abs(bound - previous) < settings.tol:
+        bounds.append(float(log_joint.logsumexp(0).mean()))
+        if abs(bounds[-1] - bounds[-2]) < settings.tol:
             break
     order = means.argsort()
-    return ExactMixture(means[order], variances[order], weights[order], iteration)
+    return ExactMixture(means[order], variances[order], weights[order], len(bounds) - 1)
 
 
 def _resolve_settings(settings: str | MixtureSettings) -> MixtureSettings:

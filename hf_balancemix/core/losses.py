@@ -15,7 +15,7 @@ def binary_cross_entropy(
 
     Args:
         logits: `(B, K)`, any float dtype.
-        targets: `(B, K)` in [0, 1]; mixed labels are soft.
+        targets: `(B, K)` in [0, 1]; mixed labels are soft. -1 where unknown: such a label has the weight 0.
         weight: `(B, K)` in [0, 1]: 1 for clean and re-labelled labels, p_G for ambiguous ones. None means 1.
         reduction: `"sum"` over the K classes, as printed; `"mean"` divides by K as well. Either way the mean over B,
             so that gradients do not depend on how a batch is split over ranks and accumulation steps.
@@ -38,5 +38,8 @@ def binary_cross_entropy(
         )
     if reduction not in LOSS_REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(LOSS_REDUCTIONS)}.")
-    losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), weight, reduction="none")
+    targets = targets.float()
+    known = (targets >= 0).float()
+    weight = known if weight is None else weight * known
+    losses = F.binary_cross_entropy_with_logits(logits.float(), targets.clamp(min=0), weight, reduction="none")
     return (losses.sum(1) if reduction == "sum" else losses.mean(1)).mean()

@@ -33,12 +33,12 @@ def minority_mixup(
     Args:
         random_images: `(B, C, H, W)` float, normalised.
         minority_images: The same shape.
-        random_labels: `(B, K)` float in [0, 1], refined.
+        random_labels: `(B, K)` float in [0, 1], refined; -1 where unknown.
         minority_labels: The same shape.
         lam: `(B,)` float in [0.5, 1].
 
     Returns:
-        `(images, labels)` of the same shapes.
+        `(images, labels)` of the same shapes; a mixed label is -1 (unknown) where either of its labels is.
 
     Raises:
         ValueError: The shapes do not fit together.
@@ -57,4 +57,6 @@ def minority_mixup(
     by_image = lam.to(random_images.dtype).view(-1, *[1] * (random_images.ndim - 1))
     by_label = lam.to(random_labels.dtype).view(-1, 1)
     # lerp, not a sum of two products: at lambda = 1 it gives the random instance exactly.
-    return torch.lerp(minority_images, random_images, by_image), torch.lerp(minority_labels, random_labels, by_label)
+    images = torch.lerp(minority_images, random_images, by_image)
+    labels = torch.lerp(minority_labels, random_labels, by_label)
+    return images, labels.masked_fill((random_labels < 0) | (minority_labels < 0), -1)

@@ -47,7 +47,7 @@ def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
     Args:
         probabilities: `(B, K)` float in [0, 1].
-        labels: `(B, K)` given labels in {0, 1}.
+        labels: `(B, K)` given labels in {0, 1}, or -1 where unknown: these count nowhere.
 
     Returns:
         `(sums, counts)`, each `(2, K)` int64, row 0 for negative and row 1 for positive labels; sums of the confidence
@@ -58,11 +58,11 @@ def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
             f"probabilities have shape {tuple(probabilities.shape)} and labels {tuple(labels.shape)}; both must be "
             "(N, K). Pass one probability a label."
         )
-    positive = labels.bool()
+    positive, negative = labels == 1, labels == 0
     p = probabilities.double()
     confidence = (torch.where(positive, p, 1 - p) * _UNIT).round().long()
-    sums = torch.stack([(confidence * ~positive).sum(0), (confidence * positive).sum(0)])
-    counts = torch.stack([(~positive).sum(0), positive.sum(0)])
+    sums = torch.stack([(confidence * negative).sum(0), (confidence * positive).sum(0)])
+    counts = torch.stack([negative.sum(0), positive.sum(0)])
     return sums, counts
 
 
@@ -77,7 +77,7 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
     """Eq. 3: how confidently the model knows each instance's labels; a low score marks a minority instance.
 
     Args:
-        labels: `(N, K)` given labels in {0, 1}.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: these add nothing.
         positive: `(K,)` P(k) in [0, 1].
         negative: `(K,)` A(k) in [0, 1].
         score: `"paper"`: Eq. 3 as printed, the sum over classes of P(k) where the label is 1 and A(k) where it is 0.
@@ -99,12 +99,12 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
     """
     if score not in MINORITY_SCORES:
         raise ValueError(f"minority_score is {score!r}; it must be one of {', '.join(MINORITY_SCORES)}.")
-    t = labels.double()
+    t, absent = (labels == 1).double(), (labels == 0).double()
     P, A = positive.double(), negative.double()
     if score == "uniform":
         return torch.ones(len(t), dtype=torch.float64)
     if score == "paper":
-        scores = t @ (P - A) + A.sum()
+        scores = t @ P + absent @ A
     else:
         count = t.sum(1)
         scores = torch.where(count > 0, (t @ P) / count.clamp(min=1), torch.ones_like(count))
@@ -164,12 +164,12 @@ def class_lift(weights: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         weights: `(N,)` sampling probabilities, sum 1.
-        labels: `(N, K)` in {0, 1}, the clean labels where they are known.
+        labels: `(N, K)` in {0, 1}, the clean labels where they are known; -1 (unknown) counts as 0.
 
     Returns:
         `(K,)` float64; 1 = as often as uniform, NaN for a class without positive labels.
     """
-    t = labels.double()
+    t = (labels == 1).double()
     return (weights.double() @ t) * len(t) / t.sum(0)
 
 

@@ -10,6 +10,15 @@ from typing import Any
 
 import datasets
 
+from hf_balancemix.data.files import (
+    absolute,
+    check_choice,
+    check_layout,
+    image_dataset,
+    is_plain_path,
+    present_files,
+)
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
@@ -48,17 +57,24 @@ def load_coco(
             image is left.
         FileNotFoundError: The root, the annotation file, the image folder or an image is absent.
     """
-    for name, value, choices in (
-        ("split", split, SPLITS),
-        ("year", year, YEARS),
-        ("on_bad_image", on_bad_image, ("error", "skip")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-    root = Path(os.path.abspath(Path(root).expanduser()))
+    check_choice("split", split, SPLITS)
+    check_choice("year", year, YEARS)
+    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    root = absolute(root)
     annotation_file = root / "annotations" / f"instances_{split}{year}.json"
     image_dir = root / f"{split}{year}"
-    _check_layout(root, annotation_file, image_dir)
+    check_layout(
+        (
+            ("folder", root, root.is_dir()),
+            ("annotation file", annotation_file, annotation_file.is_file()),
+            ("image folder", image_dir, image_dir.is_dir()),
+        ),
+        f"COCO's layout is expected:\n"
+        f"  {root}/\n"
+        f"    annotations/{annotation_file.name}\n"
+        f"    {image_dir.name}/  (the images that the annotation file lists)\n"
+        f"Point to the folder that holds both, or choose another split or year.",
+    )
 
     content = _read_json(annotation_file)
     class_of, names = _categories(content["categories"], annotation_file)
@@ -73,53 +89,16 @@ def load_coco(
         )
     if len(kept) < len(files):
         logger.info("%s: dropped %d images without an annotation.", annotation_file.name, len(files) - len(kept))
-    missing = _missing(image_dir, [files[image_id] for image_id in kept])
-    if missing:
-        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        message = (
-            f"{len(missing)} of {len(kept)} images listed in {annotation_file} are not in {image_dir}: {examples}."
-        )
-        if on_bad_image == "error" or len(missing) == len(kept):
-            raise FileNotFoundError(
-                f"{message} Copy them there, or leave them out with on_bad_image='skip' (which needs some left)."
-            )
-        logger.warning("%s They are skipped.", message)
-        absent = set(missing)
-        kept = [image_id for image_id in kept if files[image_id] not in absent]
-
-    dataset = datasets.Dataset.from_dict(
-        {
-            "image": [os.path.join(image_dir, files[image_id]) for image_id in kept],
-            "labels": [sorted(present[image_id]) for image_id in kept],
-            "image_id": kept,
-        },
-        features=datasets.Features(
-            {
-                "image": datasets.Image(mode="RGB"),
-                "labels": datasets.List(datasets.ClassLabel(names=names)),
-                "image_id": datasets.Value("string" if isinstance(kept[0], str) else "int64"),
-            }
-        ),
+    exists = present_files(image_dir, [files[image_id] for image_id in kept], annotation_file, on_bad_image)
+    kept = [image_id for image_id, found in zip(kept, exists, strict=True) if found]
+    return image_dataset(
+        [os.path.join(image_dir, files[image_id]) for image_id in kept],
+        [sorted(present[image_id]) for image_id in kept],
+        kept,
+        names,
+        name="coco",
+        description=f"{root.name}/{split}{year}, {len(kept)} images in COCO layout, {len(names)} classes",
     )
-    dataset.info.dataset_name = "coco"
-    dataset.info.description = f"{root.name}/{split}{year}, {len(kept)} images in COCO layout, {len(names)} classes"
-    return dataset
-
-
-def _check_layout(root: Path, annotation_file: Path, image_dir: Path) -> None:
-    for what, path, exists in (
-        ("folder", root, root.is_dir()),
-        ("annotation file", annotation_file, annotation_file.is_file()),
-        ("image folder", image_dir, image_dir.is_dir()),
-    ):
-        if not exists:
-            raise FileNotFoundError(
-                f"no {what} {path}. COCO's layout is expected:\n"
-                f"  {root}/\n"
-                f"    annotations/{annotation_file.name}\n"
-                f"    {image_dir.name}/  (the images that the annotation file lists)\n"
-                f"Point to the folder that holds both, or choose another split or year."
-            )
 
 
 def _read_json(file: Path) -> dict[str, list[Any]]:
@@ -195,7 +174,7 @@ def _images(images: list[Any], file: Path) -> dict[int | str, str]:
     files = {}
     for index, image_id in enumerate(_ids(images, "images", file)):
         name = _get(images[index], "file_name", (str,), "images", index, file)
-        if "\\" in name or "\0" in name or os.path.isabs(name) or not {"", "..", "."}.isdisjoint(name.split("/")):
+        if not is_plain_path(name):
             raise ValueError(
                 f"{file}: images[{index}] has the file_name {name!r}, which is not a plain path inside the image "
                 f"folder. Use a relative path with '/' and without '..', such as '000000000009.jpg'."
@@ -224,20 +203,3 @@ def _present_classes(
             )
         present[image_id].add(class_of[category_id])
     return present
-
-
-def _missing(image_dir: Path, names: list[str]) -> list[str]:
-    """The names that are not files of the folder: it is listed once, which is far faster than a question for each."""
-    by_folder: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        folder, _, base = name.rpartition("/")
-        if folder not in by_folder:
-            path = os.path.join(image_dir, folder)
-            by_folder[folder] = set()
-            if os.path.isdir(path):
-                with os.scandir(path) as entries:
-                    by_folder[folder] = {entry.name for entry in entries if entry.is_file()}
-        if base not in by_folder[folder]:
-            missing.append(name)
-    return missing

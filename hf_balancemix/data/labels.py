@@ -76,6 +76,33 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
     return torch.from_numpy(fill(values, lengths, num_classes, column))
 
 
+def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
+    """The `labels` column with what `unknown_labels` says of it.
+
+    Args:
+        dataset: A `datasets.Dataset` with `labels`, and optionally `unknown_labels`: the classes of which it is not
+            known whether they are present.
+
+    Returns:
+        (N, K) int8 tensor of 0, 1 and -1 (unknown).
+
+    Raises:
+        TypeError, ValueError: As `label_matrix`; or a class is both present and unknown in an instance.
+    """
+    labels = label_matrix(dataset).to(torch.int8)
+    if "unknown_labels" not in dataset.column_names:
+        return labels
+    unknown = label_matrix(dataset, "unknown_labels").bool()
+    both = (unknown & (labels == 1)).nonzero()
+    if len(both):
+        row, k = both[0].tolist()
+        raise ValueError(
+            f"row {row} lists the class {class_names(dataset)[k]!r} in 'labels' and in 'unknown_labels'; a label is "
+            "present or unknown, not both. Remove it from one of them."
+        )
+    return labels.masked_fill(unknown, -1)
+
+
 def multi_hot(
     rows: Iterable[Sequence[int]], num_classes: int, *, column: str = "labels", one_hot_input: bool = False
 ) -> torch.Tensor:

@@ -38,11 +38,11 @@ Rng = np.random.Generator
 SCENES_VERSION = 1
 
 _MARKER = "scenes.json"
-_HUE_SPREAD = 0.07  # of a whole turn
+_HUE_SPREAD = 0.03  # of a whole turn
 _SPRITE = 96  # pixels a side of the canvas on which an object is drawn before it is turned and scaled
-_MIN_VISIBLE = 0.55  # share of an object that must stay visible, inside the frame and not hidden by others
+_MIN_VISIBLE = 0.65  # share of an object that must stay visible, inside the frame and not hidden by others
 _PLACEMENT_TRIES = 30
-_OBJECTS_PER_IMAGE = (0.13, 0.26, 0.29, 0.20, 0.12)  # probabilities of 1, 2, ... 5 objects
+_OBJECTS_PER_IMAGE = (0.15, 0.31, 0.29, 0.17, 0.08)  # probabilities of 1, 2, ... 5 objects
 _THEME_BOOST = 3.0  # how much likelier an object is where it belongs
 _VAL_WEIGHT_FLOOR = 84.0
 _VAL_FIRST_ID = 500_000
@@ -85,11 +85,11 @@ def _ring(
 
 def _draw_ball(sprite: Image.Image, rng: Rng) -> None:
     draw = ImageDraw.Draw(sprite)
-    _disc(draw, 48, 48, 42, _colour(rng, _near(rng, 0.0)))
+    _disc(draw, 48, 48, 42, _colour(rng, _near(rng, 0.11)))
 
 
 def _draw_beach_ball(sprite: Image.Image, rng: Rng) -> None:
-    first = _colour(rng, _near(rng, 0.0))
+    first = _colour(rng, _near(rng, 0.07))
     colours = [first, _other_colour(rng, first)]
     _disc(ImageDraw.Draw(sprite), 48, 48, 42, first)
     wedges = Image.new("RGB", sprite.size, first)
@@ -105,12 +105,12 @@ def _draw_beach_ball(sprite: Image.Image, rng: Rng) -> None:
     sprite.paste(wedges, mask=sprite.getchannel("A"))
 
 
-def _draw_mushroom(sprite: Image.Image, rng: Rng, *, spots: bool = False) -> None:
+def _draw_mushroom(sprite: Image.Image, rng: Rng, *, hue: float = 0.0, spots: bool = False) -> None:
     draw = ImageDraw.Draw(sprite)
     stem = _colour(rng, 0.1, (0.05, 0.25))
     width = rng.uniform(9, 15)
     draw.polygon([(48 - width, 46), (48 + width, 46), (48 + 1.25 * width, 90), (48 - 1.25 * width, 90)], fill=stem)
-    cap = _colour(rng, _near(rng, 0.09), (0.35, 0.9))
+    cap = _colour(rng, _near(rng, hue), (0.5, 0.95))
     top = rng.uniform(6, 18)
     draw.chord((6, top, 90, 112 - top), 180, 360, fill=cap)
     draw.ellipse((8, 50, 88, 64), fill=tuple(round(0.72 * c) for c in cap))
@@ -121,15 +121,15 @@ def _draw_mushroom(sprite: Image.Image, rng: Rng, *, spots: bool = False) -> Non
 
 
 def _draw_toadstool(sprite: Image.Image, rng: Rng) -> None:
-    _draw_mushroom(sprite, rng, spots=True)
+    _draw_mushroom(sprite, rng, hue=0.96, spots=True)
 
 
-def _draw_cup(sprite: Image.Image, rng: Rng, *, handle: bool = False) -> None:
+def _draw_cup(sprite: Image.Image, rng: Rng, *, hue: float = 0.6, handle: bool = False) -> None:
     draw = ImageDraw.Draw(sprite)
-    body = _colour(rng, _near(rng, 0.6), (0.2, 0.9))
+    body = _colour(rng, _near(rng, hue), (0.2, 0.9))
     foot = rng.uniform(16, 26)
     if handle:
-        draw.ellipse((54, 30, 94, 70), outline=body, width=8)
+        draw.ellipse((48, 26, 95, 74), outline=body, width=10)
     draw.polygon([(14, 16), (74, 16), (44 + foot, 88), (44 - foot, 88)], fill=body)
     draw.ellipse((44 - foot, 82, 44 + foot, 93), fill=body)
     if rng.random() < 0.5:  # a band, on both kinds alike
@@ -139,12 +139,12 @@ def _draw_cup(sprite: Image.Image, rng: Rng, *, handle: bool = False) -> None:
 
 
 def _draw_mug(sprite: Image.Image, rng: Rng) -> None:
-    _draw_cup(sprite, rng, handle=True)
+    _draw_cup(sprite, rng, hue=0.69, handle=True)
 
 
-def _draw_fish(sprite: Image.Image, rng: Rng, *, stripes: bool = False) -> None:
+def _draw_fish(sprite: Image.Image, rng: Rng, *, hue: float = 0.48, stripes: bool = False) -> None:
     draw = ImageDraw.Draw(sprite)
-    body = _colour(rng, _near(rng, 0.48))
+    body = _colour(rng, _near(rng, hue))
     fin = tuple(round(0.8 * c) for c in body)
     belly = rng.uniform(19, 27)
     draw.polygon([(66, 48), (93, 26), (86, 48), (93, 70)], fill=fin)
@@ -156,7 +156,7 @@ def _draw_fish(sprite: Image.Image, rng: Rng, *, stripes: bool = False) -> None:
         light = _other_colour(rng, body)
         for x in (30, 45, 60):
             ImageDraw.Draw(skin).line(
-                [(x + rng.uniform(-3, 3), 10), (x + rng.uniform(-3, 3), 86)], fill=light, width=7
+                [(x + rng.uniform(-3, 3), 10), (x + rng.uniform(-3, 3), 86)], fill=light, width=9
             )
     sprite.paste(skin, mask=shape)
     _disc(draw, 19, 43, 5, (250, 250, 250))
@@ -164,7 +164,7 @@ def _draw_fish(sprite: Image.Image, rng: Rng, *, stripes: bool = False) -> None:
 
 
 def _draw_striped_fish(sprite: Image.Image, rng: Rng) -> None:
-    _draw_fish(sprite, rng, stripes=True)
+    _draw_fish(sprite, rng, hue=0.4, stripes=True)
 
 
 def _draw_flower(sprite: Image.Image, rng: Rng) -> None:
@@ -180,7 +180,7 @@ def _draw_flower(sprite: Image.Image, rng: Rng) -> None:
 
 def _draw_starfish(sprite: Image.Image, rng: Rng) -> None:
     draw = ImageDraw.Draw(sprite)
-    colour = _colour(rng, _near(rng, 0.04))
+    colour = _colour(rng, _near(rng, 0.05))
     start, inner = rng.uniform(0, 6.28), rng.uniform(17, 21)
     tips, notches = _ring(5, 40, start), _ring(5, inner, start + math.pi / 5)
     draw.polygon([point for pair in zip(tips, notches, strict=True) for point in pair], fill=colour)
@@ -194,7 +194,7 @@ def _draw_starfish(sprite: Image.Image, rng: Rng) -> None:
 
 def _draw_butterfly(sprite: Image.Image, rng: Rng) -> None:
     draw = ImageDraw.Draw(sprite)
-    upper, lower = _colour(rng, _near(rng, 0.15)), _colour(rng, _near(rng, 0.15))
+    upper, lower = _colour(rng, _near(rng, 0.2)), _colour(rng, _near(rng, 0.2))
     light = _other_colour(rng, upper)
     spread = rng.uniform(0.85, 1.0)
     for side in (-1, 1):
@@ -209,7 +209,7 @@ def _draw_butterfly(sprite: Image.Image, rng: Rng) -> None:
 
 def _draw_umbrella(sprite: Image.Image, rng: Rng) -> None:
     draw = ImageDraw.Draw(sprite)
-    first = _colour(rng, _near(rng, 0.75))
+    first = _colour(rng, _near(rng, 0.78))
     second = _other_colour(rng, first) if rng.random() < 0.6 else first
     draw.line([(48, 8), (48, 82)], fill=_INK, width=5)
     draw.arc((34, 72, 51, 92), 0, 180, fill=_INK, width=5)
@@ -270,7 +270,7 @@ def _sprite(kind: _ObjectClass, rng: Rng, size: int) -> Image.Image:
     sprite = Image.new("RGBA", (_SPRITE, _SPRITE))
     kind.draw(sprite, rng)
     alpha = sprite.getchannel("A")
-    shade = _LIGHT * (1 + rng.uniform(0.04, 0.14) * _noise(rng, int(rng.integers(8, 33)), _SPRITE))
+    shade = _LIGHT * (1 + rng.uniform(0.03, 0.1) * _noise(rng, int(rng.integers(8, 33)), _SPRITE))
     pixels = np.asarray(sprite.convert("RGB"), dtype=np.float32) * shade * rng.uniform(0.8, 1.12)
     body = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     # A thin dark rim: the drawing over its own silhouette, grown by two pixels.
@@ -331,7 +331,7 @@ def _scatter_marks(image: Image.Image, theme: str, rng: Rng) -> None:
     """Marks that belong to no class: blades, twigs, pebbles, crumbs, rings and crosses."""
     draw = ImageDraw.Draw(image, "RGBA")
     size = image.width
-    for _ in range(int(rng.integers(6, 16))):
+    for _ in range(int(rng.integers(4, 11))):
         x, y = rng.uniform(0, size, 2)
         colour = (*_colour(rng, saturation=(0.1, 0.8)), int(rng.integers(90, 220)))
         reach = size * rng.uniform(0.03, 0.09)
@@ -391,7 +391,7 @@ def _class_probabilities(split: str, theme: str) -> np.ndarray:
 def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Image.Image, list[SceneObject]]:
     """Draw one scene: a pure function of its arguments, so that no image depends on another.
 
-    An object that would leave less than 55 % of itself or of another one visible is moved, and after thirty tries is left
+    An object that would leave less than 65 % of itself or of another one visible is moved, and after thirty tries is left
     out altogether: whatever is drawn is also annotated.
 
     Args:
@@ -412,7 +412,7 @@ def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Imag
     full_areas: list[int] = []
     categories: list[int] = []
     for which in rng.choice(len(_CLASSES), size=count, p=probabilities):
-        sprite = _sprite(_CLASSES[which], rng, round(image_size * rng.uniform(0.34, 0.58)))
+        sprite = _sprite(_CLASSES[which], rng, round(image_size * rng.uniform(0.38, 0.62)))
         alpha = sprite.getchannel("A")
         full_area = int((np.asarray(alpha) > 127).sum())
         for _ in range(_PLACEMENT_TRIES):
@@ -434,8 +434,8 @@ def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Imag
         masks = [old & ~mask for old in masks] + [mask]
         full_areas.append(full_area)
         categories.append(int(which) + 1)
-    pixels = np.asarray(image, dtype=np.float32) * rng.uniform(0.88, 1.12, 3) * rng.uniform(0.85, 1.15)
-    pixels += rng.uniform(2, 7) * rng.standard_normal(pixels.shape, dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float32) * rng.uniform(0.94, 1.06, 3) * rng.uniform(0.85, 1.15)
+    pixels += rng.uniform(1, 5) * rng.standard_normal(pixels.shape, dtype=np.float32)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image, [SceneObject(category, mask) for category, mask in zip(categories, masks, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What data loaders iterate: pairs of augmented instances by key, and plain instances by index, with their collators."""
+"""What data loaders iterate: pairs of augmented instances by key, plain instances by index, and their collator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey
-from hf_balancemix.data.labels import label_matrix
+from hf_balancemix.data.labels import given_labels
 from hf_balancemix.data.views import ViewMaker, decode
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,12 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
 class TrainingPairs(Dataset):
     """Augmented instances by :class:`~hf_balancemix.core.sampling.PairKey`.
 
-    Every random choice is a pure function of (seed, epoch, random index of the pair, role, view), so an instance that
-    is drawn twice in an epoch gets different views, and what a step sees does not depend on workers, ranks or resuming.
+    Every random choice is a pure function of (seed, epoch, random index of the pair, role, view): an instance that is
+    drawn twice in an epoch gets different views, and what a step sees does not depend on workers, ranks or resuming.
 
     Args:
         dataset: With `image` and `labels`, optionally `clean_labels`.
-        labels: `(N, K)` uint8 given labels.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
         views: Makes the views.
         clean_labels: `(N, K)` uint8 or None.
         two_views_from: First epoch in which each instance has two views (label-wise management); None: never.
@@ -139,13 +139,14 @@ class TrainingPairs(Dataset):
 class PlainInstances(Dataset):
     """Un-augmented instances by index, for the scan, evaluation and prediction.
 
-    Rows have `pixel_values` `(3, S, S)` uint8, `index`, and `labels` `(K,)` float32 where the data set has labels.
+    Rows have `pixel_values` `(3, S, S)` uint8, `index`, and `labels` `(K,)` float32 in {0, 1}, or -1
+    where unknown, if the data set has labels.
     """
 
     def __init__(self, dataset: datasets.Dataset, views: ViewMaker, labels: Tensor | None = None) -> None:
         self.images = undecoded_images(dataset)
         if labels is None and "labels" in dataset.column_names:
-            labels = label_matrix(dataset)
+            labels = given_labels(dataset)
         self.views, self.labels = views, labels
 
     def __len__(self) -> int:

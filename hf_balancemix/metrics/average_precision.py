@@ -74,7 +74,7 @@ def mean_average_precision(
             order within a class matters. Prefer logits: a float32 sigmoid saturates and makes ties. Half precision is
             converted to float32 exactly, but the ties its few bits have made stay, so score a float32 head where
             figures are reported. Infinite scores are ranked first or last.
-        labels: `(N, K)` labels, 0 or 1.
+        labels: `(N, K)` labels, 0 or 1; -1 where unknown, which no figure counts.
         class_counts: `(K,)` positive labels of each class in the clean training set; gives the group figures.
         many: see `class_groups`.
         few: see `class_groups`.
@@ -86,7 +86,7 @@ def mean_average_precision(
         NaN for skipped classes; `skipped`, the skipped classes in order.
 
     Raises:
-        ValueError: for shapes that do not fit together, labels other than 0 and 1, or NaN scores.
+        ValueError: for shapes that do not fit together, labels other than 0, 1 and -1, or NaN scores.
 
     Example:
         >>> scores = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.4], [0.3, 0.1, 0.2]]
@@ -103,10 +103,11 @@ def mean_average_precision(
         groups = class_groups(class_counts, many=many, few=few)
         _check_length(groups["many"], "class_counts", num_classes)
 
-    scored = np.flatnonzero(labels.any(axis=0))
+    scored = np.flatnonzero((labels == 1).any(axis=0))
     per_class_ap = np.full(num_classes, np.nan)
     for k in scored:
-        per_class_ap[k] = average_precision_score(labels[:, k], scores[:, k])
+        known = labels[:, k] >= 0
+        per_class_ap[k] = average_precision_score(labels[known, k], scores[known, k])
 
     skipped = np.flatnonzero(np.isnan(per_class_ap)).tolist()
     if class_names is not None:
@@ -129,14 +130,14 @@ def precision_recall_f1(probabilities: ArrayLike, labels: ArrayLike, threshold: 
 
     Args:
         probabilities: `(N, K)` sigmoid outputs in [0, 1].
-        labels: `(N, K)` labels, 0 or 1.
+        labels: `(N, K)` labels, 0 or 1; -1 where unknown, which no figure counts.
         threshold: a label is predicted positive if its probability is above this.
 
     Returns:
         Dictionary of fractions `CP`, `CR`, `CF1`, `OP`, `OR`, `OF1`; 0 divided by 0 is 0.
 
     Raises:
-        ValueError: for shapes that do not fit together, labels other than 0 and 1, or values outside [0, 1].
+        ValueError: for shapes that do not fit together, labels other than 0, 1 and -1, or values outside [0, 1].
 
     Example:
         >>> figures = precision_recall_f1([[0.9, 0.6], [0.8, 0.1]], [[1, 1], [0, 0]])
@@ -150,7 +151,7 @@ def precision_recall_f1(probabilities: ArrayLike, labels: ArrayLike, threshold: 
             f"Received probabilities between {probabilities.min():.4g} and {probabilities.max():.4g}; values in "
             "[0, 1] are required. Apply a sigmoid to logits first."
         )
-    predicted, labels = probabilities > threshold, labels.astype(bool)
+    predicted, labels = (probabilities > threshold) & (labels >= 0), labels == 1
     true_positives = (predicted & labels).sum(axis=0)
     num_predicted, num_positives = predicted.sum(axis=0), labels.sum(axis=0)
 
@@ -183,7 +184,7 @@ def multilabel_metrics(
 
     Args:
         logits: `(N, K)` logits, see `mean_average_precision`.
-        labels: `(N, K)` labels, 0 or 1.
+        labels: `(N, K)` labels, 0 or 1; -1 where unknown, which no figure counts.
         class_counts: `(K,)` positive labels of each class in the clean training set; gives the group figures.
         many: see `class_groups`.
         few: see `class_groups`.
@@ -251,18 +252,18 @@ def _check_scores(scores: ArrayLike, name: str) -> np.ndarray:
 
 
 def _check_labels(labels: ArrayLike) -> np.ndarray:
-    """`(N, K)` int8 of 0 and 1."""
+    """`(N, K)` int8 of 0, 1 and -1."""
     labels = _to_numpy(labels)
     if labels.ndim != 2 or labels.shape[1] == 0 or labels.dtype.kind not in "biuf":
         raise ValueError(
             f"Received labels of shape {labels.shape} and type {labels.dtype}; 0 and 1 of shape (N, K), with at least "
             "one class, are required. Pass multi-hot rows, one column a class."
         )
-    wrong = (labels != 0) & (labels != 1)
+    wrong = (labels != 0) & (labels != 1) & (labels != -1)
     if wrong.any():
         raise ValueError(
-            f"Received labels with {int(wrong.sum())} values other than 0 and 1, the first {labels[wrong][0]}; only 0 "
-            "(absent) and 1 (present) are known, no soft or unknown labels. Binarize them, or leave such rows out."
+            f"Received labels with {int(wrong.sum())} values other than 0 and 1, the first {labels[wrong][0]}; 0 "
+            "(absent), 1 (present) or -1 (unknown) is required, no soft labels. Binarize them."
         )
     return labels.astype(np.int8)
 

@@ -14,6 +14,7 @@ from hf_balancemix.core import (
     Reliability,
     class_confidences,
     label_losses,
+    minority_mixup,
 )
 
 
@@ -152,3 +153,42 @@ def test_bad_settings_are_refused(change, message):
 def test_bad_label_matrices_are_refused(labels):
     with pytest.raises(ValueError, match="BalanceMix needs the whole training set"):
         BalanceMix(labels)
+
+
+def test_unknown_labels_change_nothing_that_is_known():
+    # Marking labels unknown must give what leaving them out of every set gives.
+    logits, given, _ = case()
+    marked = given.clone()
+    unknown = torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.2
+    marked[unknown] = -1
+    state = observed(BalanceMix(marked), logits)
+    state.end_epoch(1)
+    for k in range(3):
+        known = ~unknown[:, k]
+        alone = observed(BalanceMix(given[known, k : k + 1]), logits[known, k : k + 1])
+        alone.end_epoch(1)
+        assert state.positive_confidence[k] == alone.positive_confidence[0]
+        assert state.negative_confidence[k] == alone.negative_confidence[0]
+        assert torch.equal(state.clean_probability[known, k], alone.clean_probability[:, 0])
+    assert state.clean_probability[unknown].eq(0).all()
+
+
+def test_an_unknown_label_is_set_where_the_model_is_confident_and_ignored_elsewhere():
+    state = BalanceMix(torch.tensor([[-1, -1, -1]]))
+    state.mixtures = object()  # past the first scan
+    state.clean_probability = torch.zeros(1, 3, dtype=torch.float16)
+    refined = state.refine(torch.tensor([0]), torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[0.99, 0.01, 0.5]]))
+    assert refined.labels.tolist() == [[1, 0, -1]]
+    assert refined.weight.tolist() == [[1, 1, 0]]
+
+
+def test_an_unknown_label_has_no_gradient_whichever_half_of_the_mix_it_is_in():
+    images = torch.zeros(2, 1, 1, 1)
+    _, targets = minority_mixup(
+        images, images, torch.tensor([[1.0, -1.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [-1.0, 1.0]]),
+        torch.tensor([0.75, 0.75]),
+    )  # fmt: skip
+    assert targets.tolist() == [[0.75, -1.0], [-1.0, 0.25]]
+    logits = torch.zeros(2, 2, requires_grad=True)
+    BalanceMix(torch.ones(1, 2)).loss(logits, targets).backward()
+    assert (logits.grad == 0).tolist() == [[False, True], [True, False]]

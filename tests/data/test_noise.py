@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import logging
 import os
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +18,34 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value, concaten
 from datasets.fingerprint import Hasher
 
 from hf_balancemix.data.labels import class_names, label_matrix
-from hf_balancemix.data.noise import Mislabel, RandomFlip, SinglePositive, id_words, uniform
+from hf_balancemix.data.noise import ClassConditional, Compose, Mislabel, RandomFlip, SinglePositive, id_words, uniform
 
 DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))
 NAMES = ["person", "dog", "car", "tree", "kite"]
-ALL = [Mislabel(0.4, seed=1), Mislabel(0.4, seed=1, exclude_present=False), RandomFlip(0.2, seed=1), SinglePositive(1)]
+MATRIX = [
+    [0.5, 0.3, 0.1, 0.0, 0.1],
+    [0.0, 0.0, 0.0, 0.6, 0.2],
+    [0.1, 0.1, 0.1, 0.1, 0.1],
+    [0.0, 0.0, 0.0, 0.0, 0.0],
+    [1.0, 0.0, 0.0, 0.0, 0.0],
+]
+MISSING = [0.0, 0.2, 0.3, 0.5, 0.0]
+ADDED = [0.0, 0.1, 0.0, 0.3, 0.05]
+ALL = [
+    Mislabel(0.4, seed=1),
+    Mislabel(0.4, seed=1, exclude_present=False),
+    Mislabel(0.4, seed=1, exact_count=True),
+    RandomFlip(0.2, seed=1),
+    SinglePositive(1),
+    SinglePositive(protocol="cole2021"),
+    ClassConditional(MATRIX, MISSING, ADDED, seed=1),
+    Compose([Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(protocol="cole2021")]),
+]
 
 
 def new(noise):
     """An unfitted copy, as fitting changes the object."""
-    return type(noise)(**{key: value for key, value in noise.parameters.items() if key != "name"})
+    return copy.deepcopy(noise)
 
 
 def dataset_of(labels: np.ndarray, image_ids=None, names: list[str] | None = None) -> Dataset:
@@ -116,39 +137,25 @@ def test_ids_of_another_type(value):
         id_words([9, value])
 
 
-GOLDEN = {
-    "Mislabel(rate=0.4, seed=1, exclude_present=True)": [
-        [1, 0, 1, 0, 0],
-        [1, 0, 1, 0, 1],
-        [1, 0, 0, 0, 0],
-        [0, 0, 1, 0, 1],
-        [0, 1, 0, 0, 0],
-    ],
-    "Mislabel(rate=0.4, seed=1, exclude_present=False)": [
-        [1, 0, 0, 0, 0],
-        [1, 0, 1, 0, 1],
-        [1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 1],
-        [0, 1, 0, 0, 0],
-    ],
-    "RandomFlip(rate=0.2, seed=1)": [
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 1],
-        [0, 0, 1, 1, 0],
-        [0, 1, 1, 1, 0],
-        [0, 1, 0, 0, 0],
-    ],
-    "SinglePositive(seed=1)": [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 1, 0, 0, 0]],
-}
+GOLDEN = [  # in the order of ALL; one string an image
+    ("10100", "10101", "10000", "00101", "01000"),
+    ("10000", "10101", "10000", "00111", "01000"),
+    ("10100", "11001", "00010", "01101", "01000"),
+    ("11000", "00101", "00110", "01110", "01000"),
+    ("10000", "00001", "00010", "01000", "01000"),
+    ("01000", "00100", "00010", "01000", "01000"),
+    ("10010", "10100", "01010", "01010", "00000"),
+    ("01000", "00001", "00010", "10000", "01000"),
+]
 
 
-def test_golden_labels():
+@pytest.mark.parametrize(("noise", "expected"), zip(ALL, GOLDEN, strict=True), ids=map(repr, ALL))
+def test_golden_labels(noise, expected):
     """Results are published by seed: a change here needs a new name for the noise, not new numbers for the test."""
     labels = np.array([[1, 1, 0, 0, 0], [1, 0, 1, 0, 1], [0, 0, 0, 1, 0], [1, 1, 1, 0, 0], [0, 1, 0, 0, 0]])
     ids = [9, 25, 30, "a.jpg", 2**40]
-    fitted = dataset_of(labels)
-    found = {repr(noise): new(noise).fit(fitted).apply(labels, ids).tolist() for noise in ALL}
-    assert found == GOLDEN
+    found = new(noise).fit(dataset_of(labels, [str(i) for i in ids])).apply(labels, ids)
+    assert tuple("".join(map(str, row)) for row in found) == expected
 
 
 def test_small_data_equals_a_slow_reference():
@@ -179,7 +186,128 @@ def test_small_data_equals_a_slow_reference():
     np.testing.assert_array_equal(SinglePositive(seed=3).fit(dataset).apply(labels, ids), single)
 
 
+def reference_draw(stream: str, image_id: int | str, k: int) -> float:
+    return reference_uniform(reference_word(stream), reference_word(str(image_id)), k)
+
+
+@pytest.mark.parametrize("exclude_present", [True, False])
+def test_exact_count_moves_the_labels_with_the_smallest_draws(exclude_present):
+    labels = (np.random.default_rng(1).random((60, 5)) < [0.9, 0.8, 0.8, 0.7, 0.0]).astype(np.uint8)
+    labels[:15, :4] = 1  # no target, as the fifth class has no positive
+    noise = Mislabel(0.3, seed=3, exclude_present=exclude_present, exact_count=True).fit(dataset_of(labels))
+    bernoulli = Mislabel(0.99999, seed=3, exclude_present=exclude_present).fit(dataset_of(labels))
+    expected = np.zeros_like(labels)
+    for k in range(5):
+        rows = [n for n in range(60) if labels[n, k] and (not exclude_present or not labels[n, :4].all())]
+        rows.sort(key=lambda n: reference_draw("Mislabel/3/move", n, k))
+        expected[rows[: round(0.3 * int(labels[:, k].sum()))], k] = 1
+    noisy = noise.apply(labels, range(60))
+    if exclude_present:
+        assert (labels[:15] == noisy[:15]).all()
+        np.testing.assert_array_equal(labels > noisy, expected.astype(bool))
+    # A row all of whose labels are chosen gets the targets that it has where (nearly) every label moves.
+    everything = bernoulli.apply(labels, range(60))
+    rows = (expected == labels).all(1)
+    assert rows.sum() > 0
+    np.testing.assert_array_equal(noisy[rows], everything[rows])
+
+
+def published_single_positives(labels: np.ndarray, ids: list[str], seed: int = 1200) -> np.ndarray:
+    """The protocol in plain Python, down to the generator: Mersenne Twister, masked rejection, Fisher-Yates."""
+    key = [seed]
+    for i in range(1, 624):
+        key.append((1812433253 * (key[-1] ^ (key[-1] >> 30)) + i) % 2**32)
+    twister = random.Random()
+    twister.setstate((3, (*key, 624), None))
+
+    def shuffle(items: list[int]) -> list[int]:
+        for i in range(len(items) - 1, 0, -1):
+            j = i + 1
+            while j > i:
+                j = twister.getrandbits(32) & (2 ** i.bit_length() - 1)
+            items[i], items[j] = items[j], items[i]
+        return items
+
+    observed = np.zeros_like(labels)
+    for _, row in sorted(zip(ids, range(len(ids)), strict=True)):
+        if labels[row].any():
+            first, *_ = shuffle([k for k in range(labels.shape[1]) if labels[row, k]])
+            observed[row, first] = 1
+            shuffle([k for k in range(labels.shape[1]) if not labels[row, k]])
+    return observed
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_published_single_positives(as_text):
+    """Ids whose order as strings is not that as numbers, rows without positives, rows without negatives."""
+    labels = label_matrix(small()).numpy()
+    labels[7], labels[8] = 0, 1
+    ids = np.random.default_rng(0).permutation(2000)[:300].tolist()
+    texts = [str(i) for i in ids]
+    dataset = dataset_of(labels, texts)
+    if not as_text:
+        dataset = dataset.cast_column("image_id", Value("int64"))
+    expected = published_single_positives(labels, texts)
+    assert (expected.sum(1) == labels.any(1)).all()
+    np.testing.assert_array_equal(SinglePositive(protocol="cole2021").fit(dataset).apply(labels, ids), expected)
+    other = SinglePositive(7, protocol="cole2021").fit(dataset).apply(labels, ids)
+    np.testing.assert_array_equal(other, published_single_positives(labels, texts, seed=7))
+    assert (other != expected).any()
+
+
+def test_class_conditional_equals_a_slow_reference():
+    labels = label_matrix(small(80)).numpy()
+    noisy = np.zeros_like(labels)
+    for n, row in enumerate(labels):
+        arrived = set()
+        for i in range(5):
+            if not row[i]:
+                if reference_draw("ClassConditional/3/add", n, i) < ADDED[i]:
+                    arrived.add(i)
+                continue
+            u, target = reference_draw("ClassConditional/3/move", n, i), 0
+            chances = [*MATRIX[i], MISSING[i], 1.0]
+            while u >= sum(chances[: target + 1]):
+                target += 1
+            if target != 5:
+                arrived.add(i if target == 6 else target)
+        noisy[n, list(arrived)] = 1
+    noise = ClassConditional(MATRIX, MISSING, ADDED, seed=3).fit(small(80))
+    np.testing.assert_array_equal(noise.apply(labels, range(80)), noisy)
+
+
 # Distributions
+
+
+def test_class_conditional_has_the_given_probabilities():
+    n = 40_000
+    classes = np.repeat(np.arange(5), n)
+    labels = np.eye(5, dtype=np.uint8)[classes]
+    noise = ClassConditional(MATRIX, MISSING, seed=0).fit(dataset_of(labels[::n]))
+    noisy = noise.apply(labels, range(5 * n))
+    found = np.stack([noisy[classes == i].sum(0) for i in range(5)])
+    expected = np.array(MATRIX)
+    expected[np.arange(5), np.arange(5)] += 1 - expected.sum(1) - MISSING
+    assert (found[expected == 0] == 0).all()
+    assert (found[expected == 1] == n).all()
+    some = (expected > 0) & (expected < 1)
+    within(found[some], n * expected[some], (n * expected * (1 - expected))[some])
+
+    noise = ClassConditional(missing=0.3, added=ADDED, seed=0).fit(dataset_of(labels[::n]))
+    noisy = noise.apply(labels, range(5 * n))
+    within(noisy[labels == 1].sum(), 5 * n * 0.7, 5 * n * 0.21)
+    rate = np.array(ADDED)
+    within(((noisy > labels).sum(0) / 4)[rate > 0], (n * rate)[rate > 0], (n * rate * (1 - rate) / 4)[rate > 0])
+    assert ((noisy > labels).sum(0)[rate == 0] == 0).all()
+
+
+def test_class_conditional_moves_onto_present_classes():
+    labels = np.ones((10, 2), dtype=np.uint8)
+    swap = ClassConditional([[0, 1], [1, 0]]).fit(dataset_of(labels))
+    assert (swap.apply(labels, range(10)) == 1).all()
+    merge = ClassConditional([[0, 1], [0, 1]]).fit(dataset_of(labels))
+    assert (merge.apply(labels, range(10)) == [0, 1]).all()
+    assert (swap.apply(np.array([[1, 0], [0, 0]]), [0, 1]) == [[0, 1], [0, 0]]).all()
 
 
 def test_mislabel_moves_single_labels_as_equation_11_says():
@@ -300,6 +428,40 @@ def test_random_flip_on_coco(coco):
     within((noisy > labels).sum(0), (len(labels) - counts) * 0.2, (len(labels) - counts) * 0.16)
 
 
+def test_exact_count_on_coco(coco):
+    labels, ids, dataset = coco
+    noisy = Mislabel(0.4, seed=0, exact_count=True).fit(dataset).apply(labels, ids)
+    assert (labels > noisy).sum(0).tolist() == [round(0.4 * count) for count in labels.sum(0).tolist()]
+    chosen, bernoulli = labels > noisy, labels > Mislabel(0.4, seed=0).fit(dataset).apply(labels, ids)
+    assert (chosen != bernoulli).sum() < 0.03 * chosen.sum()  # the same draws, cut off elsewhere
+
+
+def test_published_single_positives_on_coco(coco):
+    labels, ids, dataset = coco
+    noisy = SinglePositive(protocol="cole2021").fit(dataset).apply(labels, ids)
+    assert (noisy.sum(1) == 1).all()
+    assert (noisy <= labels).all()
+    first = np.argsort(ids.astype(str))[:1500]  # the draws of the first do not depend on the rest
+    expected = published_single_positives(labels[first], ids[first].astype(str).tolist())
+    np.testing.assert_array_equal(noisy[first], expected)
+    probability = labels / labels.sum(1, keepdims=True)
+    within(noisy.sum(0), probability.sum(0), (probability * (1 - probability)).sum(0))
+
+
+def test_class_conditional_on_coco(coco):
+    """Eq. 11 as a matrix, with a rate for missing and for added labels."""
+    labels, ids, dataset = coco
+    counts = labels.sum(0, dtype=float)
+    matrix = 0.2 * counts / (counts.sum() - counts[:, None]) * (1 - np.eye(80))
+    noisy = ClassConditional(matrix, missing=0.1, added=0.01).fit(dataset).apply(labels, ids)
+    y = labels.astype(float)
+    arrives = 1 - np.exp(y @ np.log1p(-matrix))  # at least one label of the image moves to j
+    zero = (1 - arrives) * np.where(labels, matrix.sum(1) + 0.1, 0.99)
+    for direction in (labels == 1, labels == 0):
+        changed, p = direction & (noisy != labels), np.where(labels, zero, 1 - zero) * direction
+        within(changed.sum(0), p.sum(0), (p * (1 - p)).sum(0))
+
+
 def test_single_positive_on_coco(coco):
     labels, ids, dataset = coco
     noisy = SinglePositive(seed=0).fit(dataset).apply(labels, ids)
@@ -391,16 +553,80 @@ def test_composing_keeps_the_first_clean_labels():
     assert torch.equal(label_matrix(twice), second.apply(label_matrix(once), once["image_id"]))
 
 
+def test_compose_maps_one_after_another():
+    dataset = small()
+    parts = [Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(protocol="cole2021")]
+    step = dataset
+    for part in parts:
+        step = step.map(part.fit(step), batched=True, features=part.features)
+    fresh = [Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(protocol="cole2021")]
+    for noise in (Compose(fresh), Compose([Compose(fresh[:2]), fresh[2]])):
+        noise.fit(dataset)
+        noisy = dataset.map(noise, batched=True, features=noise.features)
+        assert noisy.features == step.features
+        assert noisy.to_dict() == step.to_dict()
+        assert noisy["clean_labels"][:] == dataset["labels"][:]
+    assert fresh[0]._counts is None  # copies were fitted
+    assert Compose([Compose(fresh[:2]), fresh[2]]).parameters == Compose(fresh).parameters
+
+
+@pytest.mark.parametrize("noise", ALL, ids=repr)
+@pytest.mark.parametrize("multi_hot", [False, True])
+def test_unknown_labels_stay_unknown(noise, multi_hot):
+    rng = np.random.default_rng(2)
+    labels = label_matrix(small()).numpy()
+    unknown = ((rng.random((300, 5)) < 0.5) & (labels == 0)).astype(np.uint8)
+    columns = {"labels": labels, "unknown_labels": unknown}
+    feature = List(Value("uint8")) if multi_hot else List(ClassLabel(names=NAMES))
+    if not multi_hot:
+        columns = {key: [np.flatnonzero(row) for row in value] for key, value in columns.items()}
+    features = Features({"labels": feature, "unknown_labels": feature, "image_id": Value("int64")})
+    dataset = Dataset.from_dict({**columns, "image_id": range(300)}, features=features)
+    noise = new(noise).fit(dataset)
+    noisy = dataset.map(noise, batched=True, features=noise.features)
+    found = label_matrix(noisy).numpy()
+    assert (found != labels).any()
+    assert (found[unknown == 1] == 0).all()
+    assert noisy["unknown_labels"][:] == dataset["unknown_labels"][:]
+    np.testing.assert_array_equal(noise.apply(labels, range(300), torch.from_numpy(unknown)).astype(int), found)
+
+
+def test_mislabel_draws_among_the_known_absent_classes():
+    n = 20_000
+    labels = np.tile(np.array([1, 0, 0, 0], dtype=np.uint8), (n, 1))
+    unknown = np.tile([False, True, False, False], (n, 1))
+    counted = dataset_of(np.repeat(np.eye(4, dtype=np.uint8), [1, 5, 3, 1], axis=0))
+    for exact_count in (False, True):
+        noisy = Mislabel(0.4, exact_count=exact_count).fit(counted)
+        noisy._thresholds = (0.4, 0, 0, 0)  # of a data set that is not this one
+        found = noisy.apply(labels, range(n), unknown).sum(0)
+        assert found.sum() == n
+        assert found[1] == 0
+        within(found[[2, 3]], n * 0.4 * np.array([0.75, 0.25]), n * np.array([0.3 * 0.7, 0.1 * 0.9]))
+
+
 def test_string_ids_draw_as_their_integers():
     labels = label_matrix(small()).numpy()
     noise = Mislabel(0.4).fit(small())
     np.testing.assert_array_equal(noise.apply(labels, range(300)), noise.apply(labels, [str(i) for i in range(300)]))
 
 
+@pytest.mark.parametrize("noise", ALL, ids=repr)
+def test_state_hashes_by_value(noise):
+    """What `map` uses to find its cache."""
+    fitted = new(noise).fit(small())
+    assert Hasher.hash(fitted) == Hasher.hash(pickle.loads(pickle.dumps(fitted)))
+    assert Hasher.hash(fitted) == Hasher.hash(new(noise).fit(small()))
+    assert Hasher.hash(fitted) != Hasher.hash(new(noise).fit(small(150)))
+
+
 def test_state_is_tiny_and_hashes_by_value():
     dataset = small()
     noise = Mislabel(0.4, seed=0).fit(dataset)
     assert len(pickle.dumps(noise)) < 2000
+    large = dataset_of(np.eye(5, dtype=np.uint8)[np.arange(10_000) % 5])
+    assert len(pickle.dumps(Mislabel(0.4, exact_count=True).fit(large))) < 2000
+    assert len(pickle.dumps(SinglePositive(protocol="cole2021").fit(large))) < 12 * 10_000 + 2000
     assert Hasher.hash(noise) == Hasher.hash(pickle.loads(pickle.dumps(noise)))
     assert Hasher.hash(noise) == Hasher.hash(Mislabel(0.4, seed=0).fit(small()))
     assert Hasher.hash(noise) != Hasher.hash(Mislabel(0.4, seed=1).fit(dataset))
@@ -412,11 +638,24 @@ def test_state_is_tiny_and_hashes_by_value():
 
 
 def test_parameters_and_repr():
-    assert Mislabel(0.4).parameters == {"name": "Mislabel", "rate": 0.4, "seed": 0, "exclude_present": True}
-    assert RandomFlip(0.2, seed=7).parameters == {"name": "RandomFlip", "rate": 0.2, "seed": 7}
-    assert SinglePositive().parameters == {"name": "SinglePositive", "seed": 0}
+    mislabel = {"name": "Mislabel", "rate": 0.4, "seed": 0, "exclude_present": True, "exact_count": False}
+    flip = {"name": "RandomFlip", "rate": 0.2, "seed": 7}
+    assert Mislabel(0.4).parameters == mislabel
+    assert RandomFlip(0.2, seed=7).parameters == flip
+    assert SinglePositive().parameters == {"name": "SinglePositive", "seed": 0, "protocol": "keyed"}
+    assert SinglePositive(protocol="cole2021").parameters["seed"] == 1200
+    given = np.array(MATRIX), np.array(MISSING), 0.25
+    assert ClassConditional(*given).parameters == {
+        "name": "ClassConditional", "matrix": MATRIX, "missing": MISSING, "added": 0.25, "seed": 0,
+    }  # fmt: skip
+    assert Compose([Mislabel(0.4), RandomFlip(0.2, seed=7)]).parameters == {
+        "name": "Compose",
+        "noises": [mislabel, flip],
+    }
     for noise in ALL:
         assert eval(repr(noise)).parameters == noise.parameters
+        assert json.loads(json.dumps(noise.parameters)) == noise.parameters
+    assert len(repr(ClassConditional(np.eye(80)))) < 500  # it is part of messages
 
 
 # What can be wrong
@@ -431,7 +670,10 @@ def test_rate_outside_its_range(kind, rate):
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "0", None, True])
 def test_seed_outside_its_range(seed):
-    for make in (lambda: Mislabel(0.4, seed), lambda: RandomFlip(0.4, seed), lambda: SinglePositive(seed)):
+    makes = [lambda: Mislabel(0.4, seed), lambda: RandomFlip(0.4, seed), lambda: ClassConditional(seed=seed)]
+    if seed is not None:  # the protocol's own
+        makes += [lambda: SinglePositive(seed), lambda: SinglePositive(seed, "cole2021")]
+    for make in makes:
         with pytest.raises(ValueError, match="seed must be an integer of at least 0, got"):
             make()
 
@@ -490,6 +732,84 @@ def test_other_labels_than_the_fitted_ones():
         noise.apply(np.full((2, 5), np.nan), [0, 1])
     with pytest.raises(ValueError, match=r"one image_id for each of the 2 rows is required, got 1"):
         noise.apply(np.zeros((2, 5)), [0])
+
+
+def probabilities(row: int, column: int, value: float, size: int = 3) -> np.ndarray:
+    matrix = np.eye(size) / 2
+    matrix[row, column] = value
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"matrix": probabilities(1, 2, 0.6)},
+            r"row 1 of the transition matrix sums to 1\.1, .* at most 1",
+        ),
+        (
+            {"matrix": np.eye(3), "missing": [0, 0, 0.1]},
+            r"row 2 .* sums to 1, with missing to 1\.1",
+        ),
+        (
+            {"matrix": probabilities(0, 1, -0.1)},
+            r"matrix of probabilities in \[0, 1\], got -0\.1",
+        ),
+        ({"matrix": probabilities(0, 1, np.nan)}, "got nan"),
+        ({"matrix": [[1, 0], [0]]}, "got nan"),
+        ({"matrix": np.ones(3) / 3}, r"matrix must be a \(K, K\) matrix .* got shape \(3,\)"),
+        ({"matrix": np.zeros((0, 0))}, r"got shape \(0, 0\)"),
+        ({"matrix": np.zeros((2, 3))}, r"got the shapes \(2, 3\), \(\) and \(\)"),
+        ({"matrix": np.eye(3) / 2, "missing": [0.1, 0.1]}, r"got the shapes \(3, 3\), \(2,\) and \(\)"),
+        ({"missing": 1.1}, r"missing must be a number or K numbers of probabilities in \[0, 1\], got 1\.1"),
+        ({"added": [0.1, "much"]}, "added must be a number or K numbers"),
+    ],
+)
+def test_class_conditional_of_impossible_probabilities(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassConditional(**arguments)
+
+
+def test_class_conditional_for_another_number_of_classes():
+    for noise in (ClassConditional(np.eye(3)), Compose([RandomFlip(0.1), ClassConditional(added=[0.1] * 3)])):
+        with pytest.raises(ValueError, match="is for 3 classes, the data set has 5"):
+            noise.fit(small())
+
+
+def test_compose_of_what_cannot_be_composed():
+    with pytest.raises(ValueError, match="at least one noise"):
+        Compose([])
+    with pytest.raises(TypeError, match=r"given noise such as Mislabel\(0\.2\), got 0\.4"):
+        Compose([0.4])
+    with pytest.raises(ValueError, match="two RandomFlip with the seed 3 would draw the same numbers"):
+        Compose([RandomFlip(0.1, 3), Mislabel(0.1, 3), Compose([RandomFlip(0.2, 3)])])
+
+
+def test_noise_that_needs_the_whole_data_set():
+    twice = concatenate_datasets([small(), small(1)])
+    noises = (Mislabel(0.4, exact_count=True), SinglePositive(protocol="cole2021"))
+    for noise in (*noises, Compose([RandomFlip(0.1), noises[0]])):
+        with pytest.raises(ValueError, match="needs unique ids, but image_id '0' occurs twice"):
+            noise.fit(twice)
+    published = SinglePositive(protocol="cole2021").fit(small())
+    with pytest.raises(ValueError, match=r"image_id 300 is not one of the images that .* was fitted on"):
+        published.apply(np.ones((2, 5)), [0, 300])
+    labels = label_matrix(small()).numpy()
+    row = int(labels.any(1).nonzero()[0][-1])
+    with pytest.raises(ValueError, match=f"image_id {row} has other labels than the image"):
+        published.apply(1 - labels[row : row + 1], [row])
+    with pytest.raises(ValueError, match=r"seed must be below 2\^32"):
+        SinglePositive(2**32, protocol="cole2021")
+    with pytest.raises(ValueError, match="protocol must be 'keyed' or 'cole2021', got 'cole'"):
+        SinglePositive(protocol="cole")
+
+
+def test_labels_both_present_and_unknown():
+    noise = RandomFlip(0.1).fit(small())
+    with pytest.raises(ValueError, match="image_id 8 has a class that is both present and unknown"):
+        noise.apply(np.eye(5), range(7, 12), np.eye(5) * [[0], [1], [0], [1], [0]])
+    with pytest.raises(ValueError, match=r"unknown must have the shape \(5, 5\) of labels, got \(5, 4\)"):
+        noise.apply(np.eye(5), range(5), np.zeros((5, 4)))
 
 
 def test_no_rows():

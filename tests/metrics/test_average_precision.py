@@ -198,7 +198,7 @@ def test_every_label_positive_is_perfect():
         (np.zeros((3, 2), dtype=complex), np.zeros((3, 2)), "complex128"),
         ([["a"]], [[1]], "real numbers"),
         (np.zeros((2, 0)), np.zeros((2, 0)), "at least one class"),
-        (np.zeros((2, 2)), [[1, -1], [0, -1]], "2 values other than 0 and 1, the first -1"),
+        (np.zeros((2, 2)), [[1, -2], [0, -2]], "2 values other than 0 and 1, the first -2"),
         (np.zeros((1, 2)), [[1, 0.5]], "1 values other than 0 and 1, the first 0.5"),
         (np.zeros((1, 2)), [[1, np.nan]], "1 values other than 0 and 1, the first nan"),
         (np.zeros((1, 2)), torch.tensor([[1, 255]], dtype=torch.uint8), "the first 255"),
@@ -304,3 +304,16 @@ def test_extreme_logits_do_not_warn():
         warnings.simplefilter("error")
         figures = multilabel_metrics(np.array([[1e30, -1e30], [-np.inf, np.inf]]), [[1, 0], [0, 1]])
     assert figures == {"mAP": 1.0, "CF1": 1.0, "OF1": 1.0}
+
+
+def test_unknown_labels_count_nowhere():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(60, 3)), rng.integers(0, 2, (60, 3))
+    labels[::4, 1] = -1
+    result = mean_average_precision(scores, labels)
+    known = labels[:, 1] >= 0
+    assert result["per_class_ap"][1] == average_precision_score(labels[known, 1], scores[known, 1])
+    assert result["per_class_ap"][0] == average_precision_score(labels[:, 0], scores[:, 0])
+    probabilities = rng.random((60, 1))
+    some = labels[:, 1:2]
+    assert precision_recall_f1(probabilities, some) == precision_recall_f1(probabilities[known], some[known])

@@ -1,0 +1,180 @@
+"""DeepFashion's Category and Attribute Prediction benchmark with its 26 fine-grained attributes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import datasets
+
+from hf_balancemix.data.files import (
+    absolute,
+    check_choice,
+    check_layout,
+    image_dataset,
+    is_plain_path,
+    present_files,
+    read_lines,
+)
+
+SPLITS = ("train", "val", "test", "train+val")
+
+
+def load_deepfashion(
+    root: str | os.PathLike[str], split: str = "train", on_bad_image: str = "error"
+) -> datasets.Dataset:
+    """Load one split of DeepFashion's fine-grained attributes as a multi-label data set, from the official layout.
+
+    The classes are the attributes in `Anno_fine/list_attr_cloth.txt`, in its order. `Anno_fine/{split}.txt` lists the
+    images (`img/.../img_00000001.jpg`), and `Anno_fine/{split}_attr.txt` has one row of zeros and ones for each. The
+    images lie under `Img/` (where `img.zip` was unpacked) or under the root.
+
+    The official splits have 14,000 / 2,000 / 4,000 images; "train+val" is the paper's training set of 16,000, the
+    rows of train first. The licence allows non-commercial research only and forbids passing the data on.
+
+    Args:
+        root: The folder that holds `Anno_fine/` and `Img/`.
+        split: "train", "val", "test" or "train+val".
+        on_bad_image: What to do about images that are listed but absent: "error", or "skip" to leave them out with a
+            warning that counts them.
+
+    Returns:
+        A `datasets.Dataset` with the columns `image` (Image, RGB, a path until it is accessed), `labels`
+        (List(ClassLabel), the present attributes in ascending order) and `image_id` (string, the path as it is
+        listed, which is unique in all splits).
+
+    Raises:
+        ValueError: An argument is none of its choices, or a file contradicts itself or another: malformed lines (with
+            file and line), an attribute named twice, a label other than 0 and 1, another number of rows than images,
+            duplicate images, paths that leave the image folder.
+        FileNotFoundError: A folder, a file of the split or an image is absent.
+    """
+    check_choice("split", split, SPLITS)
+    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    root = absolute(root)
+    annotations = root / "Anno_fine"
+    image_dir = root / "Img" if (root / "Img" / "img").is_dir() else root
+    parts = split.split("+")
+    _check_files(root, annotations, image_dir, parts)
+
+    names = _read_attributes(annotations / "list_attr_cloth.txt")
+    images: list[str] = []
+    image_ids: list[str] = []
+    labels: list[list[int]] = []
+    seen: dict[str, str] = {}
+    for part in parts:
+        file = annotations / f"{part}.txt"
+        paths = _read_paths(file, seen)
+        rows = _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
+        exists = present_files(image_dir, paths, file, on_bad_image)
+        for path, row, found in zip(paths, rows, exists, strict=True):
+            if found:
+                images.append(os.path.join(image_dir, path))
+                image_ids.append(path)
+                labels.append(row)
+    return image_dataset(
+        images,
+        labels,
+        image_ids,
+        names,
+        name="deepfashion",
+        description=f"DeepFashion {split}, {len(images)} images, {len(names)} fine-grained attributes; for "
+        f"non-commercial research only, not to be passed on",
+    )
+
+
+def _check_files(root: Path, annotations: Path, image_dir: Path, parts: list[str]) -> None:
+    needed = ["list_attr_cloth.txt"] + [name for part in parts for name in (f"{part}.txt", f"{part}_attr.txt")]
+    check_layout(
+        (
+            ("folder", root, root.is_dir()),
+            ("folder", annotations, annotations.is_dir()),
+            *(("file", annotations / name, (annotations / name).is_file()) for name in needed),
+            ("image folder", root / "Img" / "img", (image_dir / "img").is_dir()),
+        ),
+        f"The layout of DeepFashion's Category and Attribute Prediction benchmark is expected:\n"
+        f"  {root}/\n"
+        f"    Anno_fine/list_attr_cloth.txt  (the attributes)\n"
+        + "".join(
+            f"    Anno_fine/{part}.txt, Anno_fine/{part}_attr.txt  (the images and their attributes)\n"
+            for part in parts
+        )
+        + "    Img/img/  (the images: unpack img.zip inside Img)\n"
+        "Point to the folder that holds Anno_fine and Img.",
+    )
+
+
+def _read_attributes(file: Path) -> list[str]:
+    """The attribute names: a line with their number, a heading, then lines with a name and the number of its type."""
+    lines = read_lines(file)
+    if not lines or not lines[0].isdecimal():
+        raise ValueError(
+            f"{file}, line 1: {''.join(lines[:1])!r} is no count. The number of attributes is required there, then "
+            f"the heading 'attribute_name  attribute_type', then one attribute a line."
+        )
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines[2:], start=3):
+        fields = line.rsplit(maxsplit=1)
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise ValueError(
+                f"{file}, line {number}: {line!r} is not a name and the number of its type, such as 'floral 1'. "
+                f"Correct the line."
+            )
+        name = fields[0]
+        if name in seen:
+            raise ValueError(
+                f"{file}, line {number}: the attribute {name!r} was named in line {seen[name]}. Rename one."
+            )
+        seen[name] = number
+    if len(seen) != int(lines[0]) or not seen:
+        raise ValueError(
+            f"{file}: line 1 announces {lines[0]} attributes, {len(seen)} follow from line 3 on. "
+            f"It may be cut off: copy or download it again."
+        )
+    return list(seen)
+
+
+def _read_paths(file: Path, seen: dict[str, str]) -> list[str]:
+    """The image paths of a split; `seen` says where each path was listed, also in the splits before."""
+    paths = read_lines(file)
+    for number, path in enumerate(paths, start=1):
+        if not is_plain_path(path):
+            raise ValueError(
+                f"{file}, line {number}: {path!r} is not a plain path inside the image folder. Use a relative path "
+                f"with '/' and without '..', such as 'img/Sheer_Blouse/img_00000001.jpg'."
+            )
+        if path in seen:
+            raise ValueError(
+                f"{file}, line {number}: the image {path!r} was listed in {seen[path]}. "
+                f"Remove one, with its row of attributes."
+            )
+        seen[path] = f"{file.name}, line {number}"
+    if not paths:
+        raise ValueError(f"{file} is empty. One image path a line is required: copy or download it again.")
+    return paths
+
+
+def _read_rows(file: Path, names: list[str], num_images: int, images_file: Path) -> list[list[int]]:
+    """The present attributes of each image."""
+    lines = read_lines(file)
+    if len(lines) != num_images:
+        raise ValueError(
+            f"{file} has {len(lines)} rows and {images_file.name} {num_images} images. One row an image is required, "
+            f"in the same order: copy or download both again."
+        )
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        values = line.split()
+        if len(values) != len(names):
+            raise ValueError(
+                f"{file}, line {number}: {len(values)} values, one for each of the {len(names)} attributes is "
+                f"required. Correct the row."
+            )
+        wrong = [k for k, value in enumerate(values) if value not in ("0", "1")]
+        if wrong:
+            raise ValueError(
+                f"{file}, line {number}: {values[wrong[0]]!r} for the attribute {names[wrong[0]]!r} (value "
+                f"{wrong[0] + 1}). 0 or 1 is required: correct it."
+            )
+        rows.append([k for k, value in enumerate(values) if value == "1"])
+    return rows

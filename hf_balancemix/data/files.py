@@ -1,0 +1,132 @@
+"""What the loaders of image folders share: checks of arguments, paths and layout, and the data set they return."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+logger = logging.getLogger(__name__)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise a ValueError unless the argument is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` expanded and independent of the current folder, which may change before an image is read."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def check_layout(parts: Iterable[tuple[str, Path, bool]], layout: str) -> None:
+    """Raise a FileNotFoundError that shows the expected tree for the first (what, path, exists) that is absent."""
+    for what, path, exists in parts:
+        if not exists:
+            raise FileNotFoundError(f"no {what} {path}. {layout}")
+
+
+def is_plain_path(name: str) -> bool:
+    """Tell whether a file name is a relative path with '/' that stays inside its folder."""
+    return not ("\\" in name or "\0" in name or os.path.isabs(name) or not {"", "..", "."}.isdisjoint(name.split("/")))
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 text file without surrounding space; blank lines at the end are left out."""
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}: not UTF-8 text. Copy or download the file again.") from error
+    return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+
+
+def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_image: str) -> list[bool]:
+    """Which of the listed images are files of the folder; all of them unless absent ones may be skipped.
+
+    Args:
+        folder: The image folder.
+        names: N paths relative to it.
+        listed_in: The file that lists them, for messages.
+        on_bad_image: "error", or "skip" to warn about absent images and go on with the others.
+
+    Returns:
+        N booleans.
+
+    Raises:
+        FileNotFoundError: An image is absent and `on_bad_image` is "error", or every image is absent.
+    """
+    found = _are_files(folder, names)
+    missing = [name for name, exists in zip(names, found, strict=True) if not exists]
+    if missing:
+        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        message = f"{len(missing)} of {len(names)} images listed in {listed_in} are not in {folder}: {examples}."
+        if on_bad_image == "error" or len(missing) == len(names):
+            raise FileNotFoundError(
+                f"{message} Copy them there, or leave them out with on_bad_image='skip' (which needs some left)."
+            )
+        logger.warning("%s They are skipped.", message)
+    return found
+
+
+def image_dataset(
+    images: list[str],
+    labels: list[list[int]],
+    image_ids: list[int] | list[str],
+    class_names: list[str],
+    *,
+    unknown_labels: list[list[int]] | None = None,
+    name: str,
+    description: str,
+) -> datasets.Dataset:
+    """The data set that a loader returns; its fingerprint follows from the values, so a changed label is seen.
+
+    Args:
+        images: N absolute paths, decoded on access.
+        labels: N lists of the present classes in ascending order.
+        image_ids: N ids, all integers or all strings.
+        class_names: The K class names.
+        unknown_labels: N lists of the classes whose label is not known; None leaves the column out: all are known.
+        name: Name of the data set.
+        description: One line on where it comes from.
+
+    Returns:
+        A `datasets.Dataset` with the columns `image` (Image, RGB), `labels` (List(ClassLabel)), `image_id` (int64 or
+        string) and, if given, `unknown_labels` (List(ClassLabel)).
+    """
+    classes = datasets.List(datasets.ClassLabel(names=class_names))
+    columns: dict[str, list[Any]] = {"image": images, "labels": labels, "image_id": image_ids}
+    features = {
+        "image": datasets.Image(mode="RGB"),
+        "labels": classes,
+        "image_id": datasets.Value("string" if isinstance(image_ids[0], str) else "int64"),
+    }
+    if unknown_labels is not None:
+        columns["unknown_labels"] = unknown_labels
+        features["unknown_labels"] = classes
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    dataset.info.dataset_name = name
+    dataset.info.description = description
+    return dataset
+
+
+def _are_files(folder: Path, names: Sequence[str]) -> list[bool]:
+    """For each name whether it is a file: a folder is listed once, which is far faster than a question for each."""
+    listed: dict[str, set[str]] = {}
+    found = []
+    for name in names:
+        inner, _, base = name.rpartition("/")
+        if inner not in listed:
+            path = os.path.join(folder, inner)
+            listed[inner] = set()
+            if os.path.isdir(path):
+                with os.scandir(path) as entries:
+                    listed[inner] = {entry.name for entry in entries if entry.is_file()}
+        found.append(base in listed[inner])
+    return found

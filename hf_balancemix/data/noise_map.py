@@ -1,0 +1,507 @@
+"""Noise maps as files: the labels that noise changed, saved, shared and applied again without the images.
+
+    noise_map = NoiseMap.from_datasets(clean, noisy, noise=noise)
+    noise_map.save("mislabel_0.4.parquet")
+    noise_map.push_to_hub("user/coco-mislabel-0.4")
+    noisy = load_noise_map("user/coco-mislabel-0.4").apply(clean)  # somewhere else, on the same data set
+
+The parquet has one row for each changed label, with the columns
+
+- `image_id` (int64 or string), `class` (the name), `given` and `clean` (uint8: the noisy and the clean value);
+- `check` (uint32), a checksum of the clean labels of the image, the same in all of its rows.
+
+An image without a changed label has one row in which `class`, `given` and `clean` are null, so that the map knows all
+N images. Its metadata (key `noise_map`, JSON) hold the name and the parameters of the noise, its seed, N, K, the class
+names and a digest of all clean labels by image_id, which does not depend on the order of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from hf_balancemix.data.labels import class_names, given_labels, is_class_list
+from hf_balancemix.data.noise import LabelNoise, read_ids
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "noise_map.parquet"
+_KEY = b"noise_map"
+_COLUMNS = {"class": pa.string(), "given": pa.uint8(), "clean": pa.uint8(), "check": pa.uint32()}
+
+
+@dataclass(frozen=True, repr=False)
+class NoiseMap:
+    """The labels of a data set that noise changed. Make one with `from_datasets` or `load_noise_map`.
+
+    Attributes:
+        table: The rows of the parquet, ordered by image_id and class (see the module).
+        class_names: The K names.
+        parameters: Name and arguments of the noise, `{}` where it is not known.
+        clean_digest: SHA-256 (hexadecimal) of the clean labels of all N images.
+    """
+
+    table: pa.Table
+    class_names: list[str]
+    parameters: dict[str, Any]
+    clean_digest: str
+
+    def __post_init__(self) -> None:
+        ids, image, classes = self._index()
+        columns = {name: self.table[name].to_numpy() for name in ("given", "clean")}
+        changed = classes >= 0
+        cells = image[changed] * len(self.class_names) + classes[changed]
+        values = columns["given"][changed] + 2 * columns["clean"][changed]  # 1: added, 2: removed
+        empty = np.flatnonzero(~changed)
+        for right, what in (
+            (len(set(map(str, ids))) == len(ids), "an image_id occurs in two places"),
+            (len(np.unique(cells)) == len(cells), "a label is listed twice"),
+            (
+                bool(np.isin(values, (1, 2)).all()),
+                "a row has 'given' and 'clean' values that are not 0 and 1 or 1 and 0",
+            ),
+            (bool((np.bincount(image)[image[empty]] == 1).all()), "an image has a row without a class beside others"),
+        ):
+            if not right:
+                raise ValueError(f"not a noise map: {what}. Make it anew with NoiseMap.from_datasets.")
+
+    @classmethod
+    def from_datasets(
+        cls,
+        clean: datasets.Dataset | None = None,
+        noisy: datasets.Dataset | None = None,
+        *,
+        noise: LabelNoise | Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Compare the labels of two data sets, row by image_id.
+
+        Args:
+            clean: The data set before the noise, with `labels` and `image_id`. By default `noisy`, with its
+                `clean_labels`.
+            noisy: The same images in any order, with noisy `labels`.
+            noise: The noise that was applied, or its name and parameters as a dictionary that JSON can hold, to be
+                kept with the map.
+
+        Returns:
+            The noise map.
+
+        Raises:
+            ValueError: The images, the class names or the unknown labels of the two differ, an image_id occurs twice,
+                or a column is absent or not valid (see `data.labels.label_matrix`).
+            TypeError: `noisy` is not given, one is not a `datasets.Dataset`, or JSON cannot hold the parameters.
+        """
+        if noisy is None:
+            raise TypeError("a noisy data set is required, got none: NoiseMap.from_datasets(clean, noisy).")
+        if clean is None:
+            if "clean_labels" not in getattr(noisy, "features", {}):
+                raise ValueError("the noisy data set has no column 'clean_labels': pass the clean data set, too.")
+            clean = noisy.remove_columns("labels").rename_column("clean_labels", "labels")
+        parameters = noise.parameters if isinstance(noise, LabelNoise) else dict(noise or {})
+        json.dumps(parameters)  # TypeError where it cannot be saved
+
+        names, ids = class_names(clean), read_ids(clean)
+        _check_unique(ids, "the clean data set")
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        ids = [ids[row] for row in order]
+        before = given_labels(clean).numpy()[order]
+        rows, columns = _match(noisy, ids, names, "the noisy data set", "the clean one")
+        after = given_labels(noisy).numpy()[rows][:, columns]
+        _check_same((before < 0).astype(np.int8), (after < 0).astype(np.int8), ids, names, "unknown labels")
+
+        image, classes = np.nonzero(before != after)
+        unchanged = np.setdiff1d(np.arange(len(ids)), image)
+        image, classes = np.concatenate([image, unchanged]), np.concatenate([classes, np.full_like(unchanged, -1)])
+        by_image = np.argsort(image, kind="stable")
+        image, classes = image[by_image], classes[by_image]
+        none = classes < 0
+        prints = _fingerprints(ids, before)
+        table = pa.table(
+            {
+                "image_id": pa.array(ids, pa.string() if not ids or isinstance(ids[0], str) else pa.int64()).take(
+                    image
+                ),
+                "class": pa.array(names, pa.string()).take(pa.array(classes, mask=none)),
+                "given": pa.array(after[image, classes].astype(np.uint8), mask=none),
+                "clean": pa.array(before[image, classes].astype(np.uint8), mask=none),
+                "check": pa.array(_checks(prints)[image]),
+            }
+        )
+        return cls(table, names, parameters, _digest(prints))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a noise map from a file.
+
+        Args:
+            path: A parquet file that `save` has written.
+
+        Returns:
+            The noise map.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or not a noise map.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: pass the parquet file that NoiseMap.save has written.")
+        try:
+            table = pq.ParquetFile(path).read()
+            content = json.loads(table.schema.metadata[_KEY])
+            if content["format"] != 1:
+                raise ValueError(f"its format is {content['format']!r}, 1 is required: update hf_balancemix")
+            table = table.select(["image_id", *_COLUMNS]).cast(
+                pa.schema([table.schema.field("image_id"), *(pa.field(name, kind) for name, kind in _COLUMNS.items())])
+            )
+            found = cls(table, content["class_names"], content["parameters"], content["clean_digest"])
+            if found.num_instances != content["num_instances"]:
+                raise ValueError(f"{found.num_instances} images instead of {content['num_instances']}")
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged or not a noise map ({type(error).__name__}: {error}). Copy it again, or make it "
+                f"anew with NoiseMap.from_datasets(...).save(path)."
+            ) from error
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the noise map to a parquet file, which appears under its name only when whole.
+
+        The bytes depend on the noise map alone, not on the order of the rows that it was made from.
+
+        Args:
+            path: The file; one that exists is replaced.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(self._parquet())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload noise map",
+        token: str | None = None,
+    ) -> str:
+        """Upload the noise map to a data set repository on the Hub, in one commit.
+
+        The repository is made where it does not exist. It holds `noise_map.parquet` and a README.md with the figures;
+        a README.md that is there already without a noise map beside it stays as it is.
+
+        Args:
+            repo_id: "user/name".
+            private: Make a new repository private.
+            commit_message: Title of the commit.
+            token: Access token; by default the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        files = set(api.list_repo_files(repo_id, repo_type="dataset"))
+        operations = [CommitOperationAdd(FILE_NAME, self._parquet())]
+        if "README.md" not in files or FILE_NAME in files:
+            operations.append(CommitOperationAdd("README.md", self._readme(repo_id).encode()))
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message, repo_type="dataset")
+        return commit.commit_url
+
+    def apply(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Give a data set the noisy labels of this map.
+
+        Args:
+            dataset: The images and labels that the map was made from, rows and classes in any order. No image is
+                read.
+
+        Returns:
+            The data set with noisy `labels`, and the clean ones as `clean_labels`; those stay where they exist (noise
+            upon noise). Nothing else changes.
+
+        Raises:
+            ValueError: The data set is another than the one that the map was made from; the message says in what.
+            TypeError: `dataset` is not a `datasets.Dataset`, or its labels are of an unknown type.
+        """
+        ids, image, classes = self._index()
+        rows, columns = _match(dataset, ids, self.class_names, "the data set", "the noise map")
+        stored = given_labels(dataset).numpy()
+        labels = stored[rows][:, columns]
+        self._check_clean(dataset, ids, labels, image, classes)
+
+        changed = classes >= 0
+        labels[image[changed], classes[changed]] = self.table["given"].to_numpy()[changed]
+        stored[np.ix_(rows, columns)] = labels
+        return _with_labels(dataset, (stored == 1).astype(np.uint8))
+
+    @property
+    def name(self) -> str:
+        """Name of the noise."""
+        return str(self.parameters.get("name", "unnamed"))
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the noise; None where it is not known, or the parts of a composition have their own."""
+        return self.parameters.get("seed")
+
+    @property
+    def num_instances(self) -> int:
+        """N, the number of images that the map was made from."""
+        return len(self._index()[0])
+
+    @property
+    def num_removed(self) -> int:
+        """Number of labels that the noise changed from 1 to 0."""
+        return int(np.sum(self.table["clean"].to_numpy() == 1))
+
+    @property
+    def num_added(self) -> int:
+        """Number of labels that the noise changed from 0 to 1."""
+        return int(np.sum(self.table["given"].to_numpy() == 1))
+
+    def __repr__(self) -> str:
+        return (
+            f"NoiseMap({self.name}: {self.num_removed:,} labels removed and {self.num_added:,} added "
+            f"in {self.num_instances:,} images, {len(self.class_names)} classes)"
+        )
+
+    def _index(self) -> tuple[list[int | str], np.ndarray, np.ndarray]:
+        """The N ids in the order of the table, and for each row its position among them and its class (-1: none)."""
+        column = self.table["image_id"].to_pylist()
+        first = np.fromiter((i == 0 or column[i - 1] != value for i, value in enumerate(column)), bool, len(column))
+        position = {name: k for k, name in enumerate(self.class_names)} | {None: -1}
+        try:
+            classes = np.array([position[name] for name in self.table["class"].to_pylist()], dtype=np.int64)
+        except KeyError as error:
+            raise ValueError(f"a row is about the class {error}, which is not among the class names") from None
+        return [column[i] for i in np.flatnonzero(first)], first.cumsum() - 1, classes
+
+    def _check_clean(
+        self,
+        dataset: datasets.Dataset,
+        ids: list[int | str],
+        labels: np.ndarray,
+        image: np.ndarray,
+        classes: np.ndarray,
+    ) -> None:
+        """Raises ValueError where the labels are not those that the map was made from."""
+        prints = _fingerprints(ids, labels)
+        if _digest(prints) == self.clean_digest:
+            return
+        checks = np.empty(len(ids), np.uint32)
+        checks[image] = self.table["check"].to_numpy()
+        other = np.flatnonzero(checks != _checks(prints))
+        message = f"the labels of {len(other)} of {len(ids)} images differ from those that the noise map was made from"
+        if len(other):  # in theory a check may be the same by chance
+            message += f", such as image_id {ids[other[0]]!r}"
+            expected = np.where(classes >= 0, self.table["clean"].to_numpy(), 0)
+            wrong = (image == other[0]) & (classes >= 0)
+            wrong[wrong] = labels[image[wrong], classes[wrong]] != expected[wrong]
+            if wrong.any():
+                row = int(wrong.argmax())
+                label = labels[image[row], classes[row]]
+                message += (
+                    f", whose label '{self.class_names[classes[row]]}' is {'unknown' if label < 0 else label} "
+                    f"instead of {int(expected[row])}"
+                )
+        if "clean_labels" in dataset.features:
+            message += ". The data set has 'clean_labels', so its labels may be noisy already"
+        raise ValueError(f"{message}. Apply the map to the same clean data set, loaded in the same way.")
+
+    def _parquet(self) -> bytes:
+        content = {
+            "format": 1,
+            "name": self.name,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "num_instances": self.num_instances,
+            "num_classes": len(self.class_names),
+            "class_names": self.class_names,
+            "clean_digest": self.clean_digest,
+        }
+        buffer = io.BytesIO()
+        pq.write_table(self.table.replace_schema_metadata({_KEY: json.dumps(content)}), buffer, compression="zstd")
+        return buffer.getvalue()
+
+    def _readme(self, repo_id: str) -> str:
+        return f"""---
+tags:
+- label-noise
+- multi-label
+- hf_balancemix
+configs:
+- config_name: default
+  data_files: {FILE_NAME}
+---
+
+# Noise map {self.name}
+
+The labels of a multi-label data set that noise changed, and no images. Who has the data set gets the very same noisy
+labels from it:
+
+```python
+from hf_balancemix import load_noise_map
+
+noisy = load_noise_map("{repo_id}").apply(dataset)  # noisy `labels`, the clean ones as `clean_labels`
+```
+
+| | |
+|---|---|
+| Noise | `{json.dumps(self.parameters)[:2000]}` |
+| Images | {self.num_instances:,} |
+| Classes | {len(self.class_names):,} |
+| Labels removed (1 to 0) | {self.num_removed:,} |
+| Labels added (0 to 1) | {self.num_added:,} |
+| Digest of the clean labels | `{self.clean_digest}` |
+
+`{FILE_NAME}` has one row for each changed label: `image_id`, `class`, `given` (noisy), `clean`, and `check`, a checksum
+of the clean labels of the image. An image without a changed label has one row with an empty `class`.
+"""
+
+
+def load_noise_map(
+    path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> NoiseMap:
+    """Load a noise map from a file, a folder or the Hub.
+
+    Args:
+        path_or_repo_id: A parquet file that `NoiseMap.save` has written, a folder with a `noise_map.parquet`, or a data
+            set repository "user/name" on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub; by default the one that is logged in.
+
+    Returns:
+        The noise map.
+
+    Raises:
+        FileNotFoundError: It is none of these.
+        ValueError: The file is damaged or not a noise map.
+        huggingface_hub.errors.HfHubHTTPError, ConnectionError: The Hub refuses, or cannot be reached.
+    """
+    path = Path(path_or_repo_id)
+    if path.is_dir():
+        path /= FILE_NAME
+    if path.is_file():
+        return NoiseMap.load(path)
+    try:
+        path = hf_hub_download(str(path_or_repo_id), FILE_NAME, repo_type="dataset", revision=revision, token=token)
+    except LocalEntryNotFoundError:
+        raise  # not reachable, and not in the cache
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{str(path_or_repo_id)!r} is neither a file here nor a data set repository on the Hub with a {FILE_NAME} "
+            f"({type(error).__name__}). Check the name, and your access if the repository is private."
+        ) from error
+    return NoiseMap.load(path)
+
+
+def _match(
+    dataset: datasets.Dataset, ids: list[int | str], names: list[str], this: str, other: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) rows and (K,) columns of the data set's label matrix for the given ids and class names.
+
+    Raises ValueError where these differ; `this` and `other` say what is compared.
+    """
+    own_names, own_ids = class_names(dataset), read_ids(dataset)
+    _check_unique(own_ids, this)
+    _check_equal_sets(own_names, names, "class", this, other)
+    row_of = {str(image_id): row for row, image_id in enumerate(own_ids)}
+    _check_equal_sets(list(row_of), list(map(str, ids)), "image_id", this, other)
+    column_of = {name: k for k, name in enumerate(own_names)}
+    rows, columns = [row_of[str(image_id)] for image_id in ids], [column_of[name] for name in names]
+    return np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64)
+
+
+def _check_equal_sets(own: Sequence[str], expected: Sequence[str], what: str, this: str, other: str) -> None:
+    differences = []
+    for verb, some, rest in (("lacks", expected, set(own)), ("also has", own, set(expected))):
+        found = [value for value in some if value not in rest]
+        if found:
+            differences.append(f"{verb} {len(found)} (the first is {what} {found[0]!r})")
+    if differences:
+        kind = "classes" if what == "class" else "images"
+        raise ValueError(
+            f"{this} has other {kind} than {other}: of {len(expected)} it {' and '.join(differences)}. "
+            f"Use the same data set and split, loaded in the same way."
+        )
+
+
+def _check_unique(ids: list[int | str], what: str) -> None:
+    if ids:
+        image_id, times = Counter(map(str, ids)).most_common(1)[0]
+        if times > 1:
+            raise ValueError(
+                f"image_id {image_id!r} occurs {times} times in {what}, once is required: remove the others."
+            )
+
+
+def _check_same(own: np.ndarray, expected: np.ndarray, ids: list[int | str], names: list[str], what: str) -> None:
+    if (own != expected).any():
+        row, k = np.argwhere(own != expected)[0]
+        raise ValueError(
+            f"the {what} of the clean and the noisy data set differ, such as '{names[k]}' of image_id {ids[row]!r}. "
+            f"A noise map holds changes from 0 to 1 and from 1 to 0 only: give both the same column 'unknown_labels'."
+        )
+
+
+def _fingerprints(ids: list[int | str], labels: np.ndarray) -> list[bytes]:
+    """16 bytes for each image, of its id and its (K,) int8 labels."""
+    rows = np.ascontiguousarray(labels, dtype=np.int8)
+    return [
+        hashlib.blake2b(f"{image_id}\0".encode() + row.tobytes(), digest_size=16).digest()
+        for image_id, row in zip(ids, rows, strict=True)
+    ]
+
+
+def _digest(prints: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(prints))).hexdigest()
+
+
+def _checks(prints: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(value[:4] for value in prints), dtype="<u4").astype(np.uint32)
+
+
+def _with_labels(dataset: datasets.Dataset, labels: np.ndarray) -> datasets.Dataset:
+    """The data set with other (N, K) labels in the same form; the old ones become `clean_labels` if it has none."""
+    feature = dataset.features["labels"]
+    if is_class_list(feature):
+        column = [np.flatnonzero(row).tolist() for row in labels]
+    else:
+        column = labels.astype(feature.feature.dtype).tolist()
+    has_clean = "clean_labels" in dataset.features
+    result = dataset.with_format(None)
+    result = result.remove_columns("labels") if has_clean else result.rename_column("labels", "clean_labels")
+    result = result.add_column("labels", column, feature=feature)
+    result = result.select_columns([*dataset.column_names, *([] if has_clean else ["clean_labels"])])
+    return result.with_format(dataset.format["type"], **dataset.format["format_kwargs"])

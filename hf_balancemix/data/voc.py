@@ -1,0 +1,283 @@
+"""PASCAL VOC 2007 and 2012 from the official VOCdevkit: labels from the class files, or from the XML annotations."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+import datasets
+
+from hf_balancemix.data.files import (
+    absolute,
+    check_choice,
+    check_layout,
+    image_dataset,
+    is_plain_path,
+    present_files,
+    read_lines,
+)
+
+logger = logging.getLogger(__name__)
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+YEARS = ("2007", "2012", "2007+2012")
+SPLITS = ("train", "val", "trainval", "test")
+DIFFICULT = ("positive", "ignore", "negative")
+
+Classes = list[list[int]]  # of each image, ascending
+
+
+def load_voc(
+    root: str | os.PathLike[str],
+    year: str | int = "2007",
+    split: str = "trainval",
+    difficult: str = "positive",
+    on_bad_image: str = "error",
+) -> datasets.Dataset:
+    """Load one split of PASCAL VOC as a multi-label data set, from the official VOCdevkit layout.
+
+    The image ids come from `VOC{year}/ImageSets/Main/{split}.txt`, the images from `VOC{year}/JPEGImages/`. The labels
+    come from `ImageSets/Main/{class}_{split}.txt` or, unless all 20 class files exist, from `Annotations/{id}.xml`;
+    both hold the same labels. The 20 classes are in VOC's order (alphabetical), the images in the order of the list.
+
+    `year="2007+2012", split="trainval"` is the training set of most papers, 5,011 + 11,540 = 16,551 images, tested on
+    `year="2007", split="test"`. The rows of 2007 come first. The ids stay VOC's own, so that what refers to them fits
+    a single year as well: 2007 has six digits ("000005"), 2012 a year in front ("2008_000002"); an id that occurs in
+    both folders is an error.
+
+    Args:
+        root: The folder that holds `VOCdevkit/`, or `VOCdevkit` itself, which holds `VOC2007/` and `VOC2012/`.
+        year: "2007", "2012" or "2007+2012".
+        split: "train", "val", "trainval" or "test". The labels of VOC2012's test set were never published.
+        difficult: What becomes of a class in an image where all of its objects are marked as difficult: "positive",
+            "negative", or "ignore" (VOC's own evaluation rule): it is listed in the column `unknown_labels`. The
+            BalanceMix paper's ratios (Eq. 12 and 13: 14 and 13) fit "negative" on "2007+2012" (14.5 and 12.8;
+            "positive" gives 15.3 and 11.9).
+        on_bad_image: What to do about images that are listed but absent: "error", or "skip" to leave them out with a
+            warning that counts them.
+
+    Returns:
+        A `datasets.Dataset` with the columns `image` (Image, RGB, a path until it is accessed), `labels`
+        (List(ClassLabel), the present classes in ascending order), `image_id` (string) and, for `difficult="ignore"`,
+        `unknown_labels` (List(ClassLabel), never a class that is in `labels`).
+
+    Raises:
+        ValueError: An argument is none of its choices, or a file contradicts itself or another: malformed lines or
+            XML (with file and line), a DTD in the XML, a label other than 1, 0 and -1, duplicate ids, ids that leave
+            the image folder, class files with other ids than the split, an object of no known class.
+        FileNotFoundError: A folder, the list of the split, the labels, an annotation or an image is absent.
+    """
+    year = str(year)
+    check_choice("year", year, YEARS)
+    check_choice("split", split, SPLITS)
+    check_choice("difficult", difficult, DIFFICULT)
+    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    if split == "test" and year != "2007":
+        raise ValueError(
+            f"split='test' exists for year='2007' only, got year={year!r}: the labels of VOC2012's test set were "
+            f"never published. Test on year='2007', split='test', or on year='2012', split='val'."
+        )
+    root = absolute(root)
+    images: list[str] = []
+    image_ids: list[str] = []
+    certain: Classes = []
+    doubtful: Classes = []
+    for one_year in year.split("+"):
+        folder = _year_folder(root, one_year, split)
+        ids_file = folder / "ImageSets" / "Main" / f"{split}.txt"
+        ids = _read_ids(ids_file)
+        twice = set(image_ids).intersection(ids)
+        if twice:
+            raise ValueError(
+                f"{ids_file}: the id {min(twice)!r} is also in the split of the other year, and ids must be unique. "
+                f"Restore the official lists, or load one year."
+            )
+        folder_of_images = folder / "JPEGImages"
+        exists = present_files(folder_of_images, [f"{name}.jpg" for name in ids], ids_file, on_bad_image)
+        rows = zip(ids, exists, *_read_labels(folder, split, ids), strict=True)
+        for image_id, found, with_certainty, with_doubt in rows:
+            if found:
+                images.append(os.path.join(folder_of_images, f"{image_id}.jpg"))
+                image_ids.append(image_id)
+                certain.append(with_certainty)
+                doubtful.append(with_doubt)
+
+    labels = certain
+    if difficult == "positive":
+        labels = [sorted(a + b) for a, b in zip(certain, doubtful, strict=True)]
+    return image_dataset(
+        images,
+        labels,
+        image_ids,
+        list(VOC_CLASSES),
+        unknown_labels=doubtful if difficult == "ignore" else None,
+        name="voc",
+        description=f"PASCAL VOC {year} {split}, {len(image_ids)} images, difficult={difficult!r}",
+    )
+
+
+def _year_folder(root: Path, year: str, split: str) -> Path:
+    """The folder VOC{year}, in which all that the split needs exists."""
+    devkit = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
+    folder = devkit / f"VOC{year}"
+    main = folder / "ImageSets" / "Main"
+    missing = _missing_class_files(main, split)
+    check_layout(
+        (
+            ("folder", root, root.is_dir()),
+            ("folder", folder, folder.is_dir()),
+            ("list of the split", main / f"{split}.txt", (main / f"{split}.txt").is_file()),
+            ("image folder", folder / "JPEGImages", (folder / "JPEGImages").is_dir()),
+            (
+                f"labels: {len(missing)} of the {len(VOC_CLASSES)} class files, such as {(missing or [''])[0]}, are "
+                f"absent from {main}, and so is the folder",
+                folder / "Annotations",
+                not missing or (folder / "Annotations").is_dir(),
+            ),
+        ),
+        f"The layout of the VOCdevkit is expected:\n"
+        f"  {devkit}/\n"
+        f"    VOC{year}/\n"
+        f"      ImageSets/Main/{split}.txt  (the image ids)\n"
+        f"      ImageSets/Main/{VOC_CLASSES[0]}_{split}.txt, ... (the labels, one file a class)\n"
+        f"      Annotations/  (an XML file an image; needed where class files are absent)\n"
+        f"      JPEGImages/  (the images)\n"
+        f"Point to the folder that holds VOC{year} (or VOCdevkit), or choose another split or year.",
+    )
+    return folder
+
+
+def _read_ids(file: Path) -> list[str]:
+    seen: dict[str, int] = {}
+    for number, image_id in enumerate(read_lines(file), start=1):
+        if not is_plain_path(image_id) or "/" in image_id or len(image_id.split()) != 1:
+            raise ValueError(
+                f"{file}, line {number}: {image_id!r} is no image id. One id a line is required, the name of a file "
+                f"in JPEGImages without '.jpg', such as '000005'."
+            )
+        if image_id in seen:
+            raise ValueError(
+                f"{file}, line {number}: the id {image_id!r} was listed in line {seen[image_id]}. Remove one."
+            )
+        seen[image_id] = number
+    if not seen:
+        raise ValueError(f"{file} is empty. One image id a line is required: copy or download it again.")
+    return list(seen)
+
+
+def _missing_class_files(main: Path, split: str) -> list[str]:
+    names = [f"{name}_{split}.txt" for name in VOC_CLASSES]
+    return [name for name in names if not (main / name).is_file()]
+
+
+def _read_labels(folder: Path, split: str, ids: list[str]) -> tuple[Classes, Classes]:
+    """For each image the classes that are present, and those of which it has difficult objects only."""
+    missing = _missing_class_files(folder / "ImageSets" / "Main", split)
+    if not missing:
+        return _from_class_files(folder / "ImageSets" / "Main", split, ids)
+    logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, missing[0])
+    return _from_annotations(folder / "Annotations", ids)
+
+
+def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, Classes]:
+    row_of = {image_id: row for row, image_id in enumerate(ids)}
+    certain: Classes = [[] for _ in ids]
+    doubtful: Classes = [[] for _ in ids]
+    for k, name in enumerate(VOC_CLASSES):
+        file = main / f"{name}_{split}.txt"
+        unread = dict(row_of)
+        for number, line in enumerate(read_lines(file), start=1):
+            fields = line.split()
+            if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
+                raise ValueError(
+                    f"{file}, line {number}: {line!r} is not an id and a label, which is 1, 0 (difficult objects "
+                    f"only) or -1. Correct the line."
+                )
+            image_id, value = fields
+            row = unread.pop(image_id, None)
+            if row is None:
+                problem = "is listed a second time" if image_id in row_of else f"is not in {split}.txt"
+                raise ValueError(f"{file}, line {number}: the id {image_id!r} {problem}. Remove the line.")
+            if value == "1":
+                certain[row].append(k)
+            elif value == "0":
+                doubtful[row].append(k)
+        if unread:
+            raise ValueError(
+                f"{file}: {len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as "
+                f"{next(iter(unread))!r}. Add them with 1, 0 or -1, or copy the file again."
+            )
+    return certain, doubtful
+
+
+def _from_annotations(folder: Path, ids: list[str]) -> tuple[Classes, Classes]:
+    with os.scandir(folder) as entries:
+        files = {entry.name for entry in entries}
+    missing = [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent. Copy the "
+            f"annotations of the whole split there, or its 20 class files into ImageSets/Main."
+        )
+    class_of = {name: k for k, name in enumerate(VOC_CLASSES)}
+    certain: Classes = []
+    doubtful: Classes = []
+    for image_id in ids:
+        flags = _objects(folder / f"{image_id}.xml", class_of)
+        easy = {k for k, is_difficult in flags if not is_difficult}
+        certain.append(sorted(easy))
+        doubtful.append(sorted({k for k, _ in flags} - easy))
+    return certain, doubtful
+
+
+def _objects(file: Path, class_of: dict[str, int]) -> list[tuple[int, bool]]:
+    """Class, and whether it is difficult, of each object in an annotation."""
+    root = _parse_xml(file)
+    if root.tag != "annotation":
+        raise ValueError(f"{file}: the outer element is <{root.tag}>, <annotation> is required. Copy the file again.")
+    objects = []
+    for index, element in enumerate(root.findall("object")):  # not the parts inside, which have names too
+        name = element.findtext("name", "").strip()
+        if name not in class_of:
+            raise ValueError(
+                f"{file}: object[{index}] is named {name!r}, which is none of the 20 classes of VOC "
+                f"({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]}). Correct the name or remove the object."
+            )
+        flag = element.findtext("difficult", "0").strip()
+        if flag not in ("0", "1"):
+            raise ValueError(f"{file}: object[{index}] has difficult={flag!r}. 0 or 1 is required: correct it.")
+        objects.append((class_of[name], flag == "1"))
+    return objects
+
+
+def _parse_xml(file: Path) -> ElementTree.Element:
+    """The outer element of a UTF-8 XML file, which may not declare a DTD: so no entity is expanded or fetched."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError(
+            f"{file}, line {parser.CurrentLineNumber}: the XML declares a DTD, which can define entities. "
+            f"VOC's annotations have none and it is not read: remove the DOCTYPE."
+        )
+
+    tree = ElementTree.TreeBuilder()
+    # expat itself and not ElementTree.XMLParser, which goes on to expand entities after its doctype handler has raised
+    parser = expat.ParserCreate("UTF-8")
+    parser.buffer_text = True
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = tree.start
+    parser.EndElementHandler = tree.end
+    parser.CharacterDataHandler = tree.data
+    try:
+        parser.Parse(file.read_bytes(), True)
+    except expat.ExpatError as error:
+        raise ValueError(
+            f"{file}, line {error.lineno}: not well-formed UTF-8 XML ({expat.ErrorString(error.code)}). "
+            f"It may be cut off: copy or download it again."
+        ) from error
+    return tree.close()
