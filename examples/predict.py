@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_balancemix.cli import run
 from hf_balancemix.data import decode
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
@@ -28,14 +29,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error")
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size is {args.batch_size}; it must be 1 or more.")
     if not args.images.is_dir():
         raise FileNotFoundError(f"{args.images} is not a folder; pass the folder that holds the images.")
     files = sorted(file for file in args.images.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise FileNotFoundError(f"{args.images} holds no image ({', '.join(sorted(SUFFIXES))}); pass another folder.")
 
-    processor = AutoImageProcessor.from_pretrained(args.model)
-    model = AutoModelForImageClassification.from_pretrained(args.model).to(args.device).eval()
+    try:
+        processor = AutoImageProcessor.from_pretrained(args.model)
+        model = AutoModelForImageClassification.from_pretrained(args.model).to(args.device).eval()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"cannot load a model and its image processor from {args.model} ({str(error).splitlines()[0]}); pass the "
+            "folder that the training wrote."
+        ) from error
     if model.config.problem_type != "multi_label_classification":
         raise ValueError(
             f"{args.model} is a {model.config.problem_type or 'single-label'} model, whose outputs are no independent "
@@ -44,8 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     names = [model.config.id2label[k] for k in range(model.config.num_labels)]
 
     skipped = 0
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     part = args.output.with_name(args.output.name + ".part")  # under its own name only when whole
-    with part.open("w", newline="") as out:
+    with part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["file", *names])
         for start in tqdm(range(0, len(files), args.batch_size), desc="Predicting"):
@@ -72,4 +82,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,9 +32,9 @@ _FIRST_BIN = (127 - 14) << 6  # what the bits of 2^-14 read after the offset is 
 _NUM_BINS = 18 << 6  # 18 powers of two, up to 2^4, of 64 bins
 _LARGEST = 16 * (1 - 2.0**-24)  # the last float32 below 2^4; a larger loss (probability under 1.2e-7) counts as this
 
-# Work is done in pieces that stay in the cache. A piece has at most one value a row for each set, so that its sums of
-# squared offsets (each under 2^34) stay under 2^47: exact in float64 too.
-_ROWS_AT_ONCE = 1 << 13
+# Work is done in pieces that stay in the cache. A set has at most one value in a row, so a piece's sums stay below
+# 2^31 (offsets) and 2^48 (squares), exact in float64 too.
+_ROWS_AT_ONCE = 1 << 14
 _VALUES_AT_ONCE = 1 << 18
 _SETS_AT_ONCE = 80
 
@@ -106,7 +106,8 @@ class LossHistogram:
     A bin keeps the number of its values, and the sum and the sum of squares of their positions in the bin as integers
     (17-bit fixed point). Integer sums are exact, so the order of the batches and the number of ranks that share the
     work change no bit of the mixtures. A bin's sum of squares stays under 2^63 up to 2^29 = 5.4e8 instances.
-    Losses above 16 count as 16; losses that are not finite are left out and counted.
+    Losses above 16 count as 16; losses that are not finite are left out and counted. Bins are 1.6 % of the loss wide;
+    the fit is that of the values themselves (posteriors to 1e-3) unless a peak of losses is narrower than its bin.
 
     Args:
         num_classes: K.
@@ -154,36 +155,38 @@ class LossHistogram:
         """
         positive = _checked_labels(losses, labels, "losses", self.num_classes)
         losses, positive = losses.to(self._cells.device), positive.to(self._cells.device)
+        finite = None if torch.isfinite(losses.sum(dtype=torch.float32)) else torch.isfinite(losses)
         rows = min(max(1, len(losses)), _ROWS_AT_ONCE)
         classes = max(1, _VALUES_AT_ONCE // rows)
         for row in range(0, len(losses), rows):
             for first in range(0, self.num_classes, classes):
                 piece = slice(row, row + rows), slice(first, first + classes)
-                self._add(losses[piece].float(), positive[piece], self._cells[:, first : first + classes])
+                keep = None if finite is None else finite[piece]
+                self._add(losses[piece], positive[piece], keep, self._cells[:, first : first + classes].view(3, -1))
 
-    def _add(self, losses: Tensor, positive: Tensor, state: Tensor) -> None:
-        """Add losses of some classes to their part of the cells, `(3, classes, 2, B)`."""
-        state = state.view(3, -1)
+    def _add(self, losses: Tensor, positive: Tensor, keep: Tensor | None, state: Tensor) -> None:
+        """Add losses of some classes to their part of the cells, `(3, cells)`."""
         num_cells = state.shape[1]
         bins, offsets = _quantize(losses)
         of_class = torch.arange(0, num_cells, 2 * _NUM_BINS, dtype=torch.int32, device=losses.device)
-        cells = bins.add_(of_class).add_(positive.to(torch.int32), alpha=_NUM_BINS)
-        if torch.isfinite(losses.sum()):
+        cells = bins.add_(of_class - _FIRST_BIN).add_(positive.to(torch.int32), alpha=_NUM_BINS)
+        if keep is None:
             cells, offsets = cells.reshape(-1), offsets.reshape(-1)
         else:
-            finite = torch.isfinite(losses)
-            cells, offsets = cells[finite], offsets[finite]
-            self._dropped += finite.logical_not_().sum()
-        if cells.is_cuda or len(cells) < num_cells:
+            cells, offsets = cells[keep], offsets[keep]
+            self._dropped += (~keep).sum()
+        if cells.device.type != "cpu" or len(cells) < num_cells:
             cells, offsets = cells.long(), offsets.long()
             state[0].index_add_(0, cells, torch.ones_like(cells))
             state[1].index_add_(0, cells, offsets)
             state[2].index_add_(0, cells, offsets * offsets)
         else:  # the same sums, several times faster where there are many values; deterministic on the CPU only
             offsets = offsets.double()
-            state[0] += torch.bincount(cells, minlength=num_cells)
-            state[1] += torch.bincount(cells, offsets, minlength=num_cells).long()
-            state[2] += torch.bincount(cells, offsets * offsets, minlength=num_cells).long()
+            squares = torch.bincount(cells, offsets * offsets, num_cells)
+            packed = torch.bincount(cells, offsets.add_(1 << 31), num_cells).long()  # counts and offsets in one pass
+            state[0] += packed >> 31
+            state[1] += packed & ((1 << 31) - 1)
+            state[2] += squares.long()
 
     def reduce(self) -> None:
         """Sum the histograms of all ranks (must be called on every rank, once, after the last update).
@@ -236,7 +239,7 @@ class LossHistogram:
             own.copy_(state[name])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossMixtures:
     """The 2K fitted mixtures (Eq. 7), and the clean probabilities that they give (Eq. 8).
 
@@ -379,9 +382,9 @@ def _of_label(parameter: Tensor, positive: Tensor) -> Tensor:
 
 
 def _quantize(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Bin and position in the bin, int32. Of a loss that is not finite: anything (the bin can be out of range)."""
+    """Bin (counted from `_FIRST_BIN`) and position in it, int32. Of a loss that is not finite: anything."""
     bits = (losses.float() + _SHIFT).clamp(_SHIFT, _LARGEST).view(torch.int32)
-    return (bits >> _OFFSET_BITS) - _FIRST_BIN, bits & _OFFSET_MASK
+    return bits >> _OFFSET_BITS, bits & _OFFSET_MASK
 
 
 class _Bins(NamedTuple):

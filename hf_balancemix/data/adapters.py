@@ -255,15 +255,12 @@ def _labelled(
     what: str,
 ) -> datasets.Dataset:
     """`image`, `labels` and `image_id` of a data set, from the tags of each row and the feature of one tag."""
-
     names = _checked_names(names)
 
     def where(row: int) -> str:
         return f"{what}, row {row}"
 
     if isinstance(feature, datasets.ClassLabel):
-        if not feature.names:
-            raise ValueError(f"{what}: {feature} has no class names; cast it to ClassLabel(names=[...]).")
         lists = _named(lists, dict(enumerate(feature.names)), where)
         names = feature.names if names is None else names
     elif isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type):
@@ -316,9 +313,10 @@ def _image_paths(dataset: datasets.Dataset) -> list[str | None]:
     """
     parts = undecoded_images(dataset).flatten()
     paths = parts.select_columns(["image.path"]).with_format("arrow")[:]["image.path"]
-    for row in np.flatnonzero(paths.is_null()):
-        if parts[int(row)]["image.bytes"] is None:
-            raise ValueError(f"column 'image', row {row}: no image. Drop the row: dataset.filter(...).")
+    if parts.data["image.bytes"].null_count:  # else every row has its bytes, and there is no need to read any
+        for row in np.flatnonzero(paths.is_null()):
+            if parts[int(row)]["image.bytes"] is None:
+                raise ValueError(f"column 'image', row {row}: no image. Drop the row: dataset.filter(...).")
     return paths.to_pylist()
 
 

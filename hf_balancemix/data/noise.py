@@ -169,7 +169,7 @@ class LabelNoise:
             )
         if not ((array == 0) | (array == 1)).all():
             raise ValueError("labels must be 0 or 1 only; see hf_balancemix.data.labels.multi_hot for class ids.")
-        ids = _as_list(image_ids)
+        ids = _as_ids(image_ids)
         if len(ids) != len(array):
             raise ValueError(f"one image_id for each of the {len(array)} rows is required, got {len(ids)}.")
         if unknown is not None:
@@ -552,22 +552,15 @@ class Compose(LabelNoise):
 
 
 def read_ids(dataset: datasets.Dataset) -> list[int | str]:
-    """The column `image_id` as a list; ValueError where it is absent."""
+    """The column `image_id` as a list; ValueError where it is absent or holds neither integers nor strings."""
     if "image_id" not in dataset.features:
         raise ValueError(_no_image_id(dataset.column_names))
-    return dataset.select_columns(["image_id"]).with_format("arrow")[:]["image_id"].to_pylist()
+    return _as_ids(dataset.select_columns(["image_id"]).with_format("arrow")[:]["image_id"].to_pylist())
 
 
 def id_words(image_ids: Iterable[int | str]) -> np.ndarray:
     """Hash image ids to (N,) uint64 words; an integer and its decimal string give the same word."""
-    image_ids = _as_list(image_ids)
-    for row, value in enumerate(image_ids):
-        if type(value) not in (int, str):
-            raise ValueError(
-                f"row {row}: image_id must be an integer or a string, got {value!r}. "
-                f"Convert the column, for instance to its file names."
-            )
-    return np.array([_word(str(value)) for value in image_ids], dtype=np.uint64)
+    return np.array([_word(str(value)) for value in _as_ids(image_ids)], dtype=np.uint64)
 
 
 def uniform(key: int, words: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
@@ -586,9 +579,17 @@ def uniform(key: int, words: np.ndarray, counters: np.ndarray | int) -> np.ndarr
     return (_mix(start + steps * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 
-def _as_list(image_ids: Iterable[int | str]) -> list[Any]:
+def _as_ids(image_ids: Iterable[int | str]) -> list[int | str]:
+    """A list of plain integers and strings."""
     image_ids = image_ids.tolist() if hasattr(image_ids, "tolist") else list(image_ids)
-    return [value.item() if hasattr(value, "item") else value for value in image_ids]
+    image_ids = [value.item() if hasattr(value, "item") else value for value in image_ids]
+    for row, value in enumerate(image_ids):
+        if type(value) not in (int, str):
+            raise ValueError(
+                f"row {row}: image_id must be an integer or a string, got {value!r}. "
+                f"Convert the column, for instance to its file names."
+            )
+    return image_ids
 
 
 def _negative(labels: np.ndarray, unknown: np.ndarray | None, part: slice) -> np.ndarray:

@@ -20,11 +20,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,8 +42,6 @@ from huggingface_hub.errors import (
 
 from hf_balancemix.data.labels import class_names, given_labels, is_class_list
 from hf_balancemix.data.noise import LabelNoise, read_ids
-
-logger = logging.getLogger(__name__)
 
 FILE_NAME = "noise_map.parquet"
 _KEY = b"noise_map"
@@ -67,19 +65,15 @@ class NoiseMap:
     clean_digest: str
 
     def __post_init__(self) -> None:
-        ids, image, classes = self._index()
-        columns = {name: self.table[name].to_numpy() for name in ("given", "clean")}
+        ids, image, classes = self._index
         changed = classes >= 0
         cells = image[changed] * len(self.class_names) + classes[changed]
-        values = columns["given"][changed] + 2 * columns["clean"][changed]  # 1: added, 2: removed
+        values = self.table["given"].to_numpy()[changed] + 2 * self.table["clean"].to_numpy()[changed]
         empty = np.flatnonzero(~changed)
         for right, what in (
             (len(set(map(str, ids))) == len(ids), "an image_id occurs in two places"),
             (len(np.unique(cells)) == len(cells), "a label is listed twice"),
-            (
-                bool(np.isin(values, (1, 2)).all()),
-                "a row has 'given' and 'clean' values that are not 0 and 1 or 1 and 0",
-            ),
+            (bool(np.isin(values, (1, 2)).all()), "'given' and 'clean' of a row are not 0 and 1, or 1 and 0"),
             (bool((np.bincount(image)[image[empty]] == 1).all()), "an image has a row without a class beside others"),
         ):
             if not right:
@@ -126,7 +120,13 @@ class NoiseMap:
         before = given_labels(clean).numpy()[order]
         rows, columns = _match(noisy, ids, names, "the noisy data set", "the clean one")
         after = given_labels(noisy).numpy()[rows][:, columns]
-        _check_same((before < 0).astype(np.int8), (after < 0).astype(np.int8), ids, names, "unknown labels")
+        other = np.argwhere((before < 0) != (after < 0))
+        if len(other):
+            row, k = other[0]
+            raise ValueError(
+                f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only; a noise "
+                f"map holds changes from 0 to 1 and from 1 to 0. Give both the same column 'unknown_labels'."
+            )
 
         image, classes = np.nonzero(before != after)
         unchanged = np.setdiff1d(np.arange(len(ids)), image)
@@ -137,9 +137,7 @@ class NoiseMap:
         prints = _fingerprints(ids, before)
         table = pa.table(
             {
-                "image_id": pa.array(ids, pa.string() if not ids or isinstance(ids[0], str) else pa.int64()).take(
-                    image
-                ),
+                "image_id": pa.array(ids, pa.int64() if ids and isinstance(ids[0], int) else pa.string()).take(image),
                 "class": pa.array(names, pa.string()).take(pa.array(classes, mask=none)),
                 "given": pa.array(after[image, classes].astype(np.uint8), mask=none),
                 "clean": pa.array(before[image, classes].astype(np.uint8), mask=none),
@@ -254,11 +252,11 @@ class NoiseMap:
             ValueError: The data set is another than the one that the map was made from; the message says in what.
             TypeError: `dataset` is not a `datasets.Dataset`, or its labels are of an unknown type.
         """
-        ids, image, classes = self._index()
+        ids, image, classes = self._index
         rows, columns = _match(dataset, ids, self.class_names, "the data set", "the noise map")
         stored = given_labels(dataset).numpy()
         labels = stored[rows][:, columns]
-        self._check_clean(dataset, ids, labels, image, classes)
+        self._check_clean(labels, "clean_labels" in dataset.features)
 
         changed = classes >= 0
         labels[image[changed], classes[changed]] = self.table["given"].to_numpy()[changed]
@@ -278,7 +276,7 @@ class NoiseMap:
     @property
     def num_instances(self) -> int:
         """N, the number of images that the map was made from."""
-        return len(self._index()[0])
+        return len(self._index[0])
 
     @property
     def num_removed(self) -> int:
@@ -296,6 +294,7 @@ class NoiseMap:
             f"in {self.num_instances:,} images, {len(self.class_names)} classes)"
         )
 
+    @cached_property
     def _index(self) -> tuple[list[int | str], np.ndarray, np.ndarray]:
         """The N ids in the order of the table, and for each row its position among them and its class (-1: none)."""
         column = self.table["image_id"].to_pylist()
@@ -307,15 +306,9 @@ class NoiseMap:
             raise ValueError(f"a row is about the class {error}, which is not among the class names") from None
         return [column[i] for i in np.flatnonzero(first)], first.cumsum() - 1, classes
 
-    def _check_clean(
-        self,
-        dataset: datasets.Dataset,
-        ids: list[int | str],
-        labels: np.ndarray,
-        image: np.ndarray,
-        classes: np.ndarray,
-    ) -> None:
-        """Raises ValueError where the labels are not those that the map was made from."""
+    def _check_clean(self, labels: np.ndarray, has_clean_labels: bool) -> None:
+        """Raises ValueError where (N, K) labels are not those that the map was made from."""
+        ids, image, classes = self._index
         prints = _fingerprints(ids, labels)
         if _digest(prints) == self.clean_digest:
             return
@@ -335,7 +328,7 @@ class NoiseMap:
                     f", whose label '{self.class_names[classes[row]]}' is {'unknown' if label < 0 else label} "
                     f"instead of {int(expected[row])}"
                 )
-        if "clean_labels" in dataset.features:
+        if has_clean_labels:
             message += ". The data set has 'clean_labels', so its labels may be noisy already"
         raise ValueError(f"{message}. Apply the map to the same clean data set, loaded in the same way.")
 
@@ -351,7 +344,8 @@ class NoiseMap:
             "clean_digest": self.clean_digest,
         }
         buffer = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata({_KEY: json.dumps(content)}), buffer, compression="zstd")
+        table = self.table.replace_schema_metadata({_KEY: json.dumps(content)})
+        pq.write_table(table, buffer, compression="zstd", use_dictionary=["class"])
         return buffer.getvalue()
 
     def _readme(self, repo_id: str) -> str:
@@ -385,8 +379,8 @@ noisy = load_noise_map("{repo_id}").apply(dataset)  # noisy `labels`, the clean 
 | Labels added (0 to 1) | {self.num_added:,} |
 | Digest of the clean labels | `{self.clean_digest}` |
 
-`{FILE_NAME}` has one row for each changed label: `image_id`, `class`, `given` (noisy), `clean`, and `check`, a checksum
-of the clean labels of the image. An image without a changed label has one row with an empty `class`.
+`{FILE_NAME}` has one row for each changed label: `image_id`, `class`, `given` (noisy), `clean`, and `check`, a
+checksum of the clean labels of the image. An image without a changed label has one row with an empty `class`.
 """
 
 
@@ -396,8 +390,8 @@ def load_noise_map(
     """Load a noise map from a file, a folder or the Hub.
 
     Args:
-        path_or_repo_id: A parquet file that `NoiseMap.save` has written, a folder with a `noise_map.parquet`, or a data
-            set repository "user/name" on the Hub.
+        path_or_repo_id: A parquet file that `NoiseMap.save` has written, a folder with a `noise_map.parquet`, or a
+            data set repository "user/name" on the Hub.
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub; by default the one that is logged in.
 
@@ -448,11 +442,11 @@ def _check_equal_sets(own: Sequence[str], expected: Sequence[str], what: str, th
     for verb, some, rest in (("lacks", expected, set(own)), ("also has", own, set(expected))):
         found = [value for value in some if value not in rest]
         if found:
-            differences.append(f"{verb} {len(found)} (the first is {what} {found[0]!r})")
+            differences.append(f"it {verb} {len(found)}, the first is {what} {found[0]!r}")
     if differences:
         kind = "classes" if what == "class" else "images"
         raise ValueError(
-            f"{this} has other {kind} than {other}: of {len(expected)} it {' and '.join(differences)}. "
+            f"{this} has other {kind} than {other}: {'; '.join(differences)}. "
             f"Use the same data set and split, loaded in the same way."
         )
 
@@ -461,18 +455,7 @@ def _check_unique(ids: list[int | str], what: str) -> None:
     if ids:
         image_id, times = Counter(map(str, ids)).most_common(1)[0]
         if times > 1:
-            raise ValueError(
-                f"image_id {image_id!r} occurs {times} times in {what}, once is required: remove the others."
-            )
-
-
-def _check_same(own: np.ndarray, expected: np.ndarray, ids: list[int | str], names: list[str], what: str) -> None:
-    if (own != expected).any():
-        row, k = np.argwhere(own != expected)[0]
-        raise ValueError(
-            f"the {what} of the clean and the noisy data set differ, such as '{names[k]}' of image_id {ids[row]!r}. "
-            f"A noise map holds changes from 0 to 1 and from 1 to 0 only: give both the same column 'unknown_labels'."
-        )
+            raise ValueError(f"image_id {image_id!r} occurs {times} times in {what}, not once: remove the other rows.")
 
 
 def _fingerprints(ids: list[int | str], labels: np.ndarray) -> list[bytes]:
@@ -499,9 +482,11 @@ def _with_labels(dataset: datasets.Dataset, labels: np.ndarray) -> datasets.Data
         column = [np.flatnonzero(row).tolist() for row in labels]
     else:
         column = labels.astype(feature.feature.dtype).tolist()
+    kind = datasets.Features({"labels": feature}).arrow_schema.field("labels").type
     has_clean = "clean_labels" in dataset.features
     result = dataset.with_format(None)
     result = result.remove_columns("labels") if has_clean else result.rename_column("labels", "clean_labels")
-    result = result.add_column("labels", column, feature=feature)
+    # An Arrow array, as `datasets` takes seconds for the fingerprint of 100,000 lists.
+    result = result.add_column("labels", pa.array(column, kind), feature=feature)
     result = result.select_columns([*dataset.column_names, *([] if has_clean else ["clean_labels"])])
     return result.with_format(dataset.format["type"], **dataset.format["format_kwargs"])

@@ -271,18 +271,18 @@ class Description:
 
     def _draw_noise(self, axes: Axes, order: np.ndarray) -> None:
         place, overall = np.arange(self.num_classes), self.noise.overall
-        some = False
-        for name, marker, colour in (
-            ("positive_to_negative", "v", "#CC79A7"),
-            ("negative_to_positive", "^", "#009E73"),
-        ):
-            rates = getattr(self.noise, name)[order]
+        drawn = []
+        directions = (("positive_to_negative", "v", "#CC79A7"), ("negative_to_positive", "^", "#009E73"))
+        for name, marker, colour in directions:
+            per_cents = 100 * getattr(self.noise, name)[order]
             label = f"{name.replace('_', ' ')}: {_per_cent(overall[name])} overall"
-            axes.plot(place, 100 * rates, marker, color=colour, markersize=4, label=label)
-            some = some or (rates > 0).any()
-        if some:
-            axes.set_yscale("log")  # the directions differ by orders of magnitude; a rate of 0 is not shown
-            axes.set_ylim(top=130)
+            axes.plot(place, per_cents, marker, color=colour, markersize=4, label=label)
+            drawn += per_cents[per_cents > 0].tolist()
+        if drawn and max(drawn) > 20 * min(drawn):  # then rates of 0 are not shown
+            axes.set_ylim(min(drawn) / 1.5, 130)
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(-2, 102)
         axes.set_ylabel("realised noise")
         _finish(axes, axes.yaxis, "{x:g}%", legend=True)
 
@@ -347,8 +347,8 @@ def iterative_split(
     Iterative stratification after Sechidis, Tsoumakas and Vlahavas (ECML PKDD 2011), with exact sizes. The class with
     the fewest positive labels left is dealt out first, each of its instances to the part that lacks most of that
     class, then to the part with most room, then by a draw; instances without positive labels go where there is most
-    room. Unknown labels (`unknown_labels`) are no negatives: they are stratified in the same way, after the positive
-    ones.
+    room. Unknown labels (`unknown_labels`) are no negatives: among the instances without positive labels they are
+    dealt out in the same way, so that they keep their shares as far as those instances can even them out.
 
     The parts are a function of `sizes`, `seed` and the instances' ids and labels: neither the order of the rows nor
     the machine matters. Rows keep their order within a part.

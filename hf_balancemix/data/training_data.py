@@ -47,6 +47,9 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
 
     Returns:
         The data set without them; the number and the first names are logged as a warning.
+
+    Raises:
+        ValueError: No image is left.
     """
 
     def is_good(row: dict[str, Any]) -> bool:
@@ -68,8 +71,11 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
     if kept.all():
         return dataset
     bad = np.flatnonzero(~kept)
-    names = ", ".join(str(images[int(i)]["image"]["path"]) for i in bad[:3])
-    logger.warning("%d of %d images cannot be decoded and are left out: %s ...", len(bad), len(kept), names)
+    names = ", ".join(f"row {i} ({images[int(i)]['image']['path'] or 'bytes'})" for i in bad[:3])
+    problem = f"{len(bad)} of {len(kept)} images cannot be decoded: {names}{', ...' if len(bad) > 3 else ''}."
+    if not kept.any():
+        raise ValueError(f"{problem} Replace the files; nothing is left to use.")
+    logger.warning("%s They are left out.", problem)
     return dataset.select(np.flatnonzero(kept))
 
 

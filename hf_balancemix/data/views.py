@@ -27,36 +27,46 @@ def decode(image: Any) -> Image.Image:
     Args:
         image: A dict with `path` and `bytes` (an undecoded `datasets.Image`), a path, bytes, or a PIL image.
 
+    Transparency is dropped, 16-bit grey is scaled to 8 bits.
+
     Raises:
-        ValueError: The file is no image, is cut off or is empty; names the file.
+        ValueError: The file is no image, is cut off, is empty, has 32-bit pixels (of unknown range) or so many that it
+            may be a decompression bomb; names the file.
         FileNotFoundError: The file is gone.
         TypeError: `image` is something else.
     """
-    name = "an image given as bytes"
+    name = "given as bytes"
     if isinstance(image, dict):
         name = image.get("path") or name
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, bytes):
-        source: Any = io.BytesIO(image)
-    elif isinstance(image, str | os.PathLike):
-        source = name = os.fspath(image)
+    if isinstance(image, str | os.PathLike):
+        name = os.fspath(image)
     elif isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
-    else:
+        name = getattr(image, "filename", "") or "given as a PIL image"
+    elif not isinstance(image, bytes):
         raise TypeError(f"image is {type(image).__name__}; a path, bytes, a PIL image or a datasets.Image is needed.")
     try:
-        with Image.open(source) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16"):  # convert() would clip 16-bit grey values, not scale them
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return _upright_rgb(opened)
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name} does not exist; restore it or remove its row.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"cannot decode image {name} ({error}); replace the file, or leave it out with on_bad_image='skip'."
         ) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    # convert() would clip values over 255, not scale them.
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise ValueError(f"pixel mode {upright.mode}, 32 bits of unknown range; 8 or 16 bits are needed")
+    return upright.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -80,6 +90,11 @@ class ViewMaker:
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be a positive number of pixels.")
+        if not 0 <= magnitude <= 30 or num_ops < 0:
+            raise ValueError(
+                f"RandAugment is given {num_ops} operations of magnitude {magnitude}; needed: 0 or more operations, "
+                "magnitude 0 to 30. Change randaugment_num_ops or randaugment_magnitude."
+            )
         self.image_size, self.seed, self.resample = image_size, seed, resample
         # On PIL images: several times faster on a CPU than on tensors. It draws from torch's global generator only.
         self.augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)

@@ -32,7 +32,7 @@ def squash_processor(processor: Any | None = None, image_size: int | None = None
         resample = _TIMM_INTERPOLATION.get(timm_config.get("interpolation"), BICUBIC)
         size = timm_config["input_size"][-1]
     else:
-        normalises = processor is None or getattr(processor, "do_normalize", None) is not False
+        normalises = processor is None or bool(getattr(processor, "do_normalize", True))  # None means no
         mean = (getattr(processor, "image_mean", None) or IMAGENET_DEFAULT_MEAN) if normalises else [0.0] * 3
         std = (getattr(processor, "image_std", None) or IMAGENET_DEFAULT_STD) if normalises else [1.0] * 3
         resample = getattr(processor, "resample", None)

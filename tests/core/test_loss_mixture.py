@@ -18,6 +18,9 @@ from hf_balancemix.core.loss_mixture import (
     LossHistogram,
     LossMixtures,
     MixtureSettings,
+    _bin_statistics,
+    _e_step,
+    _moments,
     exact_em,
     label_losses,
 )
@@ -27,9 +30,11 @@ FORTY = MixtureSettings(max_iter=40, tol=0.0, reg_covar=1e-6)
 NOISES = ["clean", "mislabel", "flip"]
 
 
-def simulate(noise: str, num_instances: int = 4000, num_classes: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+def simulate(
+    noise: str, num_instances: int = 4000, num_classes: int = 6, model_noise: float = 0.3
+) -> tuple[Tensor, Tensor]:
     """Losses of a model that is nearly calibrated on noisy labels (rate 0.4), long-tailed classes; and the labels."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     prior = np.geomspace(0.4, 0.01, num_classes)
     clean = rng.random((num_instances, num_classes)) < prior
     separation = rng.uniform(2, 4, num_classes)
@@ -44,7 +49,7 @@ def simulate(noise: str, num_instances: int = 4000, num_classes: int = 6, seed: 
         added = 0.4 * clean.sum(0) / (num_instances - clean.sum(0))
         given = np.where(clean, rng.random(clean.shape) >= 0.4, rng.random(clean.shape) < added)
         p = 0.6 * p + added * (1 - p)
-    logits = np.log(p / (1 - p)) + 0.3 * rng.standard_normal(p.shape)  # the model is not perfect
+    logits = np.log(p / (1 - p)) + model_noise * rng.standard_normal(p.shape)
     losses = np.logaddexp(0, np.where(given, -logits, logits))
     return torch.tensor(losses, dtype=torch.float32), torch.tensor(given)
 
@@ -172,6 +177,34 @@ def test_parameters_equal_exact_em(preset):
             torch.testing.assert_close(getattr(mixtures, name)[polarity, k], getattr(want, name), rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("noise", NOISES)
+def test_an_e_step_on_bins_equals_one_on_values(noise):
+    losses, labels = simulate(noise, num_classes=2)
+    histogram = LossHistogram(2)
+    histogram.update(losses, labels)
+    for polarity, k, values in each_set(losses, labels):
+        bins, center = _bin_statistics(histogram.state_dict()["cells"][:, k, polarity][:, None])
+        means, variances, weights, _ = exact_em(values, MixtureSettings(3, 0.0, 1e-4))
+        x, means = values.double() - center, means - center
+        joint = weights.log() - 0.5 * (2 * np.pi * variances).log() - (x[:, None] - means) ** 2 / (2 * variances)
+        r = joint.softmax(1)[:, 0]
+        total = _moments(bins, torch.ones_like(bins.count))
+        got, likelihood = _e_step(bins, total, means[None], variances[None], weights[None])
+        for power, sum_of_bins in enumerate(got):
+            torch.testing.assert_close(sum_of_bins, (r * x**power).sum(0, keepdim=True), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(likelihood, joint.logsumexp(1).mean(0, keepdim=True), rtol=0, atol=1e-6)
+
+
+def test_a_peak_narrower_than_its_bin_leaves_nearly_the_same_clean_set():
+    # Without noise of the model the probabilities end at 0.6 sharply, and so do the losses.
+    losses, labels = simulate("mislabel", num_instances=8000, num_classes=3, model_noise=0.0)
+    settings = MixtureSettings(40, 0.0, 1e-9)
+    got = LossMixtures.fit(losses, labels, settings).clean_probability(losses, labels, monotone=False).numpy()
+    for polarity, k, values in each_set(losses, labels):
+        same = (got[labels[:, k] == bool(polarity), k] > 0.5) == (sklearn_posterior(values, settings) > 0.5)
+        assert same.mean() > 0.99, (polarity, k, same.mean())
+
+
 def test_two_far_groups_give_their_own_means_variances_and_weights():
     mixtures, p = fit_set([1.0, 1.0, 1.5, 1.5, 9.0, 11.0], MixtureSettings(5, 0.0, 1e-6))
     torch.testing.assert_close(mixtures.means[1, 0], torch.tensor([1.25, 10.0], dtype=torch.float64))
@@ -293,6 +326,11 @@ NO_WEIGHT = [
     1.0558, 0.9895, 1.0416, 1.015, 1.0051, 0.9644, 0.9962, 0.9076, 1.0049, 1.027, 1.0009, 0.9941, 0.9421, 1.025,
     1.0092, 0.9622, 0.9945, 0.9625, 1.0128, 0.9953, 1.0062, 0.9533, 0.9666,
 ]  # fmt: skip
+# ... and on these, a larger-mean component of weight 2e-6.
+NO_WEIGHT_LARGER = [
+    1.0033, 0.9932, 0.9921, 0.9767, 1.0208, 0.9937, 1.0042, 1.018, 1.0204, 0.9921, 1.0289, 0.9888, 0.9694, 0.9814,
+    0.9983, 0.997, 0.9791, 1.0561, 1.0354, 1.0175, 0.9683, 0.9747,
+]  # fmt: skip
 UNTIL_CONVERGED = MixtureSettings(max_iter=1000, tol=1e-9, reg_covar=1e-4)
 
 
@@ -309,6 +347,7 @@ UNTIL_CONVERGED = MixtureSettings(max_iter=1000, tol=1e-9, reg_covar=1e-4)
         (torch.linspace(1e-5, 2e-5, 500), "dividemix"),  # the floor of the variance hides all differences
         (NOTHING_CLEAN, UNTIL_CONVERGED),
         (NO_WEIGHT, UNTIL_CONVERGED),
+        (NO_WEIGHT_LARGER, UNTIL_CONVERGED),
     ],
 )
 def test_a_set_without_two_components_is_all_clean(values, settings):
@@ -322,7 +361,8 @@ def test_a_set_without_two_components_is_all_clean(values, settings):
 def test_the_found_sets_are_what_they_are_said_to_be():
     for values, settings in ((NOTHING_CLEAN, UNTIL_CONVERGED), (NO_WEIGHT, UNTIL_CONVERGED)):
         assert (sklearn_posterior(torch.tensor(values), settings) < 0.5).all()
-    assert sklearn_mixture(torch.tensor(NO_WEIGHT), UNTIL_CONVERGED).weights_.min() < 1e-4
+    for values in (NO_WEIGHT, NO_WEIGHT_LARGER):
+        assert sklearn_mixture(torch.tensor(values), UNTIL_CONVERGED).weights_.min() < 1e-4
 
 
 def test_five_values_in_two_groups_are_enough():

@@ -74,7 +74,9 @@ def test_detection_sets_of_both_forms(images, form, feature):
 @pytest.mark.parametrize(("form", "feature"), [("dict of lists", DICT_OF_LISTS), ("list of dicts", LIST_OF_DICTS)])
 def test_detection_follows_selected_and_shuffled_rows(images, form, feature):
     dataset = make(images, feature, objects([1, 1, 0], [], [2], form=form), "objects")
-    for rows in ([2, 0], [1, 2], [0, 0, 2, 1][1:]):
+    twice = datasets.concatenate_datasets([dataset, dataset.select([2, 0])])
+    assert from_detection(twice)["labels"][:] == [[0, 1], [], [2], [2], [0, 1]]
+    for rows in ([2, 0], [1, 2], [0, 2, 1]):
         found = from_detection(dataset.select(rows))
         assert found["labels"][:] == [[[0, 1], [], [2]][row] for row in rows]
         assert found["image_id"][:] == [["a.png", "b.png", "c.png"][row] for row in rows]
@@ -123,9 +125,9 @@ def test_hostile_detection_sets(images):
         from_detection(make(images, DICT_OF_LISTS, [good[0], None, good[2]], "objects"))
     with pytest.raises(ValueError, match="row 0: None is no class id"):
         from_detection(make(images, DICT_OF_LISTS, objects([None], [], [], form="dict of lists"), "objects"))
-    with pytest.raises(TypeError, match="a datasets.Dataset is needed"):
+    with pytest.raises(TypeError, match=r"a datasets\.Dataset is needed"):
         from_detection(datasets.DatasetDict(train=dataset))
-    with pytest.raises(ValueError, match="a column 'image' of type datasets.Image is needed"):
+    with pytest.raises(ValueError, match=r"a column 'image' of type datasets\.Image is needed"):
         from_detection(dataset.rename_column("image", "img"))
 
 
@@ -200,15 +202,13 @@ def test_without_ids_and_own_file_names_rows_are_numbered(tmp_path, caplog):
     embedded = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
     assert from_tags(make(embedded, STRINGS, [["a"], []]))["image_id"][:] == [0, 1]
     assert not caplog.text
-    archived = [
-        {"bytes": Path(path).read_bytes(), "path": f"zip://{i}.png::/x/all.zip"} for i, path in enumerate(paths)
-    ]
+    archived = [image | {"path": f"zip://{i}.png::/x/all.zip"} for i, image in enumerate(embedded)]
     assert from_tags(make(archived, STRINGS, [["a"], []]))["image_id"][:] == ["0.png", "1.png"]
 
 
 def test_hostile_image_ids_and_images(images):
     rows = [["a"], [], []]
-    with pytest.raises(ValueError, match="'image_id': rows 0 and 2 both have 4.*remove_columns"):
+    with pytest.raises(ValueError, match=r"'image_id': rows 0 and 2 both have 4.*remove_columns"):
         from_tags(make(images, STRINGS, rows, image_id=("int64", [4, 5, 4])))
     with pytest.raises(ValueError, match="'image_id', row 1: expected an id, got None"):
         from_tags(make(images, STRINGS, rows, image_id=("string", ["a", None, "b"])))
@@ -317,7 +317,7 @@ def test_relative_paths_survive_a_change_of_folder(folder, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1|no rows"),
+        ("", "no rows below its header"),
         ("file_name,dog\n", "no rows below its header"),
         ("file_name,dog\na.png,1\nb.png\n", r"labels\.csv, line 3: 1 cells, but the header has 2"),
         ("file_name,dog\na.png,1\nb.png,1,0\n", r"line 3: 3 cells, but the header has 2"),
@@ -329,7 +329,7 @@ def test_relative_paths_survive_a_change_of_folder(folder, monkeypatch, tmp_path
         ("name,dog\na.png,1\n", "line 1: no column 'file_name' in the header 'name', 'dog'. Correct image_column"),
         ("file_name,dog\na.png,1\nb.png,2\n", "line 3, column 'dog': '2' is not 0, 1 or unknown"),
         ("file_name,dog\na.png,nan\n", "line 2, column 'dog': 'nan' is not"),
-        ("file_name,dog\na.png,1\nb.png,1\na.png,0\n", "line 4: 'a.png' in column 'file_name' a second time, first in line 2"),
+        ("file_name,dog\na.png,1\nb.png,1\na.png,0\n", "line 4: 'a.png' in column .* first in line 2"),
         ("file_name,image_id,dog\na.png,7,1\nb.png,7,1\n", "line 3: '7' in column 'image_id' a second time"),
         ("file_name,image_id,dog\na.png,7,1\n,8,1\n", "line 3: column 'file_name' is empty"),
         ("file_name,image_id,dog\na.png,,1\n", "line 2: column 'image_id' is empty"),

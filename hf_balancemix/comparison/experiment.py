@@ -1,0 +1,203 @@
+"""What the example scripts share: noise on the training labels, one run a method, and the table at the end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import set_seed
+
+from hf_balancemix.comparison.methods import METHODS, trainer_for
+from hf_balancemix.data import (
+    Mislabel,
+    RandomFlip,
+    SinglePositive,
+    class_names,
+    drop_bad_images,
+    load_noise_map,
+)
+from hf_balancemix.models import load_model
+from hf_balancemix.report import results_table
+from hf_balancemix.training_args import BalanceMixTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class NoiseArguments:
+    """Noise on the training labels, and how much of the data to use."""
+
+    noise: str | None = field(
+        default=None,
+        metadata={
+            "help": "Noise on the training labels. Default: none; mislabel on the built-in sample.",
+            "choices": ["none", "mislabel", "flip", "single_positive"],
+        },
+    )
+    noise_rate: float = field(default=0.4, metadata={"help": "tau in [0, 1), for mislabel and flip."})
+    noise_seed: int = field(default=0, metadata={"help": "Seed of the noise."})
+    noise_map: str | None = field(
+        default=None, metadata={"help": "Instead: a saved noise map, a parquet file or a Hub data set."}
+    )
+    on_bad_image: str = field(
+        default="error",
+        metadata={"help": "Absent or truncated images: stop, or leave out and count.", "choices": ["error", "skip"]},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation images."})
+
+
+@dataclass
+class ModelArguments:
+    """Which model and which methods."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name (timm/resnet50.tv_in1k), folder, or with --backbone_weights or --from_scratch a timm "
+            "architecture. Default: timm/resnet50.tv_in1k; a tiny network from scratch on the built-in sample."
+        },
+    )
+    backbone_weights: str | None = field(
+        default=None, metadata={"help": "File with the state dict of the timm backbone; needs no network."}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Draw the weights anew."})
+    model_kwargs: str | None = field(
+        default=None, metadata={"help": "JSON with arguments of timm.create_model, for a timm architecture."}
+    )
+    method: list[str] | None = field(
+        default=None,
+        metadata={"help": f"One or more of {', '.join(METHODS)}. Default: balancemix; all on the built-in sample."},
+    )
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.method or []) - set(METHODS))
+        if unknown:
+            raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
+        if self.model_kwargs is not None:
+            try:
+                json.loads(self.model_kwargs)
+            except ValueError as error:
+                raise ValueError(f"model_kwargs is {self.model_kwargs!r}, which is no JSON ({error}).") from None
+
+
+def prepare(dataset: datasets.Dataset, noise: NoiseArguments, limit: int | None, seed: int) -> datasets.Dataset:
+    """The first `limit` instances in a seeded order, without undecodable images if these are to be skipped."""
+    if limit is not None:
+        dataset = dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
+    return drop_bad_images(dataset) if noise.on_bad_image == "skip" else dataset
+
+
+def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Dataset:
+    """`train` with noisy `labels` and `clean_labels` beside, or as it was."""
+    if noise.noise_map is not None:
+        return load_noise_map(noise.noise_map).apply(train)
+    maps: dict[str | None, Callable[[], Any]] = {
+        "mislabel": lambda: Mislabel(rate=noise.noise_rate, seed=noise.noise_seed),
+        "flip": lambda: RandomFlip(rate=noise.noise_rate, seed=noise.noise_seed),
+        "single_positive": lambda: SinglePositive(seed=noise.noise_seed),
+    }
+    if noise.noise not in maps:
+        return train
+    fitted = maps[noise.noise]().fit(train)
+    return train.map(fitted, batched=True, features=fitted.features, desc=f"Noise: {noise.noise}")
+
+
+def run_methods(
+    load: Callable[[], Sequence[datasets.Dataset]],
+    noise: NoiseArguments,
+    model_args: ModelArguments,
+    args: BalanceMixTrainingArguments,
+) -> dict[str, dict[str, float]]:
+    """Train, evaluate and save each method under the same conditions, and print the table.
+
+    Args:
+        load: Gives the training and the evaluation set.
+        noise: Noise on the training set.
+        model_args: The model, drawn or loaded anew for each method, and the methods.
+        args: For every method; each gets a folder of its name in `args.output_dir`.
+
+    Returns:
+        Figures by method, also written to `output_dir/results.json`.
+    """
+    main_process = args.process_index == 0
+    logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
+    say: Callable[[str], None] = print if main_process else (lambda text: None)
+    with args.main_process_first():  # the other ranks then find what rank 0 made
+        train, val = load()
+        train = prepare(train, noise, noise.max_train_samples, args.seed)
+        val = prepare(val, noise, noise.max_eval_samples, args.seed)
+        train = add_noise(train, noise)
+    described = noise.noise_map or noise.noise or "none"
+    if described in ("mislabel", "flip"):
+        described += f" {noise.noise_rate:g}"
+    say(f"{len(train):,} training and {len(val):,} evaluation images, {len(class_names(train))} classes, "
+        f"noise: {described}.")  # fmt: skip
+
+    results: dict[str, dict[str, float]] = {}
+    for method in model_args.method or ["balancemix"]:
+        own = copy.copy(args)
+        own.output_dir = str(Path(args.output_dir, method))
+        set_seed(args.seed)
+        model, processor = load_model(
+            model_args.model_name_or_path or "timm/resnet50.tv_in1k",
+            class_names(train),
+            image_size=args.image_size,
+            backbone_weights=model_args.backbone_weights,
+            pretrained=not model_args.from_scratch,
+            model_kwargs=json.loads(model_args.model_kwargs or "{}"),
+        )
+        say(f"\n== {method}: {METHODS[method]}")
+        trainer = trainer_for(
+            method, own, model=model, train_dataset=train, eval_dataset=val, processing_class=processor
+        )
+        resume = args.resume_from_checkpoint
+        output = trainer.train(True if str(resume).lower() in ("true", "last") else resume)
+        metrics = trainer.evaluate()
+        trainer.save_model()
+        results[method] = {"seconds": output.metrics["train_runtime"]} | metrics | _last_label_figures(trainer)
+    if main_process:
+        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(render(results, args))
+    return results
+
+
+def _last_label_figures(trainer: Any) -> dict[str, float]:
+    """The newest label-quality figures of the log, over the random batches of the last epoch."""
+    logs = (line for line in reversed(trainer.state.log_history) if "label_clean_precision" in line)
+    return {k: v for k, v in next(logs, {}).items() if k.startswith("label_")}
+
+
+def render(results: dict[str, dict[str, float]], args: BalanceMixTrainingArguments) -> str:
+    """The tables, where the models are, and what to do next."""
+    text = [
+        f"\nEvaluation mAP in per cent after the last epoch (many-shot: more than {args.many_shot:,} clean positive "
+        f"training labels, few-shot: fewer than {args.few_shot:,})\n"
+    ]
+    columns = {"eval_mAP": "all", "eval_mAP_many": "many", "eval_mAP_medium": "medium", "eval_mAP_few": "few"}
+    text.append(results_table(results, columns, percent=True, extra={"seconds": "training seconds"}))
+    quality = {name: figures for name, figures in results.items() if "label_clean_precision" in figures}
+    if quality:
+        text.append("\nLabel quality in per cent over the last epoch (Eq. 14, 15)\n")
+        columns = {
+            "label_clean_precision": "clean precision",
+            "label_clean_recall": "clean recall",
+            "label_relabel_proportion": "re-labelled",
+            "label_relabel_accuracy": "re-labelling right",
+        }
+        text.append(results_table(quality, columns, percent=True))
+        text.append("\nThe same for labels that were given as positive\n")
+        columns = {f"{name}_positives": heading for name, heading in columns.items()}
+        columns["label_noise_rate_positives"] = "given wrong"
+        text.append(results_table(quality, columns, percent=True))
+    best = Path(args.output_dir, "balancemix" if "balancemix" in results else next(iter(results)))
+    text.append(f"\nModels: {', '.join(str(Path(args.output_dir, name)) for name in results)}")
+    text.append("Next, class probabilities for your own images:")
+    text.append(f"    python examples/predict.py --model {best} --images FOLDER --output scores.csv")
+    return "\n".join(text)

@@ -1,0 +1,341 @@
+"""Noise maps as files: bit for bit the same labels after a round trip, and refusal of other data than they are for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
+
+from hf_balancemix.data.labels import class_names, label_matrix
+from hf_balancemix.data.noise import ClassConditional, Compose, Mislabel, RandomFlip, SinglePositive
+from hf_balancemix.data.noise_map import NoiseMap, load_noise_map
+
+DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))
+NAMES = ["person", "dog", "car", "tree", "kite"]
+NOISES = [
+    Mislabel(0.4, seed=1),
+    RandomFlip(0.2),
+    SinglePositive(protocol="cole2021"),
+    ClassConditional(added=0.1),
+    Compose([Mislabel(0.2), RandomFlip(0.1)]),
+]
+
+
+def make(labels: np.ndarray, ids: list | None = None, names: list[str] = NAMES, **columns: list) -> Dataset:
+    """Images are files that do not exist: reading one would fail."""
+    ids = list(range(100, 100 + len(labels))) if ids is None else ids
+    kind = List(ClassLabel(names=names))
+    features = {"image": Image(), "labels": kind, "image_id": Value("string" if isinstance(ids[0], str) else "int64")}
+    stored = {"image": [f"/nowhere/{i}.jpg" for i in ids], "labels": class_lists(labels)}
+    for name, matrix in columns.items():
+        features[name], stored[name] = kind, class_lists(matrix)
+    return Dataset.from_dict({**stored, "image_id": ids}, features=Features(features))
+
+
+def class_lists(matrix: np.ndarray) -> list[list[int]]:
+    return [np.flatnonzero(row).tolist() for row in matrix]
+
+
+def clean_labels(n: int = 200) -> np.ndarray:
+    return (np.random.default_rng(0).random((n, 5)) < [0.6, 0.4, 0.3, 0.1, 0.02]).astype(np.uint8)
+
+
+def mapped(dataset: Dataset, noise) -> Dataset:
+    return dataset.map(noise.fit(dataset), batched=True, features=noise.features)
+
+
+@pytest.fixture(scope="module")
+def clean() -> Dataset:
+    return make(clean_labels())
+
+
+@pytest.fixture(scope="module")
+def noisy(clean) -> Dataset:
+    return mapped(clean, Mislabel(0.4, seed=1))
+
+
+@pytest.fixture(scope="module")
+def noise_map(clean, noisy) -> NoiseMap:
+    return NoiseMap.from_datasets(clean, noisy, noise=Mislabel(0.4, seed=1))
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=repr)
+def test_round_trip_gives_the_same_rows(tmp_path, clean, noise):
+    noisy = mapped(clean, noise)
+    NoiseMap.from_datasets(clean, noisy, noise=noise).save(tmp_path / "map.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["map.parquet"]
+    loaded = load_noise_map(tmp_path / "map.parquet")
+    applied = loaded.apply(clean)
+    assert applied.features == noisy.features
+    assert applied.column_names == noisy.column_names
+    plain = [name for name in noisy.column_names if name != "image"]
+    assert applied.select_columns(plain).to_dict() == noisy.select_columns(plain).to_dict()
+    assert loaded.parameters == noise.parameters
+    assert loaded.name == type(noise).__name__
+    assert loaded.seed == noise.parameters.get("seed")
+    assert loaded.num_instances == 200
+    assert loaded.num_removed == int((label_matrix(noisy) < label_matrix(clean)).sum())
+    assert loaded.num_added == int((label_matrix(noisy) > label_matrix(clean)).sum())
+
+
+def test_order_of_rows_and_of_classes_is_free(tmp_path, clean, noisy, noise_map):
+    noise = Mislabel(0.4, seed=1)
+    other = NoiseMap.from_datasets(clean.shuffle(seed=1), noisy.shuffle(seed=2), noise=noise)
+    assert other == noise_map == NoiseMap.from_datasets(noisy=noisy.shuffle(seed=3), noise=noise)
+    noise_map.save(tmp_path / "a.parquet")
+    other.save(tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+    shuffled = clean.shuffle(seed=4)
+    applied = noise_map.apply(shuffled)
+    assert applied["image_id"][:] == shuffled["image_id"][:]
+    expected = dict(zip(noisy["image_id"], noisy["labels"], strict=True))
+    assert dict(zip(applied["image_id"], applied["labels"], strict=True)) == expected
+
+    order = [3, 1, 4, 0, 2]
+    renamed = make(clean_labels()[:, order], names=[NAMES[k] for k in order])
+    applied = noise_map.apply(renamed)
+    assert class_names(applied) == class_names(applied, "clean_labels") == [NAMES[k] for k in order]
+    assert torch.equal(label_matrix(applied), label_matrix(noisy)[:, order])
+    as_text = make(clean_labels(), [str(i) for i in clean["image_id"]])
+    assert torch.equal(label_matrix(noise_map.apply(as_text)), label_matrix(noisy))
+
+
+@pytest.mark.parametrize("inner", ["int64", "float32", "bool"])
+def test_multi_hot_columns(inner):
+    labels = clean_labels()
+    features = Features({"labels": List(Value(inner), length=5), "image_id": Value("int64")})
+    clean = Dataset.from_dict({"labels": labels.astype(inner).tolist(), "image_id": range(200)}, features=features)
+    noisy = mapped(clean, RandomFlip(0.2))
+    applied = NoiseMap.from_datasets(clean, noisy).apply(clean)
+    assert applied.features == noisy.features
+    assert applied.to_dict() == noisy.to_dict()
+
+
+def test_formatted_data_sets_and_their_format(clean, noisy, noise_map):
+    formatted = clean.select_columns(["labels", "image_id"]).with_format("torch")
+    applied = noise_map.apply(formatted)
+    assert applied.format["type"] == "torch"
+    assert torch.equal(label_matrix(applied), label_matrix(noisy))
+
+
+def test_noise_upon_noise_keeps_the_first_clean_labels(clean, noisy):
+    twice = mapped(noisy, RandomFlip(0.1, seed=5))
+    second = NoiseMap.from_datasets(noisy, twice)
+    assert second.apply(noisy).select_columns(["labels", "clean_labels"]).to_dict() == twice.select_columns(
+        ["labels", "clean_labels"]
+    ).to_dict()  # fmt: skip
+    both = NoiseMap.from_datasets(noisy=twice)  # from the first clean labels to the last noisy ones
+    assert torch.equal(label_matrix(both.apply(clean)), label_matrix(twice))
+
+
+def test_unknown_labels(tmp_path):
+    labels = clean_labels()
+    unknown = (np.random.default_rng(1).random(labels.shape) < 0.4) & (labels == 0)
+    clean = make(labels, unknown_labels=unknown)
+    noisy = mapped(clean, RandomFlip(0.3))
+    noise_map = NoiseMap.from_datasets(clean, noisy)
+    applied = noise_map.apply(clean)
+    assert torch.equal(label_matrix(applied), label_matrix(noisy))
+    assert applied["unknown_labels"][:] == clean["unknown_labels"][:]
+    with pytest.raises(ValueError, match=r"the label '\w+' of image_id \d+ is unknown in one of the data sets only"):
+        NoiseMap.from_datasets(clean, noisy.remove_columns("unknown_labels"))
+    with pytest.raises(ValueError, match="differ from those that the noise map was made from"):
+        noise_map.apply(clean.remove_columns("unknown_labels"))
+
+
+def test_nothing_changed_and_no_rows(tmp_path, clean):
+    for dataset in (clean, clean.select([])):
+        noise_map = NoiseMap.from_datasets(dataset, dataset)
+        noise_map.save(tmp_path / "map.parquet")
+        noise_map = load_noise_map(tmp_path / "map.parquet")
+        assert (noise_map.num_instances, noise_map.num_removed, noise_map.num_added) == (len(dataset), 0, 0)
+        assert torch.equal(label_matrix(noise_map.apply(dataset)), label_matrix(dataset))
+
+
+def test_real_coco(tmp_path):
+    file = DATA / "coco_labels" / "coco_multihot.npz"
+    if not file.is_file():
+        pytest.skip("BALANCEMIX_DATA has no coco_labels")
+    with np.load(file) as archive:
+        labels, ids = archive["train2014_labels"], archive["train2014_ids"]
+    clean = make(labels, ids.tolist(), [f"class {k}" for k in range(80)])
+    noisy_labels = Mislabel(0.4).fit(clean).apply(labels, ids)
+    noise_map = NoiseMap.from_datasets(clean, make(noisy_labels, ids.tolist(), class_names(clean)))
+    noise_map.save(tmp_path / "map.parquet")
+    assert (tmp_path / "map.parquet").stat().st_size < 1e6
+    applied = load_noise_map(tmp_path / "map.parquet").apply(clean)
+    assert (label_matrix(applied).numpy() == noisy_labels).all()
+    assert torch.equal(label_matrix(applied, "clean_labels"), torch.from_numpy(labels))
+
+
+# What is in the file
+
+
+def test_the_file_holds_what_differs_and_nothing_else(tmp_path):
+    """As others read it: pandas for the rows, JSON for the rest, and the digest from its description."""
+    clean = make(np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]), ["b.jpg", "a.jpg", "c.jpg"])
+    noisy = make(np.array([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]), ["b.jpg", "a.jpg", "c.jpg"])
+    NoiseMap.from_datasets(clean, noisy, noise={"name": "two annotators", "seed": None}).save(tmp_path / "map.parquet")
+    frame = pd.read_parquet(tmp_path / "map.parquet")
+    assert list(frame.columns) == ["image_id", "class", "given", "clean", "check"]
+    rows = frame.drop(columns="check").astype(object).where(frame.drop(columns="check").notna(), None)
+    assert rows.to_numpy().tolist() == [
+        ["a.jpg", None, None, None],
+        ["b.jpg", "person", 0, 1],
+        ["b.jpg", "tree", 1, 0],
+        ["c.jpg", "person", 1, 0],
+    ]
+    assert frame["check"].nunique() == 3
+    prints = sorted(
+        hashlib.blake2b(name + b"\0" + bytes(row), digest_size=16).digest()
+        for name, row in ((b"a.jpg", [0, 1, 0, 0, 0]), (b"b.jpg", [1, 0, 1, 0, 0]), (b"c.jpg", [0, 0, 0, 0, 0]))
+    )
+    assert json.loads(pq.read_schema(tmp_path / "map.parquet").metadata[b"noise_map"]) == {
+        "format": 1,
+        "name": "two annotators",
+        "parameters": {"name": "two annotators", "seed": None},
+        "seed": None,
+        "num_instances": 3,
+        "num_classes": 5,
+        "class_names": NAMES,
+        "clean_digest": hashlib.sha256(b"".join(prints)).hexdigest(),
+    }
+    found = load_noise_map(tmp_path / "map.parquet")
+    assert repr(found) == "NoiseMap(two annotators: 1 labels removed and 2 added in 3 images, 5 classes)"
+
+
+def test_a_folder_with_a_noise_map(tmp_path, noise_map):
+    noise_map.save(tmp_path / "noise_map.parquet")
+    assert load_noise_map(tmp_path) == noise_map
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, noise_map, monkeypatch):
+    path = tmp_path / "map.parquet"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    with pytest.raises(OSError, match="disk is full"):
+        noise_map.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["map.parquet"]
+    assert path.read_bytes() == b"old"
+
+
+# Other data than it was made from
+
+
+def changed(row: int, k: int) -> Dataset:
+    labels = clean_labels()
+    labels[row, k] ^= 1
+    return make(labels)
+
+
+def test_other_images(clean, noise_map):
+    message = r"the data set has other images than the noise map: "
+    with pytest.raises(ValueError, match=message + r"it lacks 2, the first is image_id '103'\. Use the same data set"):
+        noise_map.apply(clean.filter(lambda image_id: image_id not in (103, 150), input_columns="image_id"))
+    more = make(np.ones((3, 5)), [500, 501, 502])
+    with pytest.raises(ValueError, match=message + r"it also has 3, the first is image_id '500'"):
+        noise_map.apply(concatenate_datasets([clean, more]))
+    others = concatenate_datasets([clean.select(range(1, 200)), more])
+    with pytest.raises(ValueError, match=r"it lacks 1, .* '100'; it also has 3, the first is image_id '500'"):
+        noise_map.apply(others)
+    with pytest.raises(ValueError, match="image_id '100' occurs 2 times in the data set, not once"):
+        noise_map.apply(concatenate_datasets([clean, clean.select([0])]))
+
+
+def test_other_classes(noise_map):
+    message = r"other classes than the noise map: it lacks 1, the first is class 'kite'"
+    with pytest.raises(ValueError, match=message):
+        noise_map.apply(make(clean_labels()[:, :4], names=NAMES[:4]))
+    with pytest.raises(ValueError, match=message + r"; it also has 1, the first is class 'kites'"):
+        noise_map.apply(make(clean_labels(), names=[*NAMES[:4], "kites"]))
+
+
+@pytest.mark.parametrize("row", [0, 57, 199])
+@pytest.mark.parametrize("k", range(5))
+def test_other_clean_labels(noisy, noise_map, row, k):
+    """One label of 1,000 differs; where the noise changed that label, the message says it in full."""
+    with pytest.raises(
+        ValueError, match=f"the labels of 1 of 200 images differ .* such as image_id {100 + row}"
+    ) as error:
+        noise_map.apply(changed(row, k))
+    known = label_matrix(noisy)[row, k] != clean_labels()[row, k]
+    value = clean_labels()[row, k]
+    assert (f"whose label '{NAMES[k]}' is {1 - value} instead of {value}" in str(error.value)) == bool(known)
+    assert "Apply the map to the same clean data set" in str(error.value)
+
+
+def test_applied_twice(noisy, noise_map):
+    with pytest.raises(ValueError, match="has 'clean_labels', so its labels may be noisy already"):
+        noise_map.apply(noisy)
+
+
+def test_what_no_map_can_be_made_from(clean, noisy):
+    with pytest.raises(TypeError, match="a noisy data set is required, got none"):
+        NoiseMap.from_datasets(noisy)
+    with pytest.raises(ValueError, match="no column 'clean_labels': pass the clean data set, too"):
+        NoiseMap.from_datasets(noisy=clean)
+    with pytest.raises(TypeError, match="JSON serializable"):
+        NoiseMap.from_datasets(clean, noisy, noise={"matrix": np.eye(2)})
+    with pytest.raises(ValueError, match=r"the noisy data set has other images than the clean one: it lacks 1"):
+        NoiseMap.from_datasets(clean, noisy.select(range(199)))
+    with pytest.raises(ValueError, match="image_id '100' occurs 2 times in the clean data set"):
+        NoiseMap.from_datasets(concatenate_datasets([clean, clean.select([0])]), noisy)
+    with pytest.raises(ValueError, match=r"row 0: image_id must be an integer or a string, got None"):
+        NoiseMap.from_datasets(clean.map(lambda _: {"image_id": None}, features=clean.features), noisy)
+    with pytest.raises(TypeError, match=r"datasets\.Dataset"):
+        NoiseMap.from_datasets(clean, "noisy")
+
+
+# Damaged files
+
+
+def test_files_that_are_no_noise_maps(tmp_path, noise_map):
+    path = tmp_path / "map.parquet"
+    with pytest.raises(FileNotFoundError, match=r"no file .*map\.parquet"):
+        NoiseMap.load(path)
+    noise_map.save(path)
+    whole, table = path.read_bytes(), pq.read_table(path)
+    for content in (b"", b"text", whole[: len(whole) // 2], whole[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"map\.parquet is damaged or not a noise map"):
+            load_noise_map(path)
+    pq.write_table(table.replace_schema_metadata(None), path)
+    with pytest.raises(ValueError, match="is damaged or not a noise map"):
+        load_noise_map(path)
+    metadata = json.loads(table.schema.metadata[b"noise_map"])
+    names = table["class"].to_pylist()
+    first, unchanged = (next(i for i, name in enumerate(names) if (name is None) == none) for none in (False, True))
+    for tampered, message in (
+        (table.slice(unchanged + 1), "instead of 200"),
+        (table.drop_columns("check"), "check"),
+        (table.set_column(1, "class", [["ship" if i == first else name for i, name in enumerate(names)]]), "'ship'"),
+        (table.set_column(2, "given", table["clean"]), "'given' and 'clean' of a row are not 0 and 1"),
+        (table.take([*range(len(table)), 0]), "an image_id occurs in two places"),
+        (table.take(sorted([*range(len(table)), first])), "a label is listed twice"),
+        (table.take(sorted([*range(len(table)), unchanged])), "a row without a class beside others"),
+    ):
+        pq.write_table(tampered.replace_schema_metadata(table.schema.metadata), path)
+        with pytest.raises(ValueError, match=f"is damaged or not a noise map .*{message}"):
+            load_noise_map(path)
+    pq.write_table(table.replace_schema_metadata({b"noise_map": json.dumps(metadata | {"format": 2})}), path)
+    with pytest.raises(ValueError, match="its format is 2, 1 is required: update hf_balancemix"):
+        load_noise_map(path)
+
+
+def test_names_that_are_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("no/such/file.parquet", "-", str(tmp_path / "map.parquet")):
+        with pytest.raises(FileNotFoundError, match="is neither a file here nor a data set repository on the Hub"):
+            load_noise_map(name)

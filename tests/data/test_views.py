@@ -1,0 +1,264 @@
+"""Decoding whatever a data set holds, and augmentation that is a pure function of its key."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from hf_balancemix.data import decode
+from hf_balancemix.data.views import BICUBIC, BILINEAR, ViewMaker, normalise
+from hf_balancemix.models import squash_processor
+
+ORIENTATION = 0x0112
+
+
+def picture(height: int = 20, width: int = 30, seed: int = 0) -> Image.Image:
+    """Four flat quarters of different colours, which JPEG keeps, with some variation."""
+    rng = np.random.default_rng(seed)
+    quarters = rng.integers(0, 256, (2, 2, 3)).repeat(height // 2, 0).repeat(width // 2, 1)
+    return Image.fromarray((0.9 * quarters + rng.integers(0, 25, quarters.shape)).astype(np.uint8))
+
+
+def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def grey_levels(image: Image.Image) -> np.ndarray:
+    """The one channel of an RGB image whose three channels are equal."""
+    values = np.asarray(image)
+    assert np.array_equal(values[..., 0], values[..., 1])
+    assert np.array_equal(values[..., 0], values[..., 2])
+    return values[..., 0].astype(int)
+
+
+# ---- decoding ----
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK"])
+@pytest.mark.parametrize("form", ["path", "bytes", "dict of path", "dict of bytes", "PIL"])
+def test_every_mode_and_form_becomes_the_same_rgb(mode, form, tmp_path):
+    stored = picture().convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    file = tmp_path / "image"
+    file.write_bytes(as_bytes(stored, kind))
+    given = {
+        "path": file,
+        "bytes": file.read_bytes(),
+        "dict of path": {"path": str(file), "bytes": None},
+        "dict of bytes": {"path": "elsewhere.png", "bytes": file.read_bytes()},
+        "PIL": stored,
+    }[form]
+    decoded = decode(given)
+    assert decoded.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded), np.asarray(stored.convert("RGB")))
+
+
+def test_a_cmyk_jpeg_keeps_its_colours():
+    original = picture()
+    decoded = decode(as_bytes(original.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(original)).mean() < 6
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("form", ["bytes", "PIL"])
+def test_16_bit_grey_is_scaled_and_not_clipped(kind, form):
+    values = np.linspace(0, 65535, 24 * 20).astype(np.uint16).reshape(24, 20)
+    stored = Image.fromarray(values)
+    decoded = decode(as_bytes(stored, kind) if form == "bytes" else stored)
+    assert np.abs(grey_levels(decoded) - values / 257).max() <= 1
+    assert len(np.unique(grey_levels(decoded))) == 256
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_pixels_of_unknown_range_are_refused_rather_than_clipped(dtype, tmp_path):
+    file = tmp_path / "depth.tif"
+    Image.fromarray(np.full((4, 4), 1000, dtype=dtype)).save(file)
+    with pytest.raises(ValueError, match=r"depth\.tif.*32 bits.*8 or 16 bits"):
+        decode(file)
+
+
+# What a camera stores so that the image appears upright after the turn that the tag names.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tag", TURNS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_image_that_exif_says_is_turned_comes_out_upright(tag, kind):
+    upright = picture()
+    exif = Image.Exif()
+    exif[ORIENTATION] = tag
+    stored = as_bytes(upright.transpose(TURNS[tag]), kind, exif=exif)
+    decoded = decode(stored)
+    assert decoded.size == upright.size
+    difference = np.abs(np.asarray(decoded).astype(int) - np.asarray(upright))
+    assert difference.mean() < (1e-9 if kind == "PNG" else 8)
+
+
+def test_16_bit_grey_with_exif_is_turned_too():
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 10000
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    decoded = decode(as_bytes(Image.fromarray(values), exif=exif))
+    assert np.array_equal(grey_levels(decoded), values[::-1, ::-1] // 256)
+
+
+def broken(tmp_path: Path, how: str) -> Path:
+    file = tmp_path / f"{how.replace(' ', '_')}.jpg"
+    content = as_bytes(picture(), "JPEG")
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "cut in the header":
+        content = content[:50]
+    elif how == "truncated png":
+        content = as_bytes(picture())[:-300]
+    elif how == "empty":
+        content = b""
+    elif how == "text":
+        content = b"<html>404 Not Found</html>"
+    elif how == "bomb":  # a BMP header that claims 60,000 x 60,000 pixels
+        content = bytearray(as_bytes(picture(), "BMP"))
+        content[18:26] = (60_000).to_bytes(4, "little") * 2
+    file.write_bytes(bytes(content))
+    return file
+
+
+@pytest.mark.parametrize("how", ["truncated", "cut in the header", "truncated png", "empty", "text", "bomb"])
+@pytest.mark.parametrize("form", ["path", "dict of path", "dict of bytes"])
+def test_a_broken_file_gives_one_error_that_names_it(how, form, tmp_path):
+    file = broken(tmp_path, how)
+    given = {
+        "path": str(file),
+        "dict of path": {"path": str(file), "bytes": None},
+        "dict of bytes": {"path": str(file), "bytes": file.read_bytes()},
+    }[form]
+    with pytest.raises(ValueError, match="cannot decode image") as error:
+        decode(given)
+    assert file.name in str(error.value)
+    assert "on_bad_image='skip'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_pil_image_is_named_as_well(tmp_path):
+    file = broken(tmp_path, "truncated png")
+    with pytest.raises(ValueError, match=r"cannot decode image .*truncated_png\.jpg"):
+        decode(Image.open(file))
+
+
+def test_an_absent_file_and_a_wrong_type(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist; restore it"):
+        decode(tmp_path / "gone.jpg")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
+        decode({"path": str(tmp_path / "gone.jpg"), "bytes": None})
+    for wrong in (None, 3, np.zeros((4, 4, 3)), {"path": None, "bytes": None}):
+        with pytest.raises(TypeError, match="a path, bytes, a PIL image or a datasets"):
+            decode(wrong)
+
+
+def test_an_image_of_a_hugging_face_data_set_in_either_form(tmp_path):
+    file = tmp_path / "a.png"
+    picture().save(file)
+    data = datasets.Dataset.from_dict({"image": [str(file)]}, features=datasets.Features(image=datasets.Image()))
+    raw = data.cast_column("image", datasets.Image(decode=False))
+    assert np.array_equal(np.asarray(decode(data[0]["image"])), np.asarray(decode(raw[0]["image"])))
+
+
+# ---- views ----
+
+
+def test_squash_fills_the_square_and_keeps_no_aspect_ratio():
+    # Left half red, right half blue, four times as wide as high: still half and half, up to the edges.
+    wide = np.zeros((20, 80, 3), np.uint8)
+    wide[:, :40, 0] = wide[:, 40:, 2] = 255
+    view = ViewMaker(16, seed=0, resample=BILINEAR).plain(Image.fromarray(wide))
+    assert view.shape == (3, 16, 16)
+    assert view.dtype == torch.uint8
+    assert (view[0, :, :7] == 255).all()
+    assert (view[2, :, 9:] == 255).all()
+    assert (view[0, :, 9:] == 0).all()
+    assert view.is_contiguous()
+
+
+def test_plain_views_of_the_size_of_the_image_are_the_image():
+    image = picture(16, 16)
+    view = ViewMaker(16, seed=0).plain(image)
+    assert np.array_equal(view.permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+KEYS = [(0, 7, "random"), (1, 7, "random"), (0, 8, "random"), (0, 7, "minority")]
+
+
+def test_views_differ_by_epoch_index_role_view_and_seed_and_by_nothing_else():
+    views, image = ViewMaker(24, seed=5), picture()
+    drawn = {key: views.augmented(image, *key, num_views=2) for key in KEYS}
+    distinct = [view for pair in drawn.values() for view in pair]
+    distinct += ViewMaker(24, seed=6).augmented(image, *KEYS[0], num_views=2)
+    for i, one in enumerate(distinct):
+        for other in distinct[:i]:
+            assert not torch.equal(one, other)
+    # Again in another order, from another object, after other draws, one view instead of two.
+    torch.rand(3)
+    again = ViewMaker(24, seed=5)
+    for key in reversed(KEYS):
+        assert torch.equal(again.augmented(image, *key, num_views=1)[0], drawn[key][0])
+
+
+def test_views_leave_the_global_generators_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(4)
+    torch.manual_seed(11)
+    ViewMaker(24, seed=0).augmented(picture(), 0, 1, "random", num_views=2)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_view_maker_refuses_what_randaugment_would_fail_on_later():
+    with pytest.raises(ValueError, match="image_size is 0"):
+        ViewMaker(0, seed=0)
+    with pytest.raises(ValueError, match=r"magnitude 31.*0 to 30"):
+        ViewMaker(8, seed=0, magnitude=31)
+    for magnitude in (0, 30):
+        ViewMaker(8, seed=0, magnitude=magnitude).augmented(picture(), 0, num_views=3)
+
+
+# ---- what the saved processor does ----
+
+
+@pytest.mark.parametrize("resample", [BICUBIC, BILINEAR])
+def test_views_are_what_the_saved_processor_makes_of_the_same_file(resample, tmp_path):
+    processor = squash_processor(image_size=32)
+    processor.resample = resample
+    processor.image_mean, processor.image_std = [0.1, 0.4, 0.6], [0.2, 0.3, 0.5]
+    processor.save_pretrained(tmp_path)
+    maker = ViewMaker(32, seed=0, resample=resample)
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    for image in (picture(32, 32), picture(50, 70), picture(20, 12)):
+        view = normalise(maker.plain(image)[None], mean, std)
+        assert view.dtype == torch.float32
+        for backend in ("pil", "torchvision"):
+            loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+            expected = loaded(image, return_tensors="pt")["pixel_values"]
+            grey_level = 1 / 255 / min(processor.image_std)  # the two libraries round differently after resizing
+            assert (view - expected).abs().max() <= (1e-6 if image.size == (32, 32) else 1.01 * grey_level)
+            assert (view - expected).abs().mean() < 1e-3
+            if backend == "pil":
+                assert torch.allclose(view, expected, atol=1e-6)
+
+
+def test_normalise_maps_mean_to_zero():
+    mean, std = torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.1, 0.2, 0.5])
+    images = torch.tensor([51, 102, 153], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert torch.allclose(normalise(images, mean, std), torch.zeros(2, 3, 4, 4), atol=1e-6)
+    white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    assert torch.allclose(normalise(white, mean, std).flatten(), torch.tensor([8.0, 3.0, 0.8]), atol=1e-5)
