@@ -62,20 +62,32 @@ def parse_arguments(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`; bad input ends it with one line on stderr, `error: ...`, and exit status 2.
+    """Run a script's `main`; bad input ends it with one line on stderr, `error: ...`, and exit status 2.
 
     Only this package's own messages are shown like that. Any other exception keeps its traceback.
     """
     try:
         main()
     except (ValueError, TypeError, FileNotFoundError) as error:
-        trace = error.__traceback__
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in (__package__, "__main__"):
+        message = _own_message(error)
+        if message is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
         sys.exit(2)
+
+
+def _own_message(error: Exception) -> str | None:
+    """The message of an error that this package or the script raised; None for any other."""
+    text = str(error)
+    if "in DataLoader worker process" in text:  # then the message is the worker's traceback
+        trace, _, text = text.rpartition(f"\n{type(error).__name__}: ")
+        file = Path(trace.rpartition('File "')[2].partition('"')[0])
+        return text if Path(__file__).parent in file.parents else None
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return text if module in (__package__, "__main__") else None
 
 
 class _Yaml(yaml.SafeLoader):

@@ -10,9 +10,13 @@ from types import ModuleType
 
 import pytest
 import yaml
+from conftest import make_dataset
+from torch.utils.data import DataLoader
 
 from hf_balancemix import BalanceMixTrainingArguments
 from hf_balancemix.cli import parse_arguments, run
+from hf_balancemix.data.training_data import PlainInstances, collate
+from hf_balancemix.data.views import ViewMaker
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -130,14 +134,18 @@ def test_the_examples_arguments_follow_the_same_order(tmp_path):
     data, model, args = parse("--data_dir", "coco")
     assert (args.num_train_epochs, args.label_warmup_epochs, args.global_batch_size) == (50, 10, 64)
     assert (args.output_dir, args.many_shot, args.few_shot) == ("outputs/coco", 10_000, 1_000)
-    assert data.noise == "none"
-    assert model.method == ["balancemix"]
+    assert data.noise is None
+    assert model.method is None
     assert not model.from_scratch
 
-    file = {"data_dir": "coco", "method": ["bce", "mixup"], "num_train_epochs": 7, "noise": "flip", "year": 2014}
+    file = {
+        "data_dir": "coco", "method": ["bce", "mixup"], "num_train_epochs": 7, "noise": "flip", "year": 2014,
+        "model_kwargs": {"drop_rate": 0.1},
+    }  # fmt: skip
     data, model, args = parse("--noise", "mislabel", "--preset", "paper", **file)
     assert (data.data_dir, data.noise, data.year) == ("coco", "mislabel", 2014)
     assert model.method == ["bce", "mixup"]
+    assert json.loads(model.model_kwargs) == {"drop_rate": 0.1}
     assert (args.num_train_epochs, args.label_warmup_epochs, args.monotone) == (7, 10, False)
     assert parse("--method", "bce", **file)[1].method == ["bce"]
     with pytest.raises(ValueError, match="method nothing is not known; choose from bce"):
@@ -256,7 +264,7 @@ def test_run_shows_our_messages_and_keeps_other_tracebacks(capsys):
     with pytest.raises(SystemExit) as stop:
         run(bad_input)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: preset is 'papers'; it must be one of default, paper")
+    assert capsys.readouterr().err.startswith("\nerror: preset is 'papers'; it must be one of default, paper")
 
     def bug():
         int("x" * 3)
@@ -265,3 +273,20 @@ def test_run_shows_our_messages_and_keeps_other_tracebacks(capsys):
     with pytest.raises(ValueError, match="invalid literal"):
         run(bug)
     run(lambda: None)
+
+
+def test_run_shows_the_message_of_a_data_loaders_worker(tmp_path, capsys):
+    data = make_dataset(tmp_path / "images", 4)
+    (tmp_path / "images" / "002.png").write_bytes(b"cut")
+    instances = PlainInstances(data, ViewMaker(16, seed=0))
+    with pytest.raises(SystemExit):
+        run(lambda: list(DataLoader(instances, 2, num_workers=1, collate_fn=collate)))
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"error: cannot decode image {tmp_path / 'images' / '002.png'} (")
+    assert "Traceback" not in err
+
+    def foreign(rows):
+        raise ValueError("not ours")
+
+    with pytest.raises(ValueError, match="Traceback"):
+        run(lambda: list(DataLoader(instances, 2, num_workers=1, collate_fn=foreign)))

@@ -317,3 +317,15 @@ def test_unknown_labels_are_learned_from_nowhere_and_evaluated_nowhere(dataset, 
     trainer.train()
     assert trainer.predict(marked).label_ids.min() == -1
     assert 0 <= trainer.evaluate()["eval_mAP"] <= 1
+
+
+def test_the_data_sets_class_names_are_saved_with_the_model(dataset, tmp_path, caplog):
+    model = tiny_vit()
+    assert model.config.id2label[0] == "LABEL_0"
+    MultiLabelTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset).save_model()
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert [loaded.config.id2label[k] for k in range(5)] == NAMES
+    other = make_dataset(tmp_path / "o", names=["ape", *NAMES[1:]])
+    with caplog.at_level(logging.WARNING):
+        MultiLabelTrainer(model=model, args=arguments(tmp_path), train_dataset=other)
+    assert "differ from the data set's (ape, ...)" in caplog.text

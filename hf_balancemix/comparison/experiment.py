@@ -28,6 +28,8 @@ from hf_balancemix.training_args import BalanceMixTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_RESUME = {"true": True, "last": True, "false": None, "none": None}  # as a flag or a config file says it
+
 
 @dataclass
 class NoiseArguments:
@@ -157,8 +159,7 @@ def run_methods(
         trainer = trainer_for(
             method, own, model=model, train_dataset=train, eval_dataset=val, processing_class=processor
         )
-        resume = args.resume_from_checkpoint
-        output = trainer.train(True if str(resume).lower() in ("true", "last") else resume)
+        output = trainer.train(_RESUME.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint))
         metrics = trainer.evaluate()
         trainer.save_model()
         results[method] = {"seconds": output.metrics["train_runtime"]} | metrics | _last_label_figures(trainer)

@@ -41,7 +41,8 @@ def load_model(
 
     Args:
         name_or_path: A folder saved by `save_pretrained`, a Hub name (`microsoft/resnet-50`, `timm/resnet50.tv_in1k`),
-            or, with `backbone_weights` or `pretrained=False`, a timm architecture (`timm/resnet50` or `resnet50`).
+            or, with `backbone_weights` or `pretrained=False`, a timm architecture (`resnet50`, or with the
+            normalisation of certain weights `resnet50.tv_in1k`).
         class_names: Names of the K classes.
         image_size: Side of the squash in pixels; by default what the model was made for. A timm transformer is resized
             to it (its position embedding is interpolated).
@@ -67,6 +68,11 @@ def load_model(
         "problem_type": "multi_label_classification",
     }
     if backbone_weights is None and pretrained:
+        if model_kwargs:
+            raise ValueError(
+                f"model_kwargs is {model_kwargs}, but {name_or_path} brings its own config; model_kwargs go with "
+                "backbone_weights or pretrained=False."
+            )
         model, processor = _from_pretrained(name_or_path, labels)
     else:
         model, processor = _from_timm(name_or_path, labels, backbone_weights, model_kwargs or {}, image_size)
@@ -125,17 +131,24 @@ def _from_pretrained(name_or_path: str, labels: dict[str, Any]) -> tuple[PreTrai
 def _from_timm(
     name: str, labels: dict[str, Any], weights: str | Path | None, model_kwargs: dict[str, Any], size: int | None
 ) -> tuple[PreTrainedModel, Any]:
-    architecture = name.removeprefix("timm/").split(".")[0]
+    architecture = name.removeprefix("timm/")  # with its tag, which says how images are normalised
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         raise ValueError(
             f"timm has no architecture {architecture!r}, and with backbone_weights or from scratch one is needed"
             + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models().")
         )
-    if weights is None and size is not None and timm.get_pretrained_cfg(architecture).fixed_input_size:
-        model_kwargs = {"img_size": size} | model_kwargs
-    config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_kwargs), **labels)
-    model = AutoModelForImageClassification.from_config(config)
+    try:
+        if weights is None and size is not None and timm.get_pretrained_cfg(architecture).fixed_input_size:
+            model_kwargs = {"img_size": size} | model_kwargs
+        config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_kwargs), **labels)
+        model = AutoModelForImageClassification.from_config(config)
+        # TimmWrapper draws every weight anew with standard deviation 0.02, which trains far worse than timm's own.
+        drawn = timm.create_model(architecture, num_classes=labels["num_labels"], **model_kwargs)
+        model.timm_model.load_state_dict(drawn.state_dict())
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        given = f" with {model_kwargs}" if model_kwargs else ""
+        raise ValueError(f"timm cannot build {architecture}{given}: {error}") from error
     if weights is not None:
         _load_backbone(model.timm_model, Path(weights), architecture)
     return model, _timm_defaults(model)

@@ -195,14 +195,15 @@ def test_an_e_step_on_bins_equals_one_on_values(noise):
         torch.testing.assert_close(likelihood, joint.logsumexp(1).mean(0, keepdim=True), rtol=0, atol=1e-6)
 
 
-def test_a_peak_narrower_than_its_bin_leaves_nearly_the_same_clean_set():
-    # Without noise of the model the probabilities end at 0.6 sharply, and so do the losses.
-    losses, labels = simulate("mislabel", num_instances=8000, num_classes=3, model_noise=0.0)
+def test_a_peak_far_narrower_than_its_bin_does_not_derail_em():
+    # Without noise of the model the probabilities end sharply at 0.4 and 0.6, and nearly all losses are at two values.
+    # Bins cannot resolve this; the clean set is still mostly that of the values.
+    losses, labels = simulate("flip", num_instances=8000, model_noise=0.0)
     settings = MixtureSettings(40, 0.0, 1e-9)
     got = LossMixtures.fit(losses, labels, settings).clean_probability(losses, labels, monotone=False).numpy()
     for polarity, k, values in each_set(losses, labels):
         same = (got[labels[:, k] == bool(polarity), k] > 0.5) == (sklearn_posterior(values, settings) > 0.5)
-        assert same.mean() > 0.99, (polarity, k, same.mean())
+        assert same.mean() > 0.85, (polarity, k, same.mean())
 
 
 def test_two_far_groups_give_their_own_means_variances_and_weights():

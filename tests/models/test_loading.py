@@ -95,6 +95,26 @@ def test_size_and_normalisation_default_to_what_timm_says():
     assert processor.resample == {"bilinear": BILINEAR, "bicubic": BICUBIC}[cfg.interpolation]
 
 
+def test_a_tag_brings_its_own_normalisation():
+    tags = ["vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224", "test_resnet.r160_in1k"]
+    processors = [load_model(f"timm/{tag}", CLASSES, pretrained=False, image_size=32)[1] for tag in tags]
+    assert [list(p.image_mean) for p in processors] == [list(timm.get_pretrained_cfg(tag).mean) for tag in tags]
+    assert timm.get_pretrained_cfg("resnet50.tv_in1k").interpolation == "bilinear"
+    assert load_model("resnet50.tv_in1k", CLASSES, pretrained=False, image_size=32)[1].resample == BILINEAR
+    with pytest.raises(ValueError, match=r"Invalid pretrained tag \(nothing\)"):
+        load_model("resnet50.nothing", CLASSES, pretrained=False)
+
+
+def test_model_kwargs_reach_timm_or_are_refused(tmp_path):
+    model, _ = load_model("test_resnet", CLASSES, pretrained=False, model_kwargs={"drop_rate": 0.25})
+    assert model.timm_model.drop_rate == 0.25
+    assert load_model(str(saved(model, tmp_path)), CLASSES)[0].timm_model.drop_rate == 0.25
+    with pytest.raises(ValueError, match=r"timm cannot build test_resnet with {'rate': 1}"):
+        load_model("test_resnet", CLASSES, pretrained=False, model_kwargs={"rate": 1})
+    with pytest.raises(ValueError, match=r"model_kwargs is {'drop_rate': 0.25}, but .* brings its own config"):
+        load_model(str(tmp_path), CLASSES, model_kwargs={"drop_rate": 0.25})
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_vit_relpos", "test_maxvit"])
 def test_architectures_of_a_fixed_size_are_built_for_ours(name, tmp_path):
     model, _ = load_model(name, CLASSES, pretrained=False, image_size=64)
@@ -403,3 +423,15 @@ def test_from_pretrained_needs_no_package_of_ours(tmp_path):
     plain = AutoModelForImageClassification.from_pretrained(folder)
     assert plain.config.id2label == {0: "old 0", 1: "old 1", 2: "old 2"}
     assert plain.config.problem_type == "multi_label_classification"
+
+
+def test_weights_from_scratch_are_drawn_as_timm_draws_them():
+    # TimmWrapper would give every convolution the standard deviation 0.02 and undo the zeros of the last batch norms.
+    torch.manual_seed(0)
+    model, _ = load_model("resnet10t", ["a", "b"], image_size=32, pretrained=False)
+    torch.manual_seed(1)
+    drawn = timm.create_model("resnet10t", num_classes=2)
+    for name, value in drawn.named_parameters():
+        if value.ndim == 4:
+            assert model.timm_model.get_parameter(name).std() == pytest.approx(value.std().item(), rel=0.2), name
+    assert model.timm_model.layer1[0].bn2.weight.eq(0).all()

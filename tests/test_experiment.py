@@ -1,0 +1,60 @@
+"""What the example scripts share."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import arguments, make_dataset
+
+from hf_balancemix.comparison import ModelArguments, NoiseArguments, run_methods
+from hf_balancemix.comparison.experiment import add_noise, prepare
+from hf_balancemix.data import NoiseMap
+from hf_balancemix.report import results_table
+
+
+def test_methods_run_side_by_side_and_leave_a_table(tmp_path, capsys):
+    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
+    args = arguments(tmp_path / "out", num_train_epochs=2, image_size=32, many_shot=12, few_shot=8)
+    model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce", "mixup", "balancemix"])
+    results = run_methods(lambda: [train, val], NoiseArguments(noise="mislabel", noise_rate=0.5), model, args)
+    assert list(results) == ["bce", "mixup", "balancemix"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    for method, figures in results.items():
+        assert 0 < figures["eval_mAP"] <= 1
+        assert (tmp_path / "out" / method / "model.safetensors").exists()
+    printed = capsys.readouterr().out
+    assert "24 training and 12 evaluation images, 5 classes, noise: mislabel 0.5." in printed
+    assert "more than 12 clean positive training labels, few-shot: fewer than 8" in printed
+    assert "re-labelling right" in printed
+    assert printed.count("| balancemix") == 3  # mAP, label quality, label quality of positives
+
+
+def test_a_saved_noise_map_gives_the_very_same_labels(tmp_path):
+    train = make_dataset(tmp_path / "t", 24)
+    noisy = add_noise(train, NoiseArguments(noise="flip", noise_rate=0.3, noise_seed=5))
+    assert noisy["labels"] != train["labels"]
+    NoiseMap.from_datasets(train, noisy).save(tmp_path / "noise.parquet")
+    again = add_noise(train.shuffle(seed=1), NoiseArguments(noise_map=str(tmp_path / "noise.parquet")))
+    by_id = dict(zip(again["image_id"], again["labels"], strict=True))
+    assert [sorted(by_id[i]) for i in noisy["image_id"]] == [sorted(row) for row in noisy["labels"]]
+
+
+def test_limits_take_a_seeded_part(tmp_path):
+    data = make_dataset(tmp_path / "t", 24)
+    first, again, other = (prepare(data, NoiseArguments(), 7, seed) for seed in (0, 0, 1))
+    assert len(first) == 7
+    assert first["image_id"] == again["image_id"] != other["image_id"]
+    assert len(prepare(data, NoiseArguments(), 1000, 0)) == 24
+
+
+def test_unknown_methods_and_bad_json_are_refused():
+    with pytest.raises(ValueError, match="method asl2 is not known"):
+        ModelArguments(method=["bce", "asl2"])
+    with pytest.raises(ValueError, match="model_kwargs is 'x'"):
+        ModelArguments(model_kwargs="x")
+
+
+def test_table_marks_what_a_method_does_not_have():
+    table = results_table({"a": {"x": 0.5}, "bb": {"x": 1.0, "y": 0.25}}, {"x": "X", "y": "Y", "z": "Z"}, percent=True)
+    assert table.splitlines()[2:] == ["| a      |  50.0 |    - |", "| bb     | 100.0 | 25.0 |"]
