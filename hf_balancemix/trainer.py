@@ -127,6 +127,8 @@ class MultiLabelTrainer(ResumableTrainer):
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         check_model(self.model, self.class_names)
+        self._memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model.to(memory_format=self._memory_format)
         self.views = ViewMaker(
             processor.size["height"],
             args.data_seed if args.data_seed is not None else args.seed,
@@ -205,6 +207,7 @@ class MultiLabelTrainer(ResumableTrainer):
         return {name: self._normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
 
     def _normalise(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=self._memory_format)
         return normalise(images, self._mean.to(images.device), self._std.to(images.device))
 
     # ---- training and evaluation ----

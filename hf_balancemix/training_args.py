@@ -38,6 +38,7 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     image_size (`int`, *optional*): images are squashed to this many pixels a side, in training and in evaluation;
         by default the size of the image processor.
+    channels_last (`bool`, defaults to `False`): memory format of model and images; convolutions are often much faster.
     randaugment_num_ops, randaugment_magnitude: RandAugment, for every method of the paper.
     many_shot, few_shot (`int`): class groups by clean positive training labels: more than `many_shot` is many-shot,
         fewer than `few_shot` few-shot.
@@ -92,6 +93,9 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     image_size: int | None = field(
         default=None, metadata={"help": "Side in pixels that images are squashed to. Default: the image processor's."}
+    )
+    channels_last: bool = field(
+        default=False, metadata={"help": "Memory format of convolutional networks; often much faster."}
     )
     randaugment_num_ops: int = field(default=2, metadata={"help": "RandAugment operations a view."})
     randaugment_magnitude: int = field(default=9, metadata={"help": "RandAugment magnitude, 0 to 30."})

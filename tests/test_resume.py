@@ -52,27 +52,23 @@ def kill_and_resume(folder: Path, moment: str, *flags: str, ranks: int = 1) -> d
     return final(folder)
 
 
-def test_one_rank_with_batch_norm_killed_at_four_moments(tmp_path):
-    run(tmp_path / "whole")
-    whole = final(tmp_path / "whole")
-    start = tmp_path / "start"
-    for moment in ("step:3", "scan:8", "save:5", "manifest:6"):
-        resumed = kill_and_resume(tmp_path / moment.replace(":", "-"), moment)
-        assert_same_end(whole, resumed)
-    del start
+CONFIGURATIONS = list(itertools.product(["resnet", "vit"], [0, 2], [1, 2]))  # architecture, workers, ranks
+# For each configuration one moment: in the warm-up, after it, during the scan, in a save, before a manifest, ...
+ONE_EACH = ["scan:8", "save:3", "manifest:3", "scan:4", "step:9", "manifest:2", "save:5", "step:3"]
 
 
-def test_two_ranks_vit_with_workers_killed_during_a_save(tmp_path):
-    flags = ("--arch", "vit", "--workers", "2", "--clip", "1.0")
-    run(tmp_path / "whole", *flags, ranks=2)
+@pytest.mark.parametrize(("configuration", "moment"), zip(CONFIGURATIONS, ONE_EACH, strict=True))
+def test_killed_and_resumed_is_bit_equal(tmp_path, configuration, moment):
+    arch, workers, ranks = configuration
+    flags = ("--arch", arch, "--workers", str(workers), "--clip", "1.0")
+    run(tmp_path / "whole", *flags, ranks=ranks)
     whole = final(tmp_path / "whole")
-    assert whole["world"] == 2
-    resumed = kill_and_resume(tmp_path / "killed", "save:3", *flags, ranks=2)
-    assert_same_end(whole, resumed)
+    assert whole["world"] == ranks
+    assert_same_end(whole, kill_and_resume(tmp_path / "killed", moment, *flags, ranks=ranks))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "workers", "ranks"), itertools.product(["resnet", "vit"], [0, 2], [1, 2]))
+@pytest.mark.parametrize(("arch", "workers", "ranks"), CONFIGURATIONS)
 def test_the_full_matrix(tmp_path, arch, workers, ranks):
     flags = ("--arch", arch, "--workers", str(workers), "--accumulation", "2" if workers == 0 else "1")
     run(tmp_path / "whole", *flags, ranks=ranks)

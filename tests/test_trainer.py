@@ -329,3 +329,15 @@ def test_the_data_sets_class_names_are_saved_with_the_model(dataset, tmp_path, c
     with caplog.at_level(logging.WARNING):
         MultiLabelTrainer(model=model, args=arguments(tmp_path), train_dataset=other)
     assert "differ from the data set's (ape, ...)" in caplog.text
+
+
+def test_channels_last_is_the_same_training(dataset, tmp_path):
+    runs = []
+    for channels_last in (False, True):
+        args = arguments(tmp_path, channels_last=channels_last, learning_rate=0.01)
+        trainer = BalanceMixTrainer(model=tiny_resnet(), args=args, train_dataset=dataset)
+        trainer.train()
+        runs.append(flat(trainer.model))
+    weight = trainer.model.resnet.encoder.stages[1].layers[0].layer[0].convolution.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(*runs, atol=1e-4)
