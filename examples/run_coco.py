@@ -54,8 +54,8 @@ class SampleArguments(CocoArguments):
     """
 
     _SCHEDULE: ClassVar[dict[str, Any]] = {
-        "num_train_epochs": 20,
-        "label_warmup_epochs": 13,
+        "num_train_epochs": 24,
+        "label_warmup_epochs": 12,
         "global_batch_size": 32,
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

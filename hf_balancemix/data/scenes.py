@@ -36,7 +36,7 @@ Colour = tuple[int, int, int]
 Rng = np.random.Generator
 
 # Raise it whenever a change alters a single pixel or label: the version is part of the cache folder's name.
-SCENES_VERSION = 1
+SCENES_VERSION = 2
 
 _MARKER = "scenes.json"
 _HUE_SPREAD = 0.025  # of a whole turn
