@@ -433,5 +433,6 @@ def test_weights_from_scratch_are_drawn_as_timm_draws_them():
     drawn = timm.create_model("resnet10t", num_classes=2)
     for name, value in drawn.named_parameters():
         if value.ndim == 4:
-            assert model.timm_model.get_parameter(name).std() == pytest.approx(value.std().item(), rel=0.2), name
+            own = model.timm_model.get_parameter(name).std().item()
+            assert own == pytest.approx(value.std().item(), rel=0.2), name
     assert model.timm_model.layer1[0].bn2.weight.eq(0).all()
