@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_balancemix.core.distributed import all_reduce_sum
 
 # Bins are cut by the float32 bits of (loss + 2^-14): the exponent and the top 6 mantissa bits name the bin, the low 17
 # mantissa bits are the position in it. Adding 2^-14 makes the bins equally wide (2^-20) near zero instead of endlessly
@@ -194,14 +195,8 @@ class LossHistogram:
 
         Does nothing when `torch.distributed` is not initialised.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        # NCCL takes no tensor in host memory.
-        device = "cuda" if dist.get_backend() == "nccl" else self._cells.device
         for counts in (self._cells, self._dropped):
-            total = counts.to(device)
-            dist.all_reduce(total)
-            counts.copy_(total)
+            counts.copy_(all_reduce_sum(counts))
 
     def fit(self, settings: str | MixtureSettings = DEFAULT_MIXTURE_SETTINGS) -> LossMixtures:
         """Fit all 2K mixtures (Eq. 7), on the CPU in float64.
