@@ -6,6 +6,8 @@ over it. The noisy labels replace `labels`; the clean ones stay beside them as `
     noise = Mislabel(rate=0.4, seed=0).fit(train)
     noisy = train.map(noise, batched=True, features=noise.features)
 
+`Mislabel(rate=0.4, seed=0).add_to(train)` does both, and records the noise with the data set for the model card.
+
 Every draw is a pure function of (seed, image_id, class): a counter-based generator is keyed by hashes of the seed and
 of the image_id, so that the result depends neither on the order of the rows, nor on batch size, `num_proc` or shards,
 nor on the version of NumPy. Mapping a noise map over labels that are noisy already treats those as the labels to
@@ -39,6 +41,38 @@ logger = logging.getLogger(__name__)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CELLS = 2**20  # labels at a time, which bounds the memory to a few times 8 MB
 
+_NOISE_PREFIX = "Noise: "  # of a line of a data set's description: the noise's name and parameters as JSON
+
+
+def record_noise(dataset: datasets.Dataset, parameters: Mapping[str, Any]) -> datasets.Dataset:
+    """`dataset`, whose description now says which noise its labels have; model cards read it there.
+
+    Args:
+        dataset: As `map` or `NoiseMap.apply` returned it. It is changed in place.
+        parameters: Name and arguments of the noise, of what JSON can hold.
+    """
+    lines = without_recorded_noise(dataset.info.description).splitlines()
+    dataset.info.description = "\n".join([*lines, _NOISE_PREFIX + json.dumps(dict(parameters))])
+    return dataset
+
+
+def recorded_noise(dataset: datasets.Dataset) -> dict[str, Any] | None:
+    """What :func:`record_noise` wrote; None where nothing, or nothing legible, was written."""
+    for line in (dataset.info.description or "").splitlines():
+        if line.startswith(_NOISE_PREFIX):
+            try:
+                noise = json.loads(line.removeprefix(_NOISE_PREFIX))
+            except ValueError:
+                continue
+            if isinstance(noise, dict):
+                return noise
+    return None
+
+
+def without_recorded_noise(description: str | None) -> str:
+    """A data set's description without the lines of :func:`record_noise`."""
+    return "\n".join(line for line in (description or "").splitlines() if not line.startswith(_NOISE_PREFIX))
+
 
 class LabelNoise:
     """What the noise maps share: fitting, the map over batches, and the draws. Subclasses define `_disturb`."""
@@ -70,6 +104,20 @@ class LabelNoise:
         """The fitted data set's features plus `clean_labels` of the type of `labels`: for `map(features=...)`."""
         self._check_fitted()
         return datasets.Features.from_dict(json.loads(self._features))
+
+    def add_to(self, dataset: datasets.Dataset, **map_options: Any) -> datasets.Dataset:
+        """Fit on `dataset`, map over it, and record the noise in the result's description, for the model card.
+
+        Args:
+            dataset: With `labels` and `image_id`.
+            map_options: For `datasets.Dataset.map`, such as `num_proc`.
+
+        Returns:
+            The data set with noisy `labels`, the clean ones as `clean_labels`.
+        """
+        self.fit(dataset)
+        options = {"desc": f"Noise: {type(self).__name__}"} | map_options
+        return record_noise(dataset.map(self, batched=True, features=self.features, **options), self.parameters)
 
     def fit(self, dataset: datasets.Dataset) -> Self:
         """Count the positive labels of each class; some kinds of noise also decide here what the data set as a whole

@@ -41,7 +41,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_balancemix.data.labels import class_names, given_labels, is_class_list
-from hf_balancemix.data.noise import LabelNoise, read_ids
+from hf_balancemix.data.noise import LabelNoise, read_ids, record_noise
 
 FILE_NAME = "noise_map.parquet"
 _KEY = b"noise_map"
@@ -261,7 +261,7 @@ class NoiseMap:
         changed = classes >= 0
         labels[image[changed], classes[changed]] = self.table["given"].to_numpy()[changed]
         stored[np.ix_(rows, columns)] = labels
-        return _with_labels(dataset, (stored == 1).astype(np.uint8))
+        return record_noise(_with_labels(dataset, (stored == 1).astype(np.uint8)), self.parameters)
 
     @property
     def name(self) -> str:
