@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,13 @@ def mixing_coefficient(alpha: float, *key: int | str) -> float:
     if alpha == 0:
         return 1.0
     with keyed_rng(*key, "lambda"):
-        drawn = torch.distributions.Beta(alpha, alpha).sample().item()
+        drawn = _beta(alpha).sample().item()
     return max(drawn, 1 - drawn)
+
+
+@cache  # making one takes longer than drawing from it
+def _beta(alpha: float) -> torch.distributions.Beta:
+    return torch.distributions.Beta(alpha, alpha)
 
 
 def minority_mixup(

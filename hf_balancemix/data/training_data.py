@@ -15,31 +15,9 @@ from torch.utils.data import Dataset
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey
 from hf_balancemix.data.labels import given_labels
-from hf_balancemix.data.views import ViewMaker, decode
+from hf_balancemix.data.views import ViewMaker, decode, undecoded_images
 
 logger = logging.getLogger(__name__)
-
-
-def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The `image` column alone, as path or bytes, so that decoding happens in the worker and once.
-
-    Raises:
-        TypeError: Not a `datasets.Dataset` (an IterableDataset cannot be indexed by two samplers).
-        ValueError: No `image` column of type `datasets.Image`.
-    """
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"the data set is a {type(dataset).__name__}; a datasets.Dataset is needed, because both samplers address "
-            "instances by index. Build one with load_coco, datasets.load_dataset(..., streaming=False) or "
-            "datasets.Dataset.from_dict."
-        )
-    feature = dataset.features.get("image")
-    if not isinstance(feature, datasets.Image):
-        raise ValueError(
-            f"the data set's columns are {dataset.column_names}; a column 'image' of type datasets.Image is needed. "
-            "Rename it with dataset.rename_column and cast it with dataset.cast_column('image', datasets.Image())."
-        )
-    return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
 def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
@@ -104,7 +82,7 @@ class TrainingPairs(Dataset):
         two_views_from: int | None = None,
         mixup_alpha: float = 0.0,
     ) -> None:
-        self.images = undecoded_images(dataset)
+        self.images = views.images(dataset)
         self.labels, self.clean_labels, self.views = labels, clean_labels, views
         self.two_views_from, self.mixup_alpha = two_views_from, mixup_alpha
 
@@ -150,7 +128,7 @@ class PlainInstances(Dataset):
     """
 
     def __init__(self, dataset: datasets.Dataset, views: ViewMaker, labels: Tensor | None = None) -> None:
-        self.images = undecoded_images(dataset)
+        self.images = views.images(dataset)
         if labels is None and "labels" in dataset.column_names:
             labels = given_labels(dataset)
         self.views, self.labels = views, labels

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -74,6 +75,28 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The `image` column alone, as path or bytes, so that decoding happens in the worker and once.
+
+    Raises:
+        TypeError: Not a `datasets.Dataset` (an IterableDataset cannot be indexed by two samplers).
+        ValueError: No `image` column of type `datasets.Image`.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"the data set is a {type(dataset).__name__}; a datasets.Dataset is needed, because both samplers address "
+            "instances by index. Build one with load_coco, datasets.load_dataset(..., streaming=False) or "
+            "datasets.Dataset.from_dict."
+        )
+    feature = dataset.features.get("image")
+    if not isinstance(feature, datasets.Image):
+        raise ValueError(
+            f"the data set's columns are {dataset.column_names}; a column 'image' of type datasets.Image is needed. "
+            "Rename it with dataset.rename_column and cast it with dataset.cast_column('image', datasets.Image())."
+        )
+    return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
+
+
 class ViewMaker:
     """Turns images into square uint8 views; the same squash to S x S in training, scan and evaluation.
 
@@ -98,6 +121,10 @@ class ViewMaker:
         self.image_size, self.seed, self.resample = image_size, seed, resample
         # On PIL images: several times faster on a CPU than on tensors. It draws from torch's global generator only.
         self.augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
+
+    def images(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """The column that views are made from; see :func:`undecoded_images`."""
+        return undecoded_images(dataset)
 
     def squash(self, image: Any) -> Image.Image:
         """Decode and resize, without keeping the aspect ratio."""

@@ -1,0 +1,290 @@
+"""Features of a frozen backbone, computed once and kept on disk, in place of images.
+
+A head on a frozen backbone sees nothing but the backbone's features. So the backbone runs once over every training
+instance, as it is and in V RandAugment views, and over the evaluation set; all training runs of a grid then read the
+features. What is approximated: a run sees V augmentations of an instance instead of ever new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from hf_balancemix.core.keys import keyed_seed
+from hf_balancemix.data.views import ViewMaker, normalise, undecoded_images
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; there, two processes that make the same cache at a time get in each other's way
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+ROW_COLUMN = "feature_row"
+_FEATURES, _DESCRIPTION = "features.npy", "cache.json"
+
+
+class CachedViews:
+    """In place of a :class:`ViewMaker`: views are rows of a feature matrix, picked by the same kind of keys.
+
+    Args:
+        features: `(M, D)` float32. The rows of a training instance stand together: un-augmented first, then its views.
+        num_views: V, views of a training instance.
+        seed: Seed of the picks; a run's own, as for a :class:`ViewMaker`.
+        image_size: Side of the squashed images that the features were computed from, in pixels.
+    """
+
+    def __init__(self, features: Tensor, num_views: int, seed: int, image_size: int) -> None:
+        self.features, self.num_views, self.seed, self.image_size = features, num_views, seed, image_size
+
+    def images(self, dataset: datasets.Dataset) -> _Rows:
+        """Where each instance's rows begin.
+
+        Raises:
+            ValueError: The data set has no column that says so.
+        """
+        if ROW_COLUMN not in dataset.column_names:
+            raise ValueError(
+                f"the data set's columns are {dataset.column_names}, without {ROW_COLUMN!r}: its features are not "
+                "cached. Pass the data sets that cache_features returned, or parts of them."
+            )
+        return _Rows(dataset.select_columns([ROW_COLUMN]).with_format("numpy")[:][ROW_COLUMN])
+
+    def plain(self, row: int) -> Tensor:
+        """Features of the un-augmented instance, `(D,)` float32."""
+        return self.features[row]
+
+    def augmented(self, row: int, *key: int | str, num_views: int) -> list[Tensor]:
+        """Features of views, each `(D,)` float32: a pure function of the row, the seed and `key`.
+
+        No view comes twice among the first V of them.
+        """
+        return [self.features[row + 1 + view] for view in self.pick(*key, num_views=num_views)]
+
+    def pick(self, *key: int | str, num_views: int) -> list[int]:
+        """Which of the V views, each in [0, V)."""
+        drawn = keyed_seed(self.seed, *key)
+        picked: list[int] = []
+        left: list[int] = []
+        for _ in range(num_views):
+            left = left or list(range(self.num_views))
+            drawn, place = divmod(drawn, len(left))
+            picked.append(left.pop(place))
+        return picked
+
+
+class _Rows:
+    """First feature row by instance, in the form of a data set's `image` column."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, list[int]]:
+        return {"image": self.rows[indices].tolist()}
+
+
+def cache_features(
+    folder: str | os.PathLike[str],
+    backbone: Callable[[Tensor], Tensor],
+    backbone_digest: str,
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset,
+    views: ViewMaker,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    num_views: int = 6,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, datasets.Dataset, datasets.Dataset]:
+    """Features of every training instance, un-augmented and in V views, and of the evaluation set.
+
+    They are computed once for each fingerprint (the images' paths, sizes and dates or their bytes, the backbone, the
+    view maker's settings and V) and kept under its name in `folder`; a folder under that name is whole. Several
+    processes may ask at a time: one computes, the others wait.
+
+    Args:
+        folder: Where caches are kept.
+        backbone: From normalised images `(B, 3, S, S)` float32 on `device` to features `(B, D)`. In evaluation mode.
+        backbone_digest: Changes whenever the backbone does.
+        train: With `image`.
+        evaluation: With `image`.
+        views: Image size and augmentation; its seed is that of the V views.
+        mean: Three means for normalisation.
+        std: Three standard deviations.
+        num_views: V, at least 1.
+        batch_size: Instances a forward pass.
+        num_workers: Worker processes that make the views.
+        device: Where the backbone is.
+
+    Returns:
+        `(features, train, evaluation)`: `(M, D)` float32, mapped from the file, M = N (1 + V) + N_eval; the data sets
+        have a new column that says where an instance's features begin. It goes with the instance through `select`,
+        `shuffle` and `map`.
+
+    Raises:
+        ValueError: `num_views` is less than 1, or an image cannot be decoded.
+        FileNotFoundError: An image is gone.
+    """
+    if num_views < 1:
+        raise ValueError(f"num_views is {num_views}; at least one view of a training instance is needed.")
+    facts = {
+        "format": 1,
+        "backbone": backbone_digest,
+        "images": _images_digest(train, evaluation),
+        "image_size": views.image_size,
+        "resample": views.resample,
+        "augmentation": [views.augment.num_ops, views.augment.magnitude],
+        "seed": views.seed,
+        "num_views": num_views,
+        "normalisation": [list(map(float, mean)), list(map(float, std))],
+    }
+    name = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    cache = Path(folder).expanduser() / f"features-{name}"
+    num_rows = len(train) * (1 + num_views) + len(evaluation)
+    if not _is_whole(cache, num_rows):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(cache.with_suffix(".lock")):
+            if not _is_whole(cache, num_rows):  # another process may have made it meanwhile
+                parts = [(train, num_views), (evaluation, 0)]
+                instances = [_Instances(dataset, views, v) for dataset, v in parts]
+                batches = _features(backbone, instances, mean, std, batch_size, num_workers, device)
+                _write(cache, batches, num_rows, facts)
+    # "c": pages are read when they are used; what were written to them would stay in memory.
+    features = torch.from_numpy(np.load(cache / _FEATURES, mmap_mode="c"))
+    starts = np.arange(len(train)) * (1 + num_views), len(train) * (1 + num_views) + np.arange(len(evaluation))
+    return features, *(_with_rows(d, s) for d, s in zip((train, evaluation), starts, strict=True))
+
+
+class _Instances(Dataset):
+    """The un-augmented image and V views of each instance, `(1 + V, 3, S, S)` uint8."""
+
+    def __init__(self, dataset: datasets.Dataset, views: ViewMaker, num_views: int) -> None:
+        self.images, self.views, self.num_views = undecoded_images(dataset), views, num_views
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.images[index]["image"]
+        augmented = self.views.augmented(image, "cached", index, num_views=self.num_views)
+        return torch.stack([self.views.plain(image), *augmented])
+
+
+@torch.no_grad()
+def _features(
+    backbone: Callable[[Tensor], Tensor],
+    parts: Sequence[_Instances],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    num_workers: int,
+    device: torch.device | str,
+) -> Iterator[np.ndarray]:
+    """`(b, D)` float32 pieces, in the order of the cache's rows."""
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    bar = tqdm(total=sum(map(len, parts)), desc="Features of the frozen backbone", unit="image", dynamic_ncols=True)
+    with bar:
+        for part in parts:
+            loader = DataLoader(
+                part,
+                max(1, batch_size // (1 + part.num_views)),
+                num_workers=num_workers,
+                collate_fn=torch.cat,
+                generator=torch.Generator().manual_seed(0),  # else a base seed would be drawn from the global one
+            )
+            for images in loader:
+                yield backbone(normalise(images.to(device), mean, std)).float().cpu().numpy()
+                bar.update(len(images) // (1 + part.num_views))
+
+
+def _write(cache: Path, batches: Iterator[np.ndarray], num_rows: int, facts: dict[str, Any]) -> None:
+    """The files under their final name, only once they are whole and on the disk."""
+    partial = cache.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+    partial.mkdir()
+    first = next(batches)
+    shape = (num_rows, first.shape[1])
+    matrix = np.lib.format.open_memmap(partial / _FEATURES, mode="w+", dtype=np.float32, shape=shape)
+    filled = 0
+    for batch in chain([first], batches):
+        matrix[filled : filled + len(batch)] = batch
+        filled += len(batch)
+    matrix.flush()
+    del matrix
+    description = facts | {"rows": num_rows, "bytes": (partial / _FEATURES).stat().st_size}
+    with open(partial / _DESCRIPTION, "w", encoding="utf-8") as file:
+        json.dump(description, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(cache, ignore_errors=True)
+    os.replace(partial, cache)
+    logger.info("Cached the features of %d views in %s.", filled, cache)
+
+
+def _is_whole(cache: Path, num_rows: int) -> bool:
+    """Whether the folder holds what its description says; logs why not if it exists."""
+    if not cache.is_dir():
+        return False
+    try:
+        description = json.loads((cache / _DESCRIPTION).read_text(encoding="utf-8"))
+        size = (cache / _FEATURES).stat().st_size
+        if description["rows"] == num_rows and description["bytes"] == size:
+            return True
+        problem = f"{_FEATURES} has {size} bytes of {description['bytes']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    logger.warning("The feature cache %s is damaged (%s) and is made anew.", cache, problem)
+    return False
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """One process at a time; the lock of a process that dies is free again."""
+    with open(file, "w") as stream:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _images_digest(*parts: datasets.Dataset) -> str:
+    """Of each image's path, size and date, or its bytes where it is stored in the data set."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(f"part of {len(part)};".encode())
+        for row in undecoded_images(part):
+            path, content = row["image"]["path"], row["image"]["bytes"]
+            if content is not None:
+                digest.update(hashlib.blake2b(content, digest_size=16).digest())
+                continue
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise FileNotFoundError(f"image {path} does not exist; restore it or remove its row.") from error
+            digest.update(f"{path}\x1f{stat.st_size}\x1f{stat.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def _with_rows(dataset: datasets.Dataset, starts: np.ndarray) -> datasets.Dataset:
+    if ROW_COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(ROW_COLUMN)
+    return dataset.add_column(ROW_COLUMN, starts.astype(np.int64))
