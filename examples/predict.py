@@ -1,4 +1,4 @@
-"""Class probabilities for a folder of images, as CSV.
+"""Class probabilities for a folder of images, as CSV; with the labels above the model's thresholds, if it has any.
 
 python examples/predict.py --model outputs/sample/balancemix --images FOLDER --output scores.csv
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_balancemix.cli import run
 from hf_balancemix.data import decode
+from hf_balancemix.models import class_thresholds, load_trained
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
@@ -37,27 +37,22 @@ def main(argv: list[str] | None = None) -> None:
     if not files:
         raise FileNotFoundError(f"{args.images} holds no image ({', '.join(sorted(SUFFIXES))}); pass another folder.")
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(args.model)
-        model = AutoModelForImageClassification.from_pretrained(args.model).to(args.device).eval()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"cannot load a model and its image processor from {args.model} ({str(error).splitlines()[0]}); pass the "
-            "folder that the training wrote."
-        ) from error
+    model, processor = load_trained(args.model)
+    model.to(args.device)
     if model.config.problem_type != "multi_label_classification":
         raise ValueError(
             f"{args.model} is a {model.config.problem_type or 'single-label'} model, whose outputs are no independent "
             "probabilities; pass a model trained by this package."
         )
-    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    thresholds = class_thresholds(model.config)
+    labelled = getattr(model.config, "thresholds", None) is not None
 
     skipped = 0
     args.output.parent.mkdir(parents=True, exist_ok=True)
     part = args.output.with_name(args.output.name + ".part")  # under its own name only when whole
     with part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
-        writer.writerow(["file", *names])
+        writer.writerow(["file", *(["labels"] if labelled else []), *thresholds])
         for start in tqdm(range(0, len(files), args.batch_size), desc="Predicting"):
             kept, images = [], []
             for file in files[start : start + args.batch_size]:
@@ -76,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
             with torch.no_grad():
                 probabilities = model(**inputs).logits.float().sigmoid().cpu()
             for file, row in zip(kept, probabilities.tolist(), strict=True):
-                writer.writerow([file.relative_to(args.images).as_posix(), *(f"{p:.6f}" for p in row)])
+                above = [name for (name, t), p in zip(thresholds.items(), row, strict=True) if p > t]
+                labels = [";".join(above)] if labelled else []
+                writer.writerow([file.relative_to(args.images).as_posix(), *labels, *(f"{p:.6f}" for p in row)])
     os.replace(part, args.output)
     print(f"{len(files) - skipped} images written to {args.output}, {skipped} skipped.")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import undecoded_images
+from hf_balancemix.models.loading import check_image_size
 from hf_balancemix.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -75,14 +76,17 @@ def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
             )
 
 
-def check_model(model: nn.Module, names: list[str] | None) -> None:
-    """K outputs; sets the problem type and class names that pipelines and users of the saved model need."""
+def check_model(model: nn.Module, names: list[str] | None, image_size: int | None = None) -> None:
+    """K outputs, and images of `image_size` (None: not checked) are taken; sets the problem type and class names that
+    pipelines and users of the saved model need."""
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     if names is not None and num_labels is not None and num_labels != len(names):
         raise ValueError(
             f"the model has {num_labels} outputs and train_dataset {len(names)} classes; load the model with "
             f"num_labels={len(names)}."
         )
+    if image_size is not None:
+        check_image_size(model, image_size)
     config = getattr(model, "config", None)
     if config is not None and config.problem_type != "multi_label_classification":
         logger.info("Setting problem_type to 'multi_label_classification', so that pipelines use a sigmoid.")

@@ -1,6 +1,39 @@
-"""Image backbones with a multi-label head, and the image processors saved with them."""
+"""Image backbones with a multi-label head, and the image processors saved with them.
 
-from hf_balancemix.models.loading import load_model
+Importing this package lets `AutoModelForImageClassification` load BalanceMix models.
+"""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from hf_balancemix.models.configuration_balancemix import BalanceMixConfig
+from hf_balancemix.models.heads import MLDecoderHead, Query2LabelHead
+from hf_balancemix.models.loading import check_image_size, load_model, load_trained
+from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification, code_files
 from hf_balancemix.models.processing import squash_processor
+from hf_balancemix.models.thresholds import (
+    class_thresholds,
+    pipeline_labels,
+    predict_labels,
+    predict_probabilities,
+    tune_thresholds,
+)
 
-__all__ = ["load_model", "squash_processor"]
+AutoConfig.register(BalanceMixConfig.model_type, BalanceMixConfig, exist_ok=True)
+AutoModelForImageClassification.register(BalanceMixConfig, BalanceMixForImageClassification, exist_ok=True)
+
+__all__ = [
+    "BalanceMixConfig",
+    "BalanceMixForImageClassification",
+    "MLDecoderHead",
+    "Query2LabelHead",
+    "check_image_size",
+    "class_thresholds",
+    "code_files",
+    "load_model",
+    "load_trained",
+    "pipeline_labels",
+    "predict_labels",
+    "predict_probabilities",
+    "squash_processor",
+    "tune_thresholds",
+]

@@ -1,0 +1,263 @@
+"""Decoder heads on feature maps: ML-Decoder and Query2Label. Shipped with remote code: torch only.
+
+Submodules are named as in the references, so that published state dicts load by their own key names. Attention is
+written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Attention(nn.Module):
+    """Multi-head attention with the parameters of `nn.MultiheadAttention`, batch first."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim is {dim}, which {num_heads} attention heads cannot share; change either.")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class _Layer(nn.Module):
+    """What the three post-norm transformer layers share: dropout and the feed-forward block."""
+
+    def __init__(self, dim: int, inner_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, inner_dim)
+        self.linear2 = nn.Linear(inner_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+
+
+class _MLDecoderLayer(_Layer):
+    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
+        super().__init__(dim, inner_dim, dropout)
+        self.multihead_attn = _Attention(dim, num_heads, dropout)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        x = self.norm1(queries + self.dropout(queries))
+        x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, memory)))
+        return self.norm3(x + self.feed_forward(x))
+
+
+class MLDecoderHead(nn.Module):
+    """ML-Decoder (Ridnik et al., WACV 2023): group queries attend to the features, each query serves F classes.
+
+    With E = min(K, 100 if `num_groups` < 0 else `num_groups`) queries, F = ceil(K / E): logit e F + f is the inner
+    product of query e's output with its f-th vector, plus the class's bias. One layer, 8 heads of attention, no
+    self-attention, no positional encoding.
+
+    Args:
+        in_channels: C, channels of the features.
+        num_labels: K.
+        num_groups: Queries; negative: 100. Never more than K.
+        embed_dim: D, width of the decoder.
+        trainable_queries: The reference keeps the queries as they were drawn, N(0, 1); True trains them.
+        num_heads, inner_dim, dropout: Of the decoder layer.
+
+    Shapes: a map `(N, C, H, W)` or a sequence `(N, T, C)`, of any size -> logits `(N, K)`.
+
+    Raises:
+        ValueError: `num_groups` is 0, or `embed_dim` is no multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_labels: int,
+        num_groups: int = -1,
+        embed_dim: int = 768,
+        trainable_queries: bool = False,
+        num_heads: int = 8,
+        inner_dim: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if num_groups == 0:
+            raise ValueError("num_groups is 0; it must be a number of queries, or -1 for 100.")
+        num_queries = min(100 if num_groups < 0 else num_groups, num_labels)
+        self.num_labels = num_labels
+        # Named as in the reference, its spelling included.
+        self.decoder = nn.Module()
+        self.decoder.embed_standart = nn.Linear(in_channels, embed_dim)
+        self.decoder.query_embed = nn.Embedding(num_queries, embed_dim)
+        self.decoder.query_embed.requires_grad_(trainable_queries)
+        self.decoder.layers = nn.ModuleList([_MLDecoderLayer(embed_dim, num_heads, inner_dim, dropout)])
+        # Rounded up by integers; the reference's int(K / E + 0.999) is wrong for K = 10,001 and E = 10,000.
+        classes_per_query = -(-num_labels // num_queries)
+        self.decoder.duplicate_pooling = nn.Parameter(torch.empty(num_queries, embed_dim, classes_per_query))
+        self.decoder.duplicate_pooling_bias = nn.Parameter(torch.empty(num_labels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights as the reference does."""
+        _reset_layers(self)
+        nn.init.normal_(self.decoder.query_embed.weight)
+        nn.init.xavier_normal_(self.decoder.duplicate_pooling)
+        nn.init.zeros_(self.decoder.duplicate_pooling_bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(N, C, H, W)` or `(N, T, C)` -> logits `(N, K)`."""
+        sequence = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        memory = F.relu(self.decoder.embed_standart(sequence))
+        x = self.decoder.query_embed.weight.expand(len(memory), -1, -1)
+        for layer in self.decoder.layers:
+            x = layer(x, memory)
+        logits = torch.einsum("ned,edf->nef", x, self.decoder.duplicate_pooling).flatten(1)
+        return logits[:, : self.num_labels] + self.decoder.duplicate_pooling_bias
+
+
+class _Q2LEncoderLayer(_Layer):
+    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
+        super().__init__(dim, inner_dim, dropout)
+        self.self_attn = _Attention(dim, num_heads, dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        placed = x + position
+        x = self.norm1(x + self.dropout(self.self_attn(placed, placed, x)))
+        return self.norm2(x + self.feed_forward(x))
+
+
+class _Q2LDecoderLayer(_Layer):
+    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
+        super().__init__(dim, inner_dim, dropout)
+        self.multihead_attn = _Attention(dim, num_heads, dropout)
+        self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # norm1 went with the self-attention
+
+    def forward(self, x: Tensor, queries: Tensor, memory: Tensor, position: Tensor) -> Tensor:
+        x = self.norm2(x + self.dropout(self.multihead_attn(x + queries, memory + position, memory)))
+        return self.norm3(x + self.feed_forward(x))
+
+
+class Query2LabelHead(nn.Module):
+    """Query2Label (Liu et al., 2021): a query a class attends to the encoded feature map.
+
+    One encoder layer (position added to query and key), two decoder layers without self-attention, post-norm; the
+    logit of class k is <W_k, t_k> + b_k. The sine position encoding is made for the map at hand, so that any image
+    size will do; the reference fixes it.
+
+    Args:
+        in_channels: C, channels of the features.
+        num_labels: K.
+        embed_dim: D; None takes C without a projection, as the published runs do.
+        num_heads, inner_dim, dropout, encoder_layers, decoder_layers: Of the transformer.
+
+    Shapes: a map `(N, C, H, W)` -> logits `(N, K)`.
+
+    Raises:
+        ValueError: D is no multiple of 4 or of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_labels: int,
+        embed_dim: int | None = None,
+        num_heads: int = 4,
+        inner_dim: int = 8192,
+        dropout: float = 0.1,
+        encoder_layers: int = 1,
+        decoder_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        dim = embed_dim or in_channels
+        if dim % 4:
+            raise ValueError(
+                f"Query2Label's width is {dim}, and its position encoding needs a multiple of 4; set embed_dim."
+            )
+        self.input_proj = nn.Conv2d(in_channels, dim, 1) if embed_dim else nn.Identity()
+        self.query_embed = nn.Embedding(num_labels, dim)
+        self.transformer = nn.Module()
+        self.transformer.encoder, self.transformer.decoder = nn.Module(), nn.Module()
+        arguments = (dim, num_heads, inner_dim, dropout)
+        self.transformer.encoder.layers = nn.ModuleList(_Q2LEncoderLayer(*arguments) for _ in range(encoder_layers))
+        self.transformer.decoder.layers = nn.ModuleList(_Q2LDecoderLayer(*arguments) for _ in range(decoder_layers))
+        self.transformer.decoder.norm = nn.LayerNorm(dim)
+        self.fc = nn.Module()
+        self.fc.W = nn.Parameter(torch.empty(1, num_labels, dim))
+        self.fc.b = nn.Parameter(torch.empty(1, num_labels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights as the reference does."""
+        _reset_layers(self)
+        for parameter in self.transformer.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(self.query_embed.weight)
+        bound = self.fc.W.shape[-1] ** -0.5
+        nn.init.uniform_(self.fc.W, -bound, bound)
+        nn.init.uniform_(self.fc.b, -bound, bound)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(N, C, H, W)` -> logits `(N, K)`."""
+        source = self.input_proj(features)
+        position = sine_positions(source.shape[2], source.shape[3], source.shape[1], source).flatten(1).t()
+        memory = source.flatten(2).transpose(1, 2)
+        for layer in self.transformer.encoder.layers:
+            memory = layer(memory, position)
+        queries = self.query_embed.weight
+        x = queries.new_zeros(()).expand(len(memory), *queries.shape)
+        for layer in self.transformer.decoder.layers:
+            x = layer(x, queries, memory, position)
+        x = self.transformer.decoder.norm(x)
+        return (self.fc.W * x).sum(-1) + self.fc.b
+
+
+def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
+    """2-D sine position encoding `(channels, height, width)`: the row in the first half, the column in the second.
+
+    Rows and columns are counted from 1 and scaled to 2 pi (DETR's, temperature 10000). Computed in float32 at least,
+    given with the dtype and device of `like`.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    half = channels // 2
+    frequency = 10_000 ** (torch.arange(0, half, 2, dtype=dtype, device=like.device) / half)
+
+    def encode(length: int) -> Tensor:  # (length, half)
+        places = torch.arange(1, length + 1, dtype=dtype, device=like.device) / (length + 1e-6) * 2 * math.pi
+        angles = places[:, None] / frequency
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+    rows = encode(height)[:, None].expand(height, width, half)
+    columns = encode(width)[None].expand(height, width, half)
+    return torch.cat((rows, columns), dim=-1).permute(2, 0, 1).to(like.dtype)
+
+
+def _reset_layers(head: nn.Module) -> None:
+    """torch's own defaults for every layer, written with `nn.init` so that transformers can guard loaded weights."""
+    for module in head.modules():
+        if isinstance(module, _Attention):
+            nn.init.xavier_uniform_(module.in_proj_weight)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.uniform_(module.bias, -bound, bound)
+    for module in head.modules():
+        if isinstance(module, _Attention):
+            nn.init.zeros_(module.out_proj.bias)

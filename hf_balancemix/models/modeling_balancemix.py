@@ -1,0 +1,213 @@
+"""Any image backbone with a linear, ML-Decoder or Query2Label head. Shipped with remote code, hence siblings only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_balancemix import BalanceMixConfig
+from .heads import MLDecoderHead, Query2LabelHead
+
+
+class BalanceMixForImageClassification(PreTrainedModel):
+    """A backbone of transformers or timm with a multi-label head.
+
+    The linear head stands on the backbone's own pooling (its class token where it has no pooling). ML-Decoder sees
+    all features, class token included; Query2Label the feature map alone.
+
+    Attributes:
+        backbone: As `AutoModel` builds it, without a random pooler.
+        head: `nn.Linear`, :class:`MLDecoderHead` or :class:`Query2LabelHead`.
+        include_code: Whether `save_pretrained` puts the code beside the weights, for `trust_remote_code=True`.
+    """
+
+    config_class = BalanceMixConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    include_code = False
+
+    def __init__(self, config: BalanceMixConfig) -> None:
+        if config.backbone_config is None:
+            raise ValueError("the config has no backbone_config; use BalanceMixForImageClassification.from_backbone.")
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = build_backbone(config.backbone_config)
+        heads = {"linear": nn.Linear, "ml_decoder": MLDecoderHead, "q2l": Query2LabelHead}
+        self.head = heads[config.head](config.in_channels, config.num_labels, **config.head_args)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MLDecoderHead | Query2LabelHead):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers initialises custom classes leaf by leaf only, which would pass the heads' own drawing by.
+        return False
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_config: str | PreTrainedConfig,
+        id2label: dict[int, str] | Sequence[str],
+        *,
+        head: str = "linear",
+        head_args: dict[str, Any] | None = None,
+        weights: str | os.PathLike | None = None,
+        pretrained: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> BalanceMixForImageClassification:
+        """A backbone with its pretrained weights and batch-norm statistics, and a head drawn anew.
+
+        Args:
+            name_or_config: A folder or Hub name of any image model; with `weights` or `pretrained=False` a timm
+                architecture (`resnet101`, `tresnet_v2_l`, ...); or a config of transformers.
+            id2label: Names of the K classes.
+            head: `"linear"`, `"ml_decoder"` or `"q2l"`.
+            head_args: Arguments of the head's class, such as `{"num_groups": 20}`.
+            weights: State dict of the backbone, `.safetensors`, `.pth` or `.pt`; or a published checkpoint of
+                ML-Decoder or Query2Label, whose head is taken too where it is of the same kind and K.
+            pretrained: False draws the weights anew. A config alone always does.
+            model_kwargs: Arguments of `timm.create_model`, such as `{"img_size": 448}`.
+
+        Returns:
+            The model, float32.
+
+        Raises:
+            FileNotFoundError, ValueError: As :func:`hf_balancemix.load_model`.
+        """
+        try:
+            from hf_balancemix.models.loading import model_from_backbone
+        except ImportError as error:
+            raise ImportError("from_backbone needs the package: pip install hf_balancemix.") from error
+        return model_from_backbone(
+            cls,
+            name_or_config,
+            id2label,
+            head=head,
+            head_args=head_args,
+            weights=weights,
+            pretrained=pretrained,
+            model_kwargs=model_kwargs,
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of `PreTrainedModel`, from safetensors only unless `use_safetensors=False` is given.
+
+        Tensors are moved out of the mapped file, in which they lie unaligned: results are those of the model that
+        was saved, bit for bit.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, include_code: bool | None = None, **kwargs: Any
+    ) -> None:
+        """As of `PreTrainedModel`; with `include_code` also the code, so that the folder, and a repository that it is
+        pushed to, loads with `trust_remote_code=True` where this package is not installed."""
+        if not (self.include_code if include_code is None else include_code):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        # On these two objects only: the classes, and models saved later, stay as they are.
+        known = getattr(self.config, "auto_map", None)
+        self.is_remote_code = lambda: True
+        self._auto_class, self.config._auto_class = "AutoModelForImageClassification", "AutoConfig"
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.is_remote_code, self._auto_class, self.config._auto_class
+            if known is None:  # else a later save without the code would point to files that are not there
+                del self.config.auto_map
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+        """Logits `(N, K)` of images `(N, 3, H, W)`; with `labels` `(N, K)` in [0, 1] (-1: unknown) their mean BCE."""
+        logits = self.head(backbone_features(self.backbone, self.config.head, pixel_values.to(self.dtype)))
+        loss = None
+        if labels is not None:
+            known = (labels >= 0).float()
+            loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float() * known, weight=known)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    """How to build a backbone without the pooler that ViT's and DeiT's classifiers do not have."""
+    return {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone of a config, with weights drawn anew."""
+    return AutoModel.from_config(config, **without_pooler(config))
+
+
+def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor) -> Tensor:
+    """What the head is given: `(N, C)` pooled for the linear one, else a map `(N, C, H, W)` or a sequence `(N, T, C)`.
+
+    Raises:
+        ValueError: Query2Label needs a map, and the backbone's sequence cannot be made one.
+    """
+    output = backbone(pixel_values=pixel_values)
+    features = output.last_hidden_state
+    if head == "linear":
+        pooled = getattr(output, "pooler_output", None)
+        return (features[:, 0] if pooled is None else pooled).flatten(1)
+    timm_model = getattr(backbone, "timm_model", None)
+    if features.ndim == 4 and getattr(timm_model, "output_fmt", None) == "NHWC":
+        return features.permute(0, 3, 1, 2)
+    if features.ndim == 3 and head == "q2l":
+        height, width = pixel_values.shape[-2:]
+        h, w = grid(backbone, height, width)
+        prefix = features.shape[1] - h * w
+        if prefix < 0:
+            raise ValueError(
+                f"the backbone gives {features.shape[1]} tokens for {height} x {width} pixels, which are no map of "
+                f"{h} x {w}; use the head ml_decoder, which needs no map."
+            )
+        return features[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+    return features
+
+
+def grid(backbone: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the patches that a backbone's sequence is made of."""
+    timm_model, config = getattr(backbone, "timm_model", None), backbone.config
+    depths = getattr(config, "depths", None)
+    if timm_model is not None:
+        stride = timm_model.feature_info[-1]["reduction"] if getattr(timm_model, "feature_info", None) else None
+    else:
+        stride = getattr(config, "patch_size", None)
+        if isinstance(stride, int) and depths:
+            stride *= 2 ** (len(depths) - 1)
+    if not isinstance(stride, int):
+        raise ValueError(
+            f"{config.model_type} gives a sequence, and its patches' size is not known; use the head ml_decoder."
+        )
+    if depths:  # hierarchical ones pad, the others leave out what is over
+        return -(-height // stride), -(-width // stride)
+    return height // stride, width // stride
+
+
+def code_files() -> list[Path]:
+    """The files that make a saved model loadable without this package."""
+    folder = Path(__file__).parent
+    return [folder / f"{name}.py" for name in ("configuration_balancemix", "heads", "modeling_balancemix")]

@@ -1,0 +1,110 @@
+"""State-dict files into modules: nothing is executed, and nothing stays random without notice."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """A state dict, bare or under `state_dict` or `model`, from a `.safetensors` file or one of `torch.save`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"backbone weights {file} do not exist; pass the file of a state dict.")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"backbone weights {file} cannot be read ({type(error).__name__}); they must be a state dict, saved as "
+            ".safetensors or by torch.save without other objects. Copy the file again or convert it."
+        ) from error
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"backbone weights {file} hold no state dict; needed is a dict of tensors by name, bare or under "
+            "'state_dict'. Save model.state_dict()."
+        )
+    return state
+
+
+def split_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Backbone and decoder head of a published checkpoint of ML-Decoder or Query2Label, each by its own names.
+
+    ML-Decoder's stands under `head.` or `fc.` of the backbone; Query2Label's beside `backbone.0.body.`. The head is
+    empty where the state is that of a backbone alone.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    for prefix in ("head.", "fc."):
+        if f"{prefix}decoder.duplicate_pooling" in state:
+            head = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            return {name: value for name, value in state.items() if not name.startswith(prefix)}, head
+    body = "backbone.0.body."
+    if "fc.W" in state and any(name.startswith(body) for name in state):
+        head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+        return {name.removeprefix(body): value for name, value in state.items() if name.startswith(body)}, head
+    return state, {}
+
+
+def load_timm_state(model: nn.Module, state: dict[str, Tensor], file: Path, architecture: str) -> None:
+    """Fill a timm model; a classifier of another number of classes is left out.
+
+    Names of an older version of timm or of the architecture's authors are converted as timm does.
+
+    Raises:
+        ValueError: Any other tensor is absent or does not fit.
+    """
+    own = model.state_dict()
+    head = tuple(name + "." for name in _classifier_names(model))
+
+    def differences(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+        kept = {
+            name: value
+            for name, value in state.items()
+            if not (name.startswith(head) and (name not in own or own[name].shape != value.shape))
+        }
+        bad = [name for name, value in kept.items() if name not in own or own[name].shape != value.shape]
+        # Converted and old files have no counters of batches, which matter only for batch norm without momentum.
+        absent = [
+            name
+            for name in own
+            if name not in kept and not name.startswith(head) and "num_batches_tracked" not in name
+        ]
+        return kept, bad, absent
+
+    kept, bad, absent = differences(state)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if absent and convert is not None:
+        try:
+            converted = differences(convert(dict(state), model))
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # no file that timm knows
+            converted = kept, bad, absent
+        if not converted[1] and not converted[2]:
+            kept, bad, absent = converted
+    if bad or absent:
+        raise ValueError(
+            f"{file} does not hold the weights of {architecture}: {len(absent)} of its tensors are absent "
+            f"({', '.join(absent[:3])}) and {len(bad)} do not fit ({', '.join(bad[:3])}). Pass the matching file."
+        )
+    model.load_state_dict(kept, strict=False)
+    logger.info("Loaded %d tensors of %s from %s.", len(kept), architecture, file)
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
