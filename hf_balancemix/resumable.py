@@ -9,10 +9,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hf_balancemix import checkpoints
+from hf_balancemix.hub import HubTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ STATE_FILE = "balancemix_state.safetensors"
 _SHOULD_BE_EQUAL = ("global_batch_size", "ranks")
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(HubTrainer):
     """Trainer with whole checkpoints.
 
     A manifest (names, sizes, checksums) is written last, after a barrier and before any push; only checkpoints with a
@@ -29,6 +29,7 @@ class ResumableTrainer(Trainer):
     pickled arguments are written.
     """
 
+    _not_pushed = (*HubTrainer._not_pushed, RUN_FILE, STATE_FILE, checkpoints.MANIFEST)
     _hidden_limit: int | None = None  # args.save_total_limit while a checkpoint is being written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

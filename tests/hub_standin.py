@@ -10,6 +10,7 @@ The clients are not patched, but read their settings when they are imported. So 
     with HubStandin() as hub:
         print(hub.run("from huggingface_hub import whoami; print(whoami()['name'])", home=tmp_path))
         hub.fail(status=503, path="/commit/")  # the next request for such a path
+        held = hub.hold("/commit/")  # it waits there, half read, until held.go_on() or held.drop()
         hub.repositories["dataset", "user/name"].log()[0].files["README.md"]
         assert hub.unknown == []  # requests that it did not understand, answered with 501
 
@@ -105,15 +106,48 @@ class Repository:
 
 @dataclass
 class _Fault:
-    requests: int
+    requests: int | None
     status: int | None
     path: str
+    body: str
+    headers: dict[str, str]
+    skip: int
+    hold: Hold | None = None
+
+
+class Hold:
+    """A request that waits at the server, half read.
+
+    Attributes:
+        reached: Set when it has come.
+    """
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._decided = threading.Event()
+        self._dropped = False
+
+    def go_on(self) -> None:
+        """Read the rest and answer."""
+        self._decided.set()
+
+    def drop(self) -> None:
+        """Forget it, as if the rest had never come."""
+        self._dropped = True
+        self._decided.set()
+
+    def wait(self) -> bool:
+        """For the server: whether to go on."""
+        self.reached.set()
+        return self._decided.wait(120) and not self._dropped
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 class HubStandin:
@@ -147,21 +181,54 @@ class HubStandin:
         self._server.server_close()
         self._thread.join()
 
-    def fail(self, requests: int = 1, status: int | None = 503, path: str = "") -> None:
+    def fail(
+        self,
+        requests: int | None = 1,
+        status: int | None = 503,
+        path: str = "",
+        *,
+        body: str = "",
+        headers: dict[str, str] | None = None,
+        skip: int = 0,
+    ) -> None:
         """Fail the next requests.
 
         Args:
-            requests: How many.
+            requests: How many; None: all.
             status: The HTTP status that they get; None drops the connection without an answer.
-            path: Only requests whose path this regular expression finds.
+            path: Only requests whose method and path, such as "PUT /lfs/", this regular expression finds.
+            body: And whose body this one finds (a repository's creation says its name there only).
+            headers: Of the answer, such as Retry-After.
+            skip: So many requests of the kind are answered before.
         """
-        self._faults.append(_Fault(requests, status, path))
+        self._faults.append(_Fault(requests, status, path, body, headers or {}, skip))
 
-    def fault(self, path: str) -> _Fault | None:
-        """The fault that is due for a path; counted."""
-        for fault in self._faults:
-            if fault.requests > 0 and re.search(fault.path, path):
-                fault.requests -= 1
+    def mend(self) -> None:
+        """No more failures."""
+        self._faults.clear()
+
+    def hold(self, path: str, skip: int = 0) -> Hold:
+        """Let the next request whose method and path this regular expression finds wait, half read.
+
+        The first `skip` such requests are answered.
+        """
+        hold = Hold()
+        self._faults.append(_Fault(1, None, path, "", {}, skip, hold))
+        return hold
+
+    def fault(self, path: str, body: bytes | None) -> _Fault | None:
+        """What is due for a request, counted: a hold before its body is read, a failure after."""
+        with self.lock:
+            for fault in self._faults:
+                if (fault.hold is None) == (body is None) or fault.requests == 0 or not re.search(fault.path, path):
+                    continue
+                if fault.body and not re.search(fault.body, body.decode(errors="replace")):
+                    continue
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                if fault.requests is not None:
+                    fault.requests -= 1
                 return fault
         return None
 
@@ -208,16 +275,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path, _, query = self.path.partition("?")
         self.query = {key: values[-1] for key, values in parse_qs(query).items()}
-        self.body = self._read_body()
-        status = 0
+        status, asked = 0, f"{self.command} {path}"
         try:
-            fault = self.hub.fault(path)
+            held = self.hub.fault(asked, None)
+            start = self._read_body(half=True) if held else b""
+            if held and not held.hold.wait():
+                self.close_connection = True
+                return
+            self.body = start + self._read_body(after=len(start))
+            fault = self.hub.fault(asked, self.body)
             if fault and fault.status is None:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             if fault:
-                raise _RefusedError(fault.status, "a fault that the test asked for")
+                raise _RefusedError(fault.status, "a fault that the test asked for", headers=fault.headers)
             function, arguments = self._route(path)
             with self.hub.lock:
                 result = function(self, **arguments)
@@ -226,15 +298,18 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as refused:
             status = refused.status
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
-            self._send(status, headers, {"error": refused.message})
+            self._send(status, headers | refused.headers, {"error": refused.message})
         finally:
             self.hub.requests.append((self.command, self.path, status))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
 
-    def _read_body(self) -> bytes:
+    def _read_body(self, after: int = 0, half: bool = False) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            left = int(self.headers.get("Content-Length") or 0) - after
+            return self.rfile.read(left // 2 if half else left)
+        if half:
+            return b""
         parts = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             parts.append(self.rfile.read(size))
@@ -467,6 +542,7 @@ _REVISION = r"(?P<revision>[^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", "/api/whoami-v2", _whoami),
     ("POST", "/api/repos/create", _create),
+    ("GET", "/api/agent-harnesses", lambda request: {}),  # asked by the command line
     ("POST", "/api/validate-yaml", lambda request: {"errors": [], "warnings": []}),
     ("GET", _API, _info),
     ("GET", f"{_API}/revision/{_REVISION}", _info),

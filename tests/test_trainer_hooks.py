@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_balancemix.trainer
 from hf_balancemix import BalanceMixTrainer, MultiLabelTrainer
 from hf_balancemix.core.sampling import EpochSampler
+from hf_balancemix.hub import HubTrainer
 from hf_balancemix.resumable import ResumableTrainer
 
 # Each hook with the parameters that overrides take or that are passed to it.
@@ -37,9 +38,12 @@ HOOKS = {
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
+    "_finish_current_push": [],
     # public, but their signatures are ours too
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "init_hf_repo": ["token", "private"],
+    "push_to_hub": ["commit_message", "blocking", "token", "revision", "private"],
 }
 
 
@@ -61,7 +65,7 @@ def test_every_hook_is_there_with_its_parameters(name):
     parameters = inspect.signature(getattr(Trainer, name)).parameters
     assert set(HOOKS[name]) <= set(parameters)
     # Whatever Trainer passes to the hook, the override takes.
-    for trainer in (ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):
+    for trainer in (HubTrainer, ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):
         own = inspect.signature(getattr(trainer, name)).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in own.values())
         assert takes_any or list(own) == list(parameters), trainer.__name__
@@ -71,7 +75,7 @@ def test_the_modules_list_of_hooks_is_complete():
     listed = set(re.findall(r"`(_\w+)`", hf_balancemix.trainer.__doc__))
     assert listed == {name for name in HOOKS if name.startswith("_")}
     overridden = set()
-    for trainer in (ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):
+    for trainer in (HubTrainer, ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):
         overridden |= {name for name in vars(trainer) if name.startswith("_") and hasattr(Trainer, name)}
     assert {name for name in overridden if not name.startswith("__")} <= listed
 
@@ -95,10 +99,10 @@ def test_the_order_of_calls_in_an_epoch_and_around_a_save(tmp_path, monkeypatch)
     traced(MultiLabelTrainer, "_save_optimizer_and_scheduler", "state")
     traced(MultiLabelTrainer, "_seal", "seal")
     traced(MultiLabelTrainer, "_end_training", "end")
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: calls.append("push"))
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
-    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
-    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(HubTrainer, "_push_from_checkpoint", lambda self, folder: calls.append("push"))
+    monkeypatch.setattr(HubTrainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(HubTrainer, "_finish_current_push", lambda self: calls.append("finish pushes"))
+    monkeypatch.setattr(HubTrainer, "push_to_hub", lambda self, *args, **kwargs: None)
 
     class Steps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -112,7 +116,7 @@ def test_the_order_of_calls_in_an_epoch_and_around_a_save(tmp_path, monkeypatch)
     MultiLabelTrainer(model=tiny_vit(), args=args, train_dataset=data, callbacks=[Steps()]).train()
     save = ["weights", "state", "seal", "push", "seal"]
     epoch = ["begin epoch", "sampler", "step", "step", *save, "epoch end"]
-    assert calls == [*epoch, *epoch, "end"]
+    assert calls == [*epoch, *epoch, "end", "finish pushes"]
 
 
 def test_our_loss_is_divided_by_the_accumulation_steps(tmp_path):
