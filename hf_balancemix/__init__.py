@@ -12,18 +12,24 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "BalanceMixConfig": "models",
+    "BalanceMixForImageClassification": "models",
     "BalanceMixTrainer": "trainer",
     "BalanceMixTrainingArguments": "training_args",
     "ClassConditional": "data",
     "Compose": "data",
+    "MLDecoderHead": "models",
     "Mislabel": "data",
     "MultiLabelTrainer": "trainer",
     "MultiLabelTrainingArguments": "training_args",
     "NoiseMap": "data",
+    "Query2LabelHead": "models",
     "RandomFlip": "data",
     "SinglePositive": "data",
     "describe": "data",
     "drop_bad_images": "data",
+    "evaluate_path": "metrics",
+    "export_onnx": "export",
     "from_csv": "data",
     "from_detection": "data",
     "from_tags": "data",
@@ -32,10 +38,14 @@ _HOME = {
     "load_deepfashion": "data",
     "load_model": "models",
     "load_noise_map": "data",
+    "load_trained": "models",
     "load_voc": "data",
     "make_scenes": "data",
     "mean_average_precision": "metrics",
+    "pipeline_labels": "models",
+    "predict_labels": "models",
     "squash_processor": "models",
+    "tune_thresholds": "models",
 }
 
 __all__ = sorted(_HOME)

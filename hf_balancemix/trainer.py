@@ -1,9 +1,9 @@
 """Trainers for multi-label images: overrides of Trainer's hooks, no maths.
 
-Private hooks of transformers 5 that are relied upon, here and in resumable.py, with a canary in
+Private hooks of transformers 5 that are relied upon, here and in resumable.py and hub.py, with a canary in
 tests/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`, `_get_collator_with_removed_columns`,
 `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`, `_save_optimizer_and_scheduler`,
-`_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`.
+`_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_finish_current_push`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -32,11 +33,15 @@ from hf_balancemix.core import (
     minority_mixup,
 )
 from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.data.feature_cache import CachedViews
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, normalise
-from hf_balancemix.metrics import LabelQuality, class_groups, multilabel_metrics
+from hf_balancemix.export import export_onnx
+from hf_balancemix.metrics import LabelQuality, class_groups, mean_average_precision, multilabel_metrics
 from hf_balancemix.models.processing import squash_processor
+from hf_balancemix.report.model_card import write_model_card
+from hf_balancemix.report.trackers import FigureCallback
 from hf_balancemix.resumable import ResumableTrainer
 from hf_balancemix.scan import broadcast_buffers, evaluation_mode, scan
 from hf_balancemix.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
@@ -77,10 +82,16 @@ class MultiLabelTrainer(ResumableTrainer):
         processing_class: Image processor of the backbone; its normalisation is kept, images are squashed to
             `args.image_size`. What is saved is that.
         compute_metrics: Replaces the metrics named above.
+        views: What makes the model's inputs of the instances; by default a :class:`ViewMaker` by `args` and the image
+            processor. :class:`~hf_balancemix.data.feature_cache.CachedViews` trains on cached features instead.
 
     Raises:
         TypeError, ValueError: Something that would go wrong later; see the message.
     """
+
+    # What cards call the method, and whom they cite beside BalanceMix.
+    method_name: str | None = None
+    citation: str | None = None
 
     # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps. transformers reads the
     # attribute from 5.19 on; `model_accepts_loss_kwargs`, set below, does the same before.
@@ -94,6 +105,7 @@ class MultiLabelTrainer(ResumableTrainer):
         eval_dataset: datasets.Dataset | None = None,
         processing_class: Any | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        views: ViewMaker | CachedViews | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or self._default_args()
@@ -102,6 +114,7 @@ class MultiLabelTrainer(ResumableTrainer):
             None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
         )
         processor = squash_processor(processing_class, size)
+        self._per_class_ap: np.ndarray | None = None  # of an evaluation that was not logged yet
         self.class_names, self.train_labels, self.clean_labels = None, None, None
         if train_dataset is not None:
             self.class_names = class_names(train_dataset)
@@ -126,10 +139,10 @@ class MultiLabelTrainer(ResumableTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        check_model(self.model, self.class_names)
+        check_model(self.model, self.class_names, processor.size["height"] if views is None else None)
         self._memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model.to(memory_format=self._memory_format)
-        self.views = ViewMaker(
+        self.views = views or ViewMaker(
             processor.size["height"],
             args.data_seed if args.data_seed is not None else args.seed,
             resample=int(processor.resample),
@@ -140,6 +153,7 @@ class MultiLabelTrainer(ResumableTrainer):
         self._std = torch.tensor(processor.image_std)
         self.train_sampler: EpochSampler | None = None
         self.add_callback(_EpochHook(self))
+        self.add_callback(FigureCallback(self))
 
     @staticmethod
     def _default_args() -> MultiLabelTrainingArguments:
@@ -156,6 +170,7 @@ class MultiLabelTrainer(ResumableTrainer):
     def _run_facts(self) -> dict[str, Any]:
         return {
             "trainer": type(self).__name__,
+            "method": self.method_name,
             "num_instances": len(self.train_labels),
             "num_classes": self.train_labels.shape[1],
             "data": self._data_digest,
@@ -207,6 +222,8 @@ class MultiLabelTrainer(ResumableTrainer):
         return {name: self._normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
 
     def _normalise(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:  # cached features
+            return images
         images = images.contiguous(memory_format=self._memory_format)
         return normalise(images, self._mean.to(images.device), self._std.to(images.device))
 
@@ -218,6 +235,26 @@ class MultiLabelTrainer(ResumableTrainer):
 
     def _end_training(self) -> None:
         pass
+
+    def _scan(self, observe: Callable[[Tensor, Tensor], None], **options: Any) -> None:
+        """Must be called on every rank: `observe` gets the logits of every training instance once; see `scan`.
+
+        `options` go to the model's forward.
+        """
+
+        def forward(batch: dict[str, Tensor]) -> Tensor:
+            images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
+            return self.model(pixel_values=images, **options).logits
+
+        scan(
+            forward,
+            self.model,
+            PlainInstances(self.train_dataset, self.views, self.train_labels),
+            observe,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
 
     def compute_loss(
         self,
@@ -260,6 +297,7 @@ class MultiLabelTrainer(ResumableTrainer):
         return None if labels is None else (labels == 1).sum(0).numpy()
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        self._per_class_ap = mean_average_precision(prediction.predictions, prediction.label_ids)["per_class_ap"]
         return multilabel_metrics(
             prediction.predictions,
             prediction.label_ids,
@@ -268,6 +306,28 @@ class MultiLabelTrainer(ResumableTrainer):
             few=self.args.few_shot,
             class_names=self.class_names,
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's; the record of an evaluation also keeps each class's average precision, for the card."""
+        super().log(logs, start_time)
+        prefix = next((name.removesuffix("mAP") for name in logs if name.endswith("_mAP")), None)
+        if prefix is not None and self._per_class_ap is not None:
+            per_class = [None if np.isnan(value) else float(value) for value in self._per_class_ap]
+            self.state.log_history[-1][f"{prefix}per_class_ap"] = per_class
+            self._per_class_ap = None
+
+    # ---- what others get ----
+
+    def _write_card(self, folder: Path) -> None:
+        write_model_card(self, folder)
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the model as ONNX; see :func:`hf_balancemix.export.export_onnx`. Must be called on every rank."""
+        if self.is_world_process_zero():
+            export_onnx(
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False), path, self.views.image_size
+            )
+        self.accelerator.wait_for_everyone()
 
 
 class BalanceMixTrainer(MultiLabelTrainer):
@@ -374,28 +434,13 @@ class BalanceMixTrainer(MultiLabelTrainer):
         logs = {f"label_{name}": value for name, value in self.quality.compute().items()}
         self.quality.reset()
         if self.balance_mix.settings.needs_scan:
-            self._scan()
+            self._scan(self.balance_mix.observe)
             self.balance_mix.end_epoch(epoch)
             logs |= self._sampler_logs()
         else:
             self.balance_mix.epoch = epoch
         if logs:
             self.log(logs)
-
-    def _scan(self) -> None:
-        def forward(batch: dict[str, Tensor]) -> Tensor:
-            images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
-            return self.model(pixel_values=images).logits
-
-        scan(
-            forward,
-            self.model,
-            PlainInstances(self.train_dataset, self.views, self.train_labels),
-            self.balance_mix.observe,
-            batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-            show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
 
     def _sampler_logs(self) -> dict[str, float]:
         """What the sampler and the mixtures made of the scan: effective sample size, draws a class group, mean p_G."""

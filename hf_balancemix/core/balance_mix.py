@@ -137,6 +137,7 @@ class BalanceMix:
         self.negative_confidence = torch.ones(k, dtype=torch.float64)
         self.mixtures: LossMixtures | None = None
         self.clean_probability = torch.ones(n if self._keeps_table else 0, k, dtype=torch.float16)
+        self.loss_histogram: LossHistogram | None = None
         self._begin_observing()
 
     @property
@@ -207,6 +208,7 @@ class BalanceMix:
                 table[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
             self.clean_probability = all_reduce_sum(table).half()
         self.epoch = epoch
+        self.loss_histogram = self._histogram
         self._begin_observing()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from hf_balancemix.metrics.average_precision import (
     multilabel_metrics,
     precision_recall_f1,
 )
+from hf_balancemix.metrics.evaluate_path import evaluate_path
 from hf_balancemix.metrics.label_quality import Count, LabelQuality, count_label_quality, label_quality
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LabelQuality",
     "class_groups",
     "count_label_quality",
+    "evaluate_path",
     "label_quality",
     "mean_average_precision",
     "multilabel_metrics",

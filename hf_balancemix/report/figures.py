@@ -1,0 +1,217 @@
+"""Figures of a run: pure functions from data to a matplotlib Figure, without pyplot and its global state."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+MAX_BARS = 80
+_GROUP_COLORS = {"many": "#4c72b0", "medium": "#55a868", "few": "#c44e52"}
+_MAP_NAMES = {"mAP": "all", "mAP_many": "many", "mAP_medium": "medium", "mAP_few": "few"}
+_QUALITY_NAMES = {
+    "label_clean_precision": "clean precision",
+    "label_clean_recall": "clean recall",
+    "label_relabel_accuracy": "re-labelling right",
+    "label_relabel_proportion_positives": "re-labelled, given positive",
+}
+_POLARITIES = ("negative", "positive")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure with its own Agg canvas: nothing is shown or kept anywhere."""
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """The figure as `(height, width, 3)` uint8."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def per_class_ap_figure(
+    class_names: Sequence[str],
+    per_class_ap: Sequence[float | None],
+    groups: Mapping[str, np.ndarray] | None = None,
+    title: str = "Average precision of each class",
+) -> Figure:
+    """Bars of the classes' average precision, the best on top.
+
+    Args:
+        class_names: K names, shown as they are: nothing in them is read as a formula.
+        per_class_ap: K fractions in [0, 1]; None or NaN for a class without positive labels, which is left out.
+        groups: `(K,)` boolean masks of `metrics.class_groups`, for colours.
+        title: Above the figure.
+
+    Returns:
+        The figure. Of more than 80 classes the 40 best and the 40 worst.
+
+    Raises:
+        ValueError: Names and figures are not as many.
+    """
+    if len(class_names) != len(per_class_ap):
+        raise ValueError(
+            f"{len(class_names)} class_names for {len(per_class_ap)} per_class_ap; one a class is required, in the "
+            "same order."
+        )
+    ap = np.array([np.nan if value is None else value for value in per_class_ap], dtype=np.float64)
+    order = [int(k) for k in np.argsort(-ap, kind="stable") if np.isfinite(ap[k])]
+    if len(order) > MAX_BARS:
+        title += f" ({MAX_BARS // 2} best and {MAX_BARS // 2} worst of {len(order)})"
+        order = order[: MAX_BARS // 2] + order[-MAX_BARS // 2 :]
+    colors = np.full(len(ap), "#7f7f7f", dtype=object)
+    for name, mask in (groups or {}).items():
+        colors[np.asarray(mask)] = _GROUP_COLORS[name]
+
+    figure = new_figure(7, 1.2 + 0.2 * max(len(order), 1))
+    axes = figure.subplots()
+    positions = np.arange(len(order))
+    axes.barh(positions, ap[order], color=[colors[k] for k in order])
+    axes.set_yticks(positions, [_short(class_names[k]) for k in order], fontsize=7, parse_math=False)
+    axes.set(xlim=(0, 1), ylim=(-0.6, max(len(order), 1) - 0.4), xlabel="average precision")
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=9, parse_math=False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    shown = [name for name, mask in (groups or {}).items() if np.asarray(mask)[order].any()]
+    if shown:
+        handles = [axes.barh([0], [0], color=_GROUP_COLORS[name], label=f"{name}-shot") for name in shown]
+        axes.legend(handles=handles, fontsize=7, loc="lower right", framealpha=0.9)
+    return figure
+
+
+def training_curves_figure(log_history: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Losses, mAP and label-quality figures over the epochs, a panel for each that was recorded.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+
+    Returns:
+        The figure; None where nothing of it was recorded.
+    """
+    panels = {
+        "loss": {"training": "loss", "evaluation": "eval_loss"},
+        "mAP": {shown: f"eval_{name}" for name, shown in _MAP_NAMES.items()},
+        "label quality": {shown: name for name, shown in _QUALITY_NAMES.items()},
+    }
+    curves = {
+        panel: {shown: curve for shown, key in keys.items() if (curve := _curve(log_history, key))}
+        for panel, keys in panels.items()
+    }
+    curves = {panel: lines for panel, lines in curves.items() if lines}
+    if not curves:
+        return None
+    figure = new_figure(4 * len(curves), 3.2)
+    for axes, (panel, lines) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
+        for shown, curve in lines.items():
+            axes.plot(*zip(*curve, strict=True), label=shown, marker="o", markersize=2.5, linewidth=1.2)
+        axes.set(title=panel, xlabel="epoch")
+        if panel != "loss":
+            axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure
+
+
+@dataclass(frozen=True)
+class ClassMixtures:
+    """The losses of one class and the mixtures on them; the first axis is the polarity (0: negative, 1: positive).
+
+    Attributes:
+        name: What is written above the class's panels.
+        means, variances, weights: `(2, 2)`, see :class:`~hf_balancemix.core.LossMixtures`.
+        separated: `(2,)` bool.
+        counts: `(2, bins)` numbers of losses in the bins of :func:`loss_bin_edges`; None where they were not kept.
+    """
+
+    name: str
+    means: np.ndarray
+    variances: np.ndarray
+    weights: np.ndarray
+    separated: np.ndarray
+    counts: np.ndarray | None = None
+
+
+def loss_bin_edges() -> np.ndarray:
+    """`(bins + 1,)` float64 edges of the bins of :class:`~hf_balancemix.core.LossHistogram`, from 0 to 16."""
+    bins = np.arange(18 * 64 + 1)  # 64 bins for each power of two of loss + 2^-14, from 2^-14 to 2^4
+    return (1 + bins % 64 / 64) * 2.0 ** (bins // 64 - 14) - 2.0**-14
+
+
+def mixture_figure(classes: Sequence[ClassMixtures]) -> Figure:
+    """The histogram of the losses (Eq. 6) and the two components (Eq. 7), a row a class, a column a polarity.
+
+    Args:
+        classes: The classes to show, at least one.
+
+    Raises:
+        ValueError: No class.
+    """
+    if not classes:
+        raise ValueError("mixture_figure received no class; pass at least one ClassMixtures.")
+    figure = new_figure(9, 2.8 * len(classes))
+    for row, shown in zip(figure.subplots(len(classes), 2, squeeze=False), classes, strict=True):
+        for polarity, axes in enumerate(row):
+            _draw_mixture(axes, shown, polarity)
+    return figure
+
+
+def _draw_mixture(axes: Any, shown: ClassMixtures, polarity: int) -> None:
+    counts = None if shown.counts is None else np.asarray(shown.counts[polarity], dtype=np.float64)
+    number = "" if counts is None else f", {int(counts.sum()):,}"
+    axes.set_title(f"{_short(shown.name)}: given {_POLARITIES[polarity]}{number}", fontsize=9, parse_math=False)
+    axes.set(xlabel="loss", ylabel="density")
+    means, deviations = np.asarray(shown.means[polarity]), np.sqrt(np.asarray(shown.variances[polarity]))
+    limit = float((means + 4 * deviations).max())
+    if counts is not None and counts.sum():
+        edges = loss_bin_edges()
+        limit = float(edges[1:][counts.cumsum() >= 0.999 * counts.sum()][0])
+        centers = (edges[:-1] + edges[1:]) / 2
+        heights, bars = np.histogram(centers, bins=40, range=(0, max(limit, 1e-4)), weights=counts)
+        # Over all losses, not only those in range: the curves are densities of the whole set.
+        axes.stairs(heights / counts.sum() / np.diff(bars), bars, fill=True, color="#c7c7c7", label="losses")
+    limit = max(limit, 1e-4)
+    if shown.separated[polarity]:
+        x = np.linspace(0, limit, 400)
+        for component, (name, color) in enumerate((("clean", "#4c72b0"), ("noisy", "#c44e52"))):
+            z = (x - means[component]) / deviations[component]
+            density = shown.weights[polarity][component] * np.exp(-0.5 * z**2) / deviations[component]
+            axes.plot(x, density / np.sqrt(2 * np.pi), color=color, label=name)
+    else:
+        axes.text(0.5, 0.5, "not separated:\nall count as clean", transform=axes.transAxes, ha="center", va="center")
+    # The noisy component is small beside the clean one, so the axis is logarithmic; and Gaussians fall without end.
+    axes.set_yscale("log")
+    top = max([line.get_ydata().max() for line in axes.lines] + [1.0])
+    axes.set(xlim=(0, limit), ylim=(1e-4, 10 * top))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
+
+
+def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Epochs and values, of which the last of an epoch counts."""
+    points = {line["epoch"]: line[key] for line in log_history if key in line and "epoch" in line}
+    return sorted((float(epoch), float(value)) for epoch, value in points.items() if np.isfinite(value))
+
+
+def _short(name: str, length: int = 40) -> str:
+    name = " ".join(str(name).split())
+    return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,0 +1,511 @@
+"""The model card: what was trained, on what, how well, and how to run it, from what the trainer has recorded.
+
+A fact that was not recorded is left out or said to be not recorded. Everything that is printed is escaped unless this
+module made it (`Markup`), so that a class named `<script>` or `| a |` is a name and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
+from transformers import Trainer, TrainingArguments
+
+from hf_balancemix import __version__
+from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
+from hf_balancemix.metrics import class_groups
+from hf_balancemix.report.figures import (
+    ClassMixtures,
+    figure_png,
+    mixture_figure,
+    per_class_ap_figure,
+    training_curves_figure,
+)
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
+PER_CLASS_AP = "per_class_ap"  # of a line of the log, after its prefix: K fractions, None for a skipped class
+
+_METRICS = {
+    "mAP": "mAP, all classes",
+    "mAP_many": "mAP, many-shot classes",
+    "mAP_medium": "mAP, medium-shot classes",
+    "mAP_few": "mAP, few-shot classes",
+    "CF1": "CF1 at 0.5",
+    "OF1": "OF1 at 0.5",
+}
+_METRIC_TYPES = {"mAP": "mean_average_precision", "CF1": "f1", "OF1": "f1"}
+_NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", PER_CLASS_AP}
+_LABEL_FIGURES = {
+    "noise_rate": "given other than the clean label",
+    "clean_precision": "clean-label precision (Eq. 14): of the labels judged clean, those that are",
+    "clean_recall": "clean-label recall (Eq. 14): of the labels that are clean, those judged so",
+    "relabel_proportion": "re-labelled (Eq. 15)",
+    "relabel_accuracy": "re-labelled to the clean label, of those re-labelled (Eq. 15)",
+    "ambiguous_proportion": "ambiguous: weighed by their clean probability",
+}
+# Arguments of transformers that change what is learned; of ours all are shown.
+_SHOWN_ARGUMENTS = (
+    "max_steps", "gradient_accumulation_steps", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "bf16", "fp16", "tf32", "seed", "data_seed", "full_determinism", "torch_compile",
+    "gradient_checkpointing", "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model",
+)  # fmt: skip
+_DERIVED_ARGUMENTS = {"per_device_train_batch_size", "remove_unused_columns"}
+_PACKAGES = ("torchvision", "transformers", "accelerate", "datasets", "timm")
+
+
+def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
+    """Write `README.md` and its figures for the weights that the trainer holds now. To be called on one process.
+
+    Each file appears under its name only when whole, the card last. A README.md without the line `MARK` is somebody's
+    own text and stays.
+
+    Args:
+        trainer: `MultiLabelTrainer` or a subclass, at any time: before, while and after training. Read are its
+            `state.log_history`, `args`, `model.config`, the data sets' features and info, and, where it has one,
+            `balance_mix`.
+        folder: Where the card goes; made if it is absent.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = folder / CARD_FILE
+    if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        logger.info("%s was not written by hf_balancemix and stays as it is.", card)
+        return card
+    facts = card_facts(trainer)
+    for name, figure in _figures(facts).items():
+        file = folder / name
+        if figure is None:
+            file.unlink(missing_ok=True)
+        else:
+            _write(file, figure_png(figure))
+            facts["figures"].add(name)
+    _write(card, render_model_card(facts).encode())
+    return card
+
+
+def render_model_card(facts: Mapping[str, Any]) -> str:
+    """The text of the card, metadata on top, from what `card_facts` gives."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_balancemix.report"),
+        undefined=jinja2.StrictUndefined,
+        finalize=escape_markdown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"percent": _percent, "number": _number}
+    text = environment.get_template("model_card.md").render(**facts, mark=Markup(MARK))
+    return f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}"
+
+
+def card_data(facts: Mapping[str, Any]) -> ModelCardData:
+    """The card's metadata, with every recorded figure of the evaluations in its model-index."""
+    results = []
+    for evaluation in facts["evaluations"]:
+        data = evaluation["data"]
+        for name, value in evaluation["metrics"].items():
+            results.append(
+                EvalResult(
+                    task_type="image-classification",
+                    task_name="Multi-label image classification",
+                    dataset_type=data["hub_id"] or _slug(data["name"]) or "unknown",
+                    dataset_name=data["name"] or "not recorded",
+                    dataset_config=data["config"],
+                    dataset_split=data["split"],
+                    dataset_revision=data["revision"],
+                    metric_type=_METRIC_TYPES.get(name.split("_")[0], _slug(name)),
+                    metric_name=_METRICS.get(name, name),
+                    metric_value=float(value),
+                )
+            )
+    train = facts["train"]
+    return ModelCardData(
+        base_model=facts["base_model"],
+        datasets=train["hub_id"] if train else None,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["multi-label-classification", "hf_balancemix", *(["label-noise"] if train and train["noisy"] else [])],
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=facts["name"],
+        eval_results=results or None,
+    )
+
+
+def card_facts(trainer: Trainer) -> dict[str, Any]:
+    """Everything the card says, as plain values."""
+    args, state = trainer.args, trainer.state
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    names = trainer.class_names or [model.config.id2label[k] for k in range(model.config.num_labels)]
+    evaluations = _evaluations(trainer)
+    repository = _repo_id(getattr(trainer, "hub_model_id", None) or args.hub_model_id)
+    source = _repo_id(model.config.name_or_path)
+    groups = None
+    if trainer.class_counts is not None:
+        groups = class_groups(trainer.class_counts, args.many_shot, args.few_shot)
+    runtimes = [line["train_runtime"] for line in state.log_history if "train_runtime" in line]
+    per_class = next((e["per_class_ap"] for e in evaluations if e["per_class_ap"] is not None), None)
+    balance_mix = getattr(trainer, "balance_mix", None)
+    judged = _judged_labels(balance_mix)
+    return {
+        "name": repository.split("/")[-1] if repository else type(model).__name__,
+        "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
+        "base_model": source if source and not Path(source).exists() and "/" in source else None,
+        "architecture": type(model).__name__,
+        "backbone": getattr(model.config, "architecture", None),  # timm's name
+        "head": getattr(model.config, "head", None),
+        "needs_package": type(model).__module__.startswith("hf_balancemix"),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "image_size": trainer.views.image_size,
+        "class_names": names,
+        "thresholds": _thresholds(model.config, names),
+        "train": _describe(trainer.train_dataset, trainer.train_labels, trainer.clean_labels),
+        "evaluations": evaluations,
+        "per_class_ap": per_class,
+        "groups": groups,
+        "classes": _class_rows(trainer, names, per_class, groups, judged),
+        "judged": None if judged is None else judged.sum(axis=1).tolist(),
+        "label_figures": _label_figures(state.log_history),
+        "sampler": _newest(state.log_history, "sampler_effective_size"),
+        "log_history": state.log_history,
+        "mixtures": _chosen_mixtures(balance_mix, names, per_class),
+        "method": _method(trainer),
+        "args": args.to_dict(),
+        "changed": changed_arguments(args),
+        "many_shot": args.many_shot,
+        "few_shot": args.few_shot,
+        "step": state.global_step,
+        "max_steps": state.max_steps,
+        "epoch": state.epoch,
+        "in_training": bool(trainer.is_in_train) and 0 < state.global_step < state.max_steps,
+        "train_runtime": runtimes[-1] if runtimes else None,
+        "hardware": _hardware(args),
+        "versions": _versions(),
+        "metric_names": _METRICS,
+        "figures": set(),
+    }
+
+
+def escape_markdown(value: Any) -> Any:
+    """Text that Markdown, a table of it and HTML show as it is; numbers and `Markup` pass."""
+    if isinstance(value, (Markup, int, float, jinja2.Undefined)):
+        return value
+    text = " ".join(str(value).split())
+    dotless = "www" in text.lower()  # GitHub makes links of these
+    return Markup("".join(_escape_character(c, dotless) for c in text))
+
+
+def _escape_character(character: str, dotless: bool) -> str:
+    category = unicodedata.category(character)
+    if category[0] == "C":  # control characters, and those that turn the direction of writing
+        return "\N{REPLACEMENT CHARACTER}"
+    safe = category[0] in "LMN" or character in " ,-" or (character == "." and not dotless)
+    return character if safe else f"&#{ord(character)};"
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that change what is learned and whose value is not the default, by name.
+
+    The default of a field that a preset sets is that of the preset "default". No path and no token is among them.
+    """
+    values = args.to_dict()
+    base = TrainingArguments.__dataclass_fields__
+    preset = {"num_train_epochs": 20.0, "global_batch_size": 64} | type(args).PRESETS["default"]
+    changed = {}
+    for field in dataclasses.fields(args):
+        own = field.name not in base or field.name in preset
+        if field.name in _DERIVED_ARGUMENTS or not (own or field.name in _SHOWN_ARGUMENTS):
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else None
+        default = preset.get(field.name, default) if default is None else default
+        default, value = getattr(default, "value", default), values[field.name]
+        if value != default and (value or default):  # {} and None are alike
+            changed[field.name] = value
+    return changed
+
+
+def newest_evaluation(log_history: Sequence[Mapping[str, Any]], prefix: str = "eval_") -> Mapping[str, Any] | None:
+    """The last line of the log that an evaluation wrote."""
+    return _newest(log_history, f"{prefix}runtime")
+
+
+def chosen_mixtures(balance_mix: Any, names: Sequence[str], classes: Mapping[str, int]) -> list[ClassMixtures]:
+    """The fitted mixtures of some classes, with their losses' histograms where the state has kept them.
+
+    Args:
+        balance_mix: `core.BalanceMix` with mixtures.
+        names: K class names.
+        classes: Class indices by what to call them, such as "best AP".
+    """
+    m = balance_mix.mixtures
+    # `loss_histogram` is that of the newest scan; a run that was resumed has none until the next one.
+    histogram = getattr(balance_mix, "loss_histogram", None)
+    counts = None if histogram is None else histogram.state_dict()["cells"][0].cpu().numpy()
+    return [
+        ClassMixtures(
+            f"{names[k]} ({what})",
+            *(x[:, k].cpu().numpy() for x in (m.means, m.variances, m.weights, m.separated)),
+            counts=None if counts is None else counts[k],
+        )
+        for what, k in classes.items()
+    ]
+
+
+def good_and_bad_class(balance_mix: Any, per_class_ap: Sequence[float | None] | None) -> dict[str, int]:
+    """The classes of highest and lowest average precision, or of confidence P(k) where no AP was recorded."""
+    if per_class_ap is not None and any(value is not None for value in per_class_ap):
+        values, what = np.array([np.nan if v is None else v for v in per_class_ap], dtype=float), "AP"
+    else:
+        values, what = balance_mix.positive_confidence.numpy(), "confidence P(k)"
+    best, worst = int(np.nanargmax(values)), int(np.nanargmin(values))
+    return {f"highest {what}": best} | ({f"lowest {what}": worst} if worst != best else {})
+
+
+def _figures(facts: Mapping[str, Any]) -> dict[str, Any]:
+    per_class = facts["per_class_ap"]
+    shown = per_class is not None and any(value is not None for value in per_class)
+    return {
+        "per_class_ap.png": per_class_ap_figure(facts["class_names"], per_class, facts["groups"]) if shown else None,
+        "training_curves.png": training_curves_figure(facts["log_history"]),
+        "mixtures.png": mixture_figure(facts["mixtures"]) if facts["mixtures"] else None,
+    }
+
+
+def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
+    """For each evaluation set the figures that belong to the present weights, or the newest ones."""
+    args, state = trainer.args, trainer.state
+    best_loaded = bool(
+        not trainer.is_in_train and args.load_best_model_at_end and state.best_model_checkpoint and state.global_step
+    )
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {None: trainer.eval_dataset}
+    found = []
+    for name, dataset in sets.items():
+        prefix = "eval_" if name is None else f"eval_{name}_"
+        lines = state.log_history
+        if best_loaded:
+            # Evaluated after training, when the best weights were back, or when they were saved.
+            end = max((i for i, line in enumerate(lines) if "train_runtime" in line), default=-1)
+            best = [line for line in lines if line["step"] == state.best_global_step]
+            line = newest_evaluation(lines[end + 1 :], prefix) or newest_evaluation(best, prefix)
+        else:
+            line = newest_evaluation(lines, prefix)
+        if line is None:
+            continue
+        values = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+        metrics = {k: v for k, v in values.items() if k not in _NO_METRICS and isinstance(v, (int, float))}
+        ap = values.get(PER_CLASS_AP)
+        step = state.best_global_step if best_loaded else line["step"]
+        found.append(
+            {
+                "name": name,
+                "data": _describe(dataset, None, None),
+                "metrics": {key: metrics[key] for key in sorted(metrics, key=_metric_order)},
+                "step": step,
+                "epoch": _epoch_of(state, step) if best_loaded else line.get("epoch"),
+                "weights": "best" if best_loaded else "last" if step == state.global_step else "earlier",
+                "per_class_ap": None if ap is None or len(ap) != len(trainer.class_names or ap) else ap,
+            }
+        )
+    return found
+
+
+def _epoch_of(state: Any, step: int) -> float | None:
+    return next((line["epoch"] for line in state.log_history if line["step"] == step and "epoch" in line), None)
+
+
+def _metric_order(name: str) -> tuple[int, str]:
+    return ([*_METRICS].index(name) if name in _METRICS else len(_METRICS), name)
+
+
+def _describe(dataset: Any, given: Any, clean: Any) -> dict[str, Any] | None:
+    """What is recorded about a data set; `given` and `clean` are its label matrices where they are at hand."""
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    info = dataset.info
+    lines = without_recorded_noise(info.description).splitlines()
+    source = re.match(
+        r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", next(iter(info.download_checksums or {}), "")
+    )
+    facts = {
+        "name": source[1] if source else _line(info.dataset_name),
+        "hub_id": _repo_id(source[1]) if source else None,
+        "revision": source[2] if source else None,
+        "config": _line(info.config_name),
+        "split": _line(dataset.split),
+        "description": _line(" ".join(lines)[:500]),
+        "num_instances": len(dataset),
+        "noise": recorded_noise(dataset),
+        "noisy": "clean_labels" in dataset.column_names,
+    }
+    if given is not None:
+        positive = given == 1
+        facts["num_positives"] = int(positive.sum())
+        facts["num_unknown"] = int((given < 0).sum())
+        if clean is not None:
+            facts["num_added"] = int((positive & (clean == 0)).sum())
+            facts["num_removed"] = int(((given == 0) & (clean == 1)).sum())
+            facts["noisy"] = bool(facts["num_added"] or facts["num_removed"])
+    return facts
+
+
+def _class_rows(
+    trainer: Trainer,
+    names: Sequence[str],
+    per_class: Sequence[float | None] | None,
+    groups: Mapping[str, np.ndarray] | None,
+    judged: np.ndarray | None,
+) -> list[dict[str, Any]]:
+    given = None if trainer.train_labels is None else (trainer.train_labels == 1).sum(0).tolist()
+    clean = None if trainer.clean_labels is None else (trainer.clean_labels == 1).sum(0).tolist()
+    return [
+        {
+            "name": name,
+            "ap": None if per_class is None else per_class[k],
+            "group": next((group for group, mask in (groups or {}).items() if mask[k]), None),
+            "given": None if given is None else given[k],
+            "clean": None if clean is None else clean[k],
+            "distrusted": None if judged is None else int(judged[1, k]),
+        }
+        for k, name in enumerate(names)
+    ]
+
+
+def _judged_labels(balance_mix: Any) -> np.ndarray | None:
+    """`(2, K)` given negative and positive labels with p_G of at most 0.5; None where nothing was judged yet."""
+    if balance_mix is None or balance_mix.mixtures is None or not len(balance_mix.clean_probability):
+        return None
+    totals = torch.zeros(2, balance_mix.labels.shape[1], dtype=torch.int64)
+    p_clean = balance_mix.clean_probability.cpu()
+    for p, labels in zip(p_clean.split(1 << 14), balance_mix.labels.split(1 << 14), strict=True):
+        for value in (0, 1):
+            totals[value] += ((p <= 0.5) & (labels == value)).sum(0)
+    return totals.numpy()
+
+
+def _chosen_mixtures(
+    balance_mix: Any, names: Sequence[str], per_class: Sequence[float | None] | None
+) -> list[ClassMixtures]:
+    if balance_mix is None or balance_mix.mixtures is None:
+        return []
+    return chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class))
+
+
+def _label_figures(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    line = next((line for line in reversed(log_history) if any(key.startswith("label_") for key in line)), None)
+    if line is None:
+        return None
+    rows = {
+        what: [line.get(f"label_{name}"), line.get(f"label_{name}_positives")] for name, what in _LABEL_FIGURES.items()
+    }
+    return {
+        "epoch": line.get("epoch"),
+        "rows": {what: row for what, row in rows.items() if any(value is not None for value in row)},
+    }
+
+
+def _method(trainer: Trainer) -> dict[str, Any]:
+    """The trainer's class, and for BalanceMix the parts of it that were on."""
+    state = getattr(trainer, "balance_mix", None)
+    settings = state.settings if state is not None else None
+    citation = getattr(trainer, "citation", None)
+    return {
+        "trainer": type(trainer).__name__,
+        "name": getattr(trainer, "method_name", None),
+        "citation": Markup(citation.replace("```", "")) if citation else None,
+        "settings": None if settings is None else dataclasses.asdict(settings),
+    }
+
+
+def _thresholds(config: Any, names: Sequence[str]) -> list[float] | None:
+    """A threshold a class, where the config has them."""
+    stored = getattr(config, "thresholds", None)
+    if isinstance(stored, Mapping):
+        stored = [stored.get(name) for name in names]
+    if not stored or len(stored) != len(names) or None in stored:
+        return None
+    return [float(value) for value in stored]
+
+
+def _hardware(args: TrainingArguments) -> str:
+    if args.device.type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
+    else:
+        threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+        device = f"{args.device.type.upper()} ({platform.machine()}{threads})"
+    return f"{args.world_size} x {device}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _repo_id(name: str | None) -> str | None:
+    """The name if it can be a repository's on the Hub."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return name
+
+
+def _newest(log_history: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
+    return next((line for line in reversed(log_history) if key in line), None)
+
+
+def _line(value: Any) -> str | None:
+    """One line of text; None where there is none."""
+    return " ".join(str(value).split()) or None if value is not None else None
+
+
+def _slug(name: str | None) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", (name or "").lower()).strip("-")
+
+
+def _percent(fraction: float | None) -> str:
+    return Markup("not recorded") if fraction is None or not np.isfinite(fraction) else Markup(f"{100 * fraction:.1f}")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return Markup("not recorded")
+    return Markup(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+
+
+def _write(file: Path, content: bytes) -> None:
+    """The file appears under its name only when whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

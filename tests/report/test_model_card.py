@@ -1,0 +1,372 @@
+"""The card says what the trainer recorded, and nothing that a class name says instead."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import NAMES, arguments, make_dataset, tiny_resnet, tiny_vit
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from PIL import Image
+from sklearn.metrics import average_precision_score
+
+from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer
+from hf_balancemix.core.loss_mixture import LossHistogram
+from hf_balancemix.data.noise import record_noise, recorded_noise
+from hf_balancemix.report.model_card import (
+    MARK,
+    changed_arguments,
+    chosen_mixtures,
+    escape_markdown,
+    good_and_bad_class,
+    write_model_card,
+)
+
+EVIL = ["<script>alert(1)</script>", "| a |", "[x](http://evil) `b`", "dog\n---\n# h", "www.evil.com\u202e*b*"]
+
+
+def with_noise(dataset):
+    dataset.info.description = "twenty-four random images"
+    noisy = Mislabel(rate=0.4, seed=7).add_to(dataset)
+    noisy.info.dataset_name = "random"
+    return noisy
+
+
+def checked_per_class_ap(trainer, dataset):
+    """The per-class AP of the newest evaluation, by scikit-learn."""
+    prediction = trainer.predict(dataset)
+    scores, labels = prediction.predictions, prediction.label_ids
+    ap = [average_precision_score(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+    line = [line for line in trainer.state.log_history if "eval_runtime" in line][-1]
+    assert line["eval_per_class_ap"] == pytest.approx(ap)
+    return ap
+
+
+def rows(text, heading):
+    """Cells by the first cell, of the table under a heading line or after a given text."""
+    lines = text.split(heading, 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next((i for i, line in enumerate(lines) if i > start and not line.startswith("|")), len(lines))
+    cells = [[unescape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines[start:end]]
+    return {row[0]: row[1:] for row in cells}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = make_dataset(folder / "images")
+    args = arguments(
+        folder / "out", num_train_epochs=3, eval_strategy="epoch", logging_strategy="epoch", few_shot=6, many_shot=12
+    )
+    trainer = BalanceMixTrainer(
+        model=tiny_resnet(), args=args, train_dataset=with_noise(dataset), eval_dataset=dataset
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    return trainer, dataset, metrics, checked_per_class_ap(trainer, dataset)
+
+
+@pytest.fixture(scope="module")
+def card(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    return write_model_card(trained[0], folder)
+
+
+def test_the_metadata_are_valid_and_hold_the_recorded_figures(trained, card):
+    _, _, metrics, _ = trained
+    data = metadata_load(card)
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-classification"
+    assert "label-noise" in data["tags"]
+    loaded = ModelCard.load(card)
+    values = {result.metric_name: result.metric_value for result in loaded.data.eval_results}
+    assert values["mAP, all classes"] == metrics["eval_mAP"]
+    assert values["CF1 at 0.5"] == metrics["eval_CF1"]
+    assert len(values) == sum(name.startswith(("eval_mAP", "eval_CF1", "eval_OF1")) for name in metrics)
+    again = ModelCardData(**yaml.safe_load(loaded.data.to_yaml()))
+    assert again.eval_results == loaded.data.eval_results
+    assert {result.task_type for result in again.eval_results} == {"image-classification"}
+
+
+def test_the_text_holds_the_recorded_figures(trained, card):
+    trainer, _, metrics, ap = trained
+    text = card.read_text()
+    assert f"**{100 * metrics['eval_mAP']:.1f} %**" in text
+    assert rows(text, "## Evaluation\n")["mAP, all classes"] == [f"{100 * metrics['eval_mAP']:.1f} %"]
+    assert "The weights are the **last** ones, after epoch 3 (step 18)" in text
+    classes = rows(text, "Each class")
+    given, clean = trainer.train_labels.sum(0).tolist(), trainer.clean_labels.sum(0).tolist()
+    p_clean, labels = trainer.balance_mix.clean_probability.float().cpu(), trainer.train_labels
+    for k, name in enumerate(NAMES):
+        group = "many" if clean[k] > 12 else "few" if clean[k] < 6 else "medium"
+        distrusted = int(((p_clean[:, k] <= 0.5) & (labels[:, k] == 1)).sum())
+        assert classes[name] == [f"{100 * ap[k]:.1f}", group, str(given[k]), str(clean[k]), str(distrusted)]
+    last = [line for line in trainer.state.log_history if "label_clean_precision" in line][-1]
+    figures = rows(text, "## What it believes")
+    shown = next(row for name, row in figures.items() if name.startswith("clean-label precision"))
+    assert shown == [f"{100 * last[f'label_clean_precision{end}']:.1f}" for end in ("", "_positives")]
+    data = rows(text, "Training:")
+    assert data["Noise map"] == ["Mislabel"]
+    assert data["Noise map: rate"] == ["0.4"]
+    assert data["Noise map: seed"] == ["7"]
+    changed = int((trainer.train_labels != trainer.clean_labels).sum())
+    numbers = [int(n) for n in re.findall(r"\d+", data["Labels other than the clean ones"][0])]
+    assert sum(numbers) == changed > 0
+    assert rows(text, "differ from the default")["relabel_threshold"] == ["0.6"]
+    runtime = next(line["train_runtime"] for line in trainer.state.log_history if "train_runtime" in line)
+    assert f"{runtime:.4g} seconds" in text
+    assert f"| torch | {torch.__version__} |" in text
+    assert str(card.parent) not in text
+    assert trainer.args.output_dir not in text
+    assert "Song, Hwanjun" in text
+    assert "mixup: Beyond" in text
+
+
+def test_figures_are_there_and_whole(card):
+    text = card.read_text()
+    shown = set(re.findall(r"!\[[^]]*\]\(([^)]*)\)", text))
+    assert shown == {"per_class_ap.png", "training_curves.png", "mixtures.png"}
+    assert {file.name for file in card.parent.iterdir()} == shown | {"README.md"}
+    for name in shown:
+        Image.open(card.parent / name).load()
+
+
+def test_the_mixtures_of_the_best_and_the_worst_class_come_with_their_losses(trained, monkeypatch):
+    trainer, _, _, ap = trained
+    state = trainer.balance_mix
+    best, worst = int(np.argmax(ap)), int(np.argmin(ap))
+    assert good_and_bad_class(state, ap) == {"highest AP": best, "lowest AP": worst}
+    histogram = LossHistogram(5)
+    histogram.update(torch.rand(24, 5), trainer.train_labels)
+    monkeypatch.setattr(state, "loss_histogram", histogram, raising=False)
+    shown = chosen_mixtures(state, NAMES, {"best": best})
+    assert shown[0].name == f"{NAMES[best]} (best)"
+    positives = int(trainer.train_labels[:, best].sum())
+    assert shown[0].counts.sum(1).tolist() == [24 - positives, positives]
+    assert shown[0].means.tolist() == state.mixtures.means[:, best].tolist()
+    monkeypatch.setattr(state, "loss_histogram", None)
+    assert chosen_mixtures(state, NAMES, {"best": best})[0].counts is None
+    confidence = state.positive_confidence
+    assert good_and_bad_class(state, None)["highest confidence P(k)"] == int(confidence.argmax())
+
+
+def test_the_code_of_the_card_runs(trained, card, tmp_path, capsys, monkeypatch):
+    trainer, dataset, *_ = trained
+    dataset[3]["image"].convert("RGB").save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    scope: dict = {}
+    for block in blocks:
+        exec(block.replace("PATH/TO/THIS/FOLDER", trainer.args.output_dir), scope)
+    scores = scope["classifier"]("image.jpg", top_k=5)
+    assert {score["label"] for score in scores} == set(NAMES)
+    expected = dict(zip(NAMES, scope["probabilities"].tolist(), strict=True))
+    assert {s["label"]: s["score"] for s in scores} == pytest.approx(expected, abs=1e-4)
+    assert scope["present"] == [name for name in NAMES if expected[name] > 0.5]
+
+
+def test_thresholds_of_the_config_are_shown_and_used(trained, tmp_path, monkeypatch):
+    trainer = trained[0]
+    monkeypatch.setattr(trainer.model.config, "thresholds", [0.1, 0.2, 0.3, 0.4, 0.55], raising=False)
+    text = write_model_card(trainer, tmp_path).read_text()
+    assert rows(text, "Each class")["elk"][-1] == "0.55"
+    assert "thresholds = torch.tensor(model.config.thresholds)" in text
+    assert "0.5 is a convention" not in text
+
+
+def test_the_same_state_gives_the_same_files(trained, card, tmp_path):
+    again = write_model_card(trained[0], tmp_path)
+    for file in card.parent.iterdir():
+        assert (again.parent / file.name).read_bytes() == file.read_bytes()
+
+
+def test_names_are_names_and_nothing_else(tmp_path):
+    dataset = make_dataset(tmp_path / "images", names=EVIL)
+    dataset.info.description = "<img src=x onerror=alert(1)>\n| b |"
+    dataset.info.dataset_name = "evil: [1]\n---\nlicense: mit"
+    args = arguments(tmp_path / "out", num_train_epochs=2)
+    trainer = BalanceMixTrainer(
+        model=tiny_vit(), args=args, train_dataset=with_noise_of(dataset), eval_dataset=dataset
+    )
+    trainer.train()
+    trainer.evaluate()
+    checked_per_class_ap(trainer, dataset)
+    path = write_model_card(trainer, tmp_path / "card")
+    text = path.read_text()
+    body = text.replace(MARK, "").replace("<details>", "").replace("<details open>", "").replace("</details>", "")
+    body = body.replace("<summary>", "").replace("</summary>", "")
+    outside_code = re.sub(r"```.*?```", "", body, flags=re.DOTALL)
+    assert "<" not in outside_code.split("---\n", 2)[2]
+    assert "](http" not in text
+    assert "www.evil" not in text
+    assert "\u202e" not in text
+    classes = rows(text, "Each class")
+    assert len(classes) == 2 + 5
+    assert {len(cells) for cells in classes.values()} == {5}
+    shown = [" ".join(name.split()).replace("\u202e", "\ufffd") for name in EVIL]
+    assert list(classes)[2:] == shown
+    data = metadata_load(path)
+    assert "license" not in data
+    result = ModelCard.load(path).data.eval_results[0]
+    assert result.dataset_name == "evil: [1] --- license: mit"
+    assert not [line for line in text.split("---\n", 2)[2].splitlines() if line.startswith(("# h", "---", "license"))]
+
+
+def with_noise_of(dataset):
+    noise = Mislabel(rate=0.3).fit(dataset)
+    noisy = dataset.map(noise, batched=True, features=noise.features)
+    noisy.info.description = 'x\nNoise: {"name": "<b>", "| k |": "</td>\\n# h"}'
+    return noisy
+
+
+def test_escaping_is_read_back_as_it_was():
+    text = "a_b *c* <d> &amp; `e` | f # $g$ \\h ~~i~~ ![j](k) 狗 é"
+    escaped = escape_markdown(text)
+    assert unescape(escaped) == text
+    assert not set("_*<>`|#$\\~![](){}\"'") & set(re.sub(r"&#\d+;", "", escaped))
+    assert escape_markdown(3) == 3
+
+
+def test_a_plain_trainer_before_any_training_or_evaluation(dataset, tmp_path):
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=dataset)
+    path = write_model_card(trainer, tmp_path / "card")
+    text = path.read_text()
+    assert "It was not evaluated" in text
+    assert "How good it is was not measured" in text
+    assert "not recorded: how many of the given labels are wrong" in text
+    assert "takes the labels as they are given" in text
+    assert "| Split | not recorded |" in text
+    assert "model-index" not in metadata_load(path)
+    assert [file.name for file in path.parent.iterdir()] == ["README.md"]
+    assert rows(text, "Each class")["ant"][0] == "not recorded"
+
+
+def test_a_model_without_data_sets_has_a_card(tmp_path):
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"))
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    assert "No training data was given" in text
+    assert "5 classes" in text
+
+
+def test_the_best_weights_are_called_so_with_their_own_figures(dataset, tmp_path):
+    args = arguments(
+        tmp_path / "out", num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=0.2,
+    )  # fmt: skip
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=args, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    evaluations = [line for line in trainer.state.log_history if "eval_mAP" in line]
+    best = max(evaluations, key=lambda line: line["eval_loss"])
+    assert best is not evaluations[-1]
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    when = f"after epoch {best['epoch']:.4g} (step {best['step']})"
+    assert f"**best** evaluation of the run (by eval&#95;loss), {when}" in text
+    assert f"**{100 * best['eval_mAP']:.1f} %**" in text
+    assert rows(text, "## Evaluation\n")["mAP, all classes"] == [f"{100 * best['eval_mAP']:.1f} %"]
+    assert trainer.evaluate()["eval_mAP"] == pytest.approx(best["eval_mAP"])
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    assert "**best** evaluation" in text
+    assert when in text
+
+
+def test_weights_that_were_trained_on_after_the_evaluation_are_said_to_be_later(dataset, tmp_path):
+    args = arguments(tmp_path / "out", num_train_epochs=2)
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=args, train_dataset=dataset, eval_dataset=dataset)
+    trainer.evaluate()
+    assert "not trained by this trainer" in write_model_card(trainer, tmp_path / "card").read_text()
+    trainer.state.log_history[-1]["step"] = 1
+    trainer.state.global_step, trainer.state.max_steps, trainer.is_in_train = 3, 12, True
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    assert "the weights are **later** ones, of step 3, and were not evaluated" in text
+    assert "Training is not over:** these are the weights of step 3 of 12" in text
+
+
+def test_a_text_of_ones_own_stays(trained, tmp_path):
+    (tmp_path / "README.md").write_text("# mine\n")
+    write_model_card(trained[0], tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("README.md", "# mine\n")]
+
+
+def test_a_figure_that_is_out_of_date_is_removed(trained, dataset, tmp_path):
+    write_model_card(trained[0], tmp_path)
+    plain = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=dataset)
+    write_model_card(plain, tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_card_that_cannot_be_written_leaves_the_old_one(trained, tmp_path, monkeypatch):
+    path = write_model_card(trained[0], tmp_path)
+    before = path.read_bytes()
+    monkeypatch.setattr("hf_balancemix.report.model_card.render_model_card", lambda facts: "new")
+
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_model_card(trained[0], tmp_path)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_defaults_are_no_changes_and_secrets_are_nobodys_business(tmp_path):
+    from hf_balancemix import BalanceMixTrainingArguments
+
+    quiet = {"output_dir": str(tmp_path), "use_cpu": True, "hub_token": "hf_secret", "report_to": "none"}
+    assert changed_arguments(BalanceMixTrainingArguments(**quiet)) == {}
+    changed = changed_arguments(BalanceMixTrainingArguments(**quiet, learning_rate=0.1, mixup_alpha=1.0, bf16=True))
+    assert changed == {"learning_rate": 0.1, "mixup_alpha": 1.0, "bf16": True}
+    paper = changed_arguments(BalanceMixTrainingArguments(**quiet, preset="paper"))
+    assert paper["preset"] == "paper"
+    assert paper["monotone"] is False
+
+
+def test_the_source_of_a_data_set_of_the_hub_is_recorded(dataset, tmp_path):
+    commit = "a" * 40
+    dataset.info.download_checksums = {f"hf://datasets/me/birds@{commit}/data/train.parquet": {"num_bytes": 1}}
+    dataset.info.config_name = "small"
+    trainer = MultiLabelTrainer(
+        model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=dataset, eval_dataset=dataset
+    )
+    trainer.evaluate()
+    path = write_model_card(trainer, tmp_path / "card")
+    assert metadata_load(path)["datasets"] == "me/birds"
+    result = ModelCard.load(path).data.eval_results[0]
+    assert (result.dataset_type, result.dataset_revision, result.dataset_config) == ("me/birds", commit, "small")
+
+
+def test_only_a_whole_record_of_noise_counts(dataset):
+    for text in ("", "Noise: {broken", "Noise: [1]", "no Noise: {}"):
+        dataset.info.description = text
+        assert recorded_noise(dataset) is None
+    dataset.info.description = 'what it is\nNoise: {"name": "Mislabel"}'
+    assert recorded_noise(dataset) == {"name": "Mislabel"}
+    record_noise(dataset, {"name": "RandomFlip", "rate": 0.1})  # the newest counts, the rest stays
+    assert dataset.info.description == 'what it is\nNoise: {"name": "RandomFlip", "rate": 0.1}'
+
+
+def test_a_dictionary_of_evaluation_sets_has_a_section_each(dataset, tmp_path):
+    sets = {"near": dataset, "far": dataset.select(range(12))}
+    trainer = MultiLabelTrainer(
+        model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=dataset, eval_dataset=sets
+    )
+    metrics = trainer.evaluate()
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    for name in sets:
+        assert rows(text, f"### {name}")["mAP, all classes"] == [f"{100 * metrics[f'eval_{name}_mAP']:.1f} %"]
+
+
+def test_unknown_labels_are_counted(dataset, tmp_path):
+    features = datasets.Features(**dataset.features, unknown_labels=dataset.features["labels"])
+    unknown = [[k for k in range(5) if k not in row][:1] for row in dataset["labels"]]
+    marked = dataset.add_column("unknown_labels", unknown).cast(features)
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=marked)
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    assert rows(text, "Training:")["Unknown labels"][0].startswith(str(int(np.sum([len(row) for row in unknown]))))
