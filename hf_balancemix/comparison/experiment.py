@@ -23,12 +23,25 @@ from hf_balancemix.data import (
     load_noise_map,
 )
 from hf_balancemix.models import load_model
+from hf_balancemix.models.configuration_balancemix import HEADS
 from hf_balancemix.report import results_table
 from hf_balancemix.training_args import BalanceMixTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 _RESUME = {"true": True, "last": True, "false": None, "none": None}  # as a flag or a config file says it
+
+
+@dataclass
+class ExperimentArguments(BalanceMixTrainingArguments):
+    """Training arguments with the defaults of a script: evaluate and save every epoch, keep two checkpoints."""
+
+    output_dir: str = field(default="outputs", metadata={"help": "Where models and checkpoints go."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of training loss."})
+    report_to: str | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..."})
 
 
 @dataclass
@@ -73,20 +86,35 @@ class ModelArguments:
     model_kwargs: str | None = field(
         default=None, metadata={"help": "JSON with arguments of timm.create_model, for a timm architecture."}
     )
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "linear (the plain model), ml_decoder or q2l. Default: linear, or what a saved model has.",
+            "choices": list(HEADS),
+        },
+    )
+    head_args: str | None = field(
+        default=None, metadata={"help": "JSON with arguments of the head, such as '{\"num_groups\": 20}'."}
+    )
     method: list[str] | None = field(
         default=None,
-        metadata={"help": f"One or more of {', '.join(METHODS)}. Default: balancemix; all on the built-in sample."},
+        metadata={
+            "help": f"One or more of {', '.join(METHODS)}. Default: balancemix; on the built-in sample also bce and "
+            "mixup."
+        },
     )
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.method or []) - set(METHODS))
         if unknown:
             raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
-        if self.model_kwargs is not None:
-            try:
-                json.loads(self.model_kwargs)
-            except ValueError as error:
-                raise ValueError(f"model_kwargs is {self.model_kwargs!r}, which is no JSON ({error}).") from None
+        for name in ("model_kwargs", "head_args"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"{name} is {value!r}, which is no JSON ({error}).") from None
 
 
 def prepare(dataset: datasets.Dataset, noise: NoiseArguments, limit: int | None, seed: int) -> datasets.Dataset:
@@ -107,8 +135,7 @@ def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Datase
     }
     if noise.noise not in maps:
         return train
-    fitted = maps[noise.noise]().fit(train)
-    return train.map(fitted, batched=True, features=fitted.features, desc=f"Noise: {noise.noise}")
+    return maps[noise.noise]().add_to(train)
 
 
 def run_methods(
@@ -142,22 +169,33 @@ def run_methods(
     say(f"{len(train):,} training and {len(val):,} evaluation images, {len(class_names(train))} classes, "
         f"noise: {described}.")  # fmt: skip
 
-    results: dict[str, dict[str, float]] = {}
-    for method in model_args.method or ["balancemix"]:
-        own = copy.copy(args)
-        own.output_dir = str(Path(args.output_dir, method))
-        set_seed(args.seed)
-        model, processor = load_model(
+    def draw_model(seed: int) -> tuple[Any, Any]:
+        set_seed(seed)
+        return load_model(
             model_args.model_name_or_path or "timm/resnet50.tv_in1k",
             class_names(train),
             image_size=args.image_size,
             backbone_weights=model_args.backbone_weights,
             pretrained=not model_args.from_scratch,
             model_kwargs=json.loads(model_args.model_kwargs or "{}"),
+            head=model_args.head,
+            head_args=json.loads(model_args.head_args or "{}"),
         )
+
+    results: dict[str, dict[str, float]] = {}
+    methods = model_args.method or ["balancemix"]
+    for method in methods:
+        own = copy.copy(args)
+        own.output_dir = str(Path(args.output_dir, method))
+        if args.hub_model_id and len(methods) > 1:  # a repository each
+            own.hub_model_id = f"{args.hub_model_id}-{method.lstrip('+')}"
+        # Networks from scratch share no pretrained backbone, so that co-teaching's second one is another draw.
+        second = method == "co-teaching" and model_args.from_scratch
+        peer = {"peer": draw_model(args.seed + 1)[0]} if second else {}
+        model, processor = draw_model(args.seed)
         say(f"\n== {method}: {METHODS[method]}")
         trainer = trainer_for(
-            method, own, model=model, train_dataset=train, eval_dataset=val, processing_class=processor
+            method, own, model=model, train_dataset=train, eval_dataset=val, processing_class=processor, **peer
         )
         output = trainer.train(_RESUME.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint))
         metrics = trainer.evaluate()
