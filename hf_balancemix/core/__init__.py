@@ -13,7 +13,15 @@ from hf_balancemix.core.loss_mixture import (
     MixtureSettings,
     label_losses,
 )
-from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.core.losses import (
+    asymmetric_loss,
+    binary_cross_entropy,
+    db_loss,
+    focal_loss,
+    hill_loss,
+    large_loss,
+    splc_loss,
+)
 from hf_balancemix.core.mixing import minority_mixup, mixing_coefficient
 from hf_balancemix.core.sampling import (
     EpochSampler,
@@ -39,18 +47,24 @@ __all__ = [
     "PairSampler",
     "RefinedLabels",
     "Reliability",
+    "asymmetric_loss",
     "binary_cross_entropy",
     "class_confidences",
     "class_lift",
+    "db_loss",
     "effective_sample_size",
+    "focal_loss",
+    "hill_loss",
     "instance_scores",
     "keyed_generator",
     "keyed_rng",
     "keyed_seed",
     "label_losses",
+    "large_loss",
     "minority_mixup",
     "mixing_coefficient",
     "refine_labels",
     "sampling_weights",
+    "splc_loss",
     "systematic_resample",
 ]

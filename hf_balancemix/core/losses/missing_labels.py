@@ -1,0 +1,91 @@
+"""Losses for missing labels, given as negative ones: Hill and SPLC (Zhang et al., arXiv 2112.07368)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_balancemix.core.losses.basics import check_range, power, prepare, reduce
+
+
+def _focal_positive(x: Tensor, gamma: float) -> Tensor:
+    """(1 - p)^gamma (-ln p)."""
+    return -power((-x).sigmoid(), gamma) * F.logsigmoid(x)
+
+
+def hill_loss(
+    logits: Tensor,
+    targets: Tensor,
+    lam: float = 1.5,
+    margin: float = 1.0,
+    gamma: float = 2.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Hill loss: probable false negatives count less.
+
+    A positive costs (1 - q)^gamma (-ln q) with q = sigmoid(x - margin), a negative (lam - p) p^2, whose slope in
+    p falls again beyond p = lam / 3. A soft target t costs t times the one and 1 - t times the other: Mixup's mean of
+    the losses of its two labels.
+
+    Args:
+        logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
+        targets: `(B, K)` in [0, 1]; -1 where unknown: weight 0.
+        lam: Where the hill stands, >= 1.
+        margin: Shift of the positives' logits.
+        gamma: Focus of the positives, >= 0.
+        reduction: As :func:`focal_loss`. The published code sums over all labels.
+
+    Returns:
+        float32 (or float64) scalar; `(B, K)` for `"none"`.
+
+    Raises:
+        ValueError: Shapes differ, the reduction is unknown or a setting out of range.
+    """
+    check_range("lam", lam, 1)
+    check_range("gamma", gamma, 0)
+    x, t, known = prepare(logits, targets)
+    p = x.sigmoid()
+    return reduce(t * _focal_positive(x - margin, gamma) + (1 - t) * (lam - p) * p * p, known, reduction)
+
+
+def splc_loss(
+    logits: Tensor,
+    targets: Tensor,
+    epoch: int,
+    threshold: float = 0.6,
+    margin: float = 1.0,
+    gamma: float = 2.0,
+    first_epoch: int = 1,
+    reduction: str = "mean",
+) -> Tensor:
+    """SPLC: focal loss with a margin, in which confident negatives count as positives from the second epoch on.
+
+    A positive costs (1 - q)^gamma (-ln q) with q = sigmoid(x - margin), a negative p^gamma (-ln(1 - p)), and from
+    `first_epoch` on a negative with p > threshold costs (1 - p)^gamma (-ln p). Nothing is remembered. A soft target t
+    costs t times the first and 1 - t times the second; only labels that are exactly 0 can change sides, so under
+    Mixup only those that neither image has.
+
+    Args:
+        logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
+        targets: `(B, K)` in [0, 1]; -1 where unknown: weight 0.
+        epoch: Counted from 0.
+        threshold: In [0, 1]; the paper uses 0.6, and 0.65 where a quarter of the labels is missing.
+        margin: Shift of the positives' logits.
+        gamma: Focus, >= 0; differentiated.
+        first_epoch: First epoch in which negatives can change sides.
+        reduction: As :func:`focal_loss`. The published code sums over all labels.
+
+    Returns:
+        float32 (or float64) scalar; `(B, K)` for `"none"`.
+
+    Raises:
+        ValueError: Shapes differ, the reduction is unknown or a setting out of range.
+    """
+    check_range("threshold", threshold, 0, 1)
+    check_range("gamma", gamma, 0)
+    x, t, known = prepare(logits, targets)
+    losses = t * _focal_positive(x - margin, gamma) + (1 - t) * _focal_positive(-x, gamma)
+    if epoch >= first_epoch:
+        missed = (targets == 0) & (x.detach().sigmoid() > threshold)
+        losses = losses.where(~missed, _focal_positive(x, gamma))
+    return reduce(losses, known, reduction)
