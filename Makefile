@@ -15,11 +15,11 @@ demo: $(READY)
 	$(BIN)/accelerate launch examples/run_coco.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 	$(BIN)/python -m pytest --doctest-modules hf_balancemix
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

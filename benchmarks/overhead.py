@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_balancemix import BalanceMixTrainingArguments, Mislabel, load_coco, load_model, make_scenes
-from hf_balancemix.comparison import METHODS, trainer_for
+from hf_balancemix.comparison import trainer_for
 from hf_balancemix.data import class_names
 
 PARTS = ("data", "views", "step", "scan", "mixture fit")
@@ -99,7 +99,7 @@ def main() -> None:
             per_device_eval_batch_size=64,
         )  # fmt: skip
         results: dict[str, list[dict[str, float]]] = defaultdict(list)
-        turns = [method for _ in range(options.rounds) for method in METHODS]
+        turns = [method for _ in range(options.rounds) for method in ("bce", "mixup", "balancemix")]
         for method in tqdm(turns, desc="Epochs"):
             results[method].append(one_epoch(method, replace(args), options.network, train))
 

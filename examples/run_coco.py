@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_balancemix import BalanceMixTrainingArguments, load_coco, make_scenes
+from hf_balancemix import load_coco, make_scenes
 from hf_balancemix.cli import parse_arguments, run
-from hf_balancemix.comparison import METHODS, ModelArguments, NoiseArguments, run_methods
+from hf_balancemix.comparison import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
 
 
 @dataclass
@@ -29,20 +29,15 @@ class DataArguments(NoiseArguments):
 
 
 @dataclass
-class CocoArguments(BalanceMixTrainingArguments):
+class CocoArguments(ExperimentArguments):
     """The paper's settings for COCO; a preset gives way to every flag."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         name: values | {"num_train_epochs": 50, "label_warmup_epochs": 10, "global_batch_size": 64}
-        for name, values in BalanceMixTrainingArguments.PRESETS.items()
+        for name, values in ExperimentArguments.PRESETS.items()
     }
 
     output_dir: str = field(default="outputs/coco", metadata={"help": "Where models and checkpoints go."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of training loss."})
-    report_to: str | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..."})
 
 
 @dataclass
@@ -54,8 +49,8 @@ class SampleArguments(CocoArguments):
     """
 
     _SCHEDULE: ClassVar[dict[str, Any]] = {
-        "num_train_epochs": 24,
-        "label_warmup_epochs": 12,
+        "num_train_epochs": 32,
+        "label_warmup_epochs": 22,
         "global_batch_size": 32,
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -63,22 +58,22 @@ class SampleArguments(CocoArguments):
         "default": CocoArguments.PRESETS["default"]
         | _SCHEDULE
         | {
-            "optim": "adamw_torch",
+            "optim": "adamw_torch_fused",
             "optim_args": None,
             "learning_rate": 4e-3,
-            "minority_score": "positive",
-            "mixture_preset": "dividemix",
         },
     }
 
     output_dir: str = field(default="outputs/sample", metadata={"help": "Where models and checkpoints go."})
-    mixup_alpha: float = field(default=1.0, metadata={"help": "alpha of Eq. 5; 0 does not mix."})
+    mixup_alpha: float = field(default=0.2, metadata={"help": "alpha of Eq. 5; 0 does not mix."})
     channels_last: bool = field(default=True, metadata={"help": "Memory format of convolutional networks."})
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that make the views."})
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep them between epochs."})
     many_shot: int = field(default=300, metadata={"help": "Classes with more positive training labels are many-shot."})
-    few_shot: int = field(default=100, metadata={"help": "Classes with fewer are few-shot."})
+    few_shot: int = field(default=150, metadata={"help": "Classes with fewer are few-shot."})
     eval_strategy: str = field(default="no", metadata={"help": "When to evaluate before the end."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint."})
+    save_steps: float = field(default=0.25, metadata={"help": "Steps, or share of the run, between two."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(default=470, metadata={"help": "Steps between two lines of training loss."})
 
@@ -91,8 +86,8 @@ def parse(argv: list[str] | None) -> tuple[DataArguments, ModelArguments, CocoAr
         if model.model_name_or_path is None:
             model.model_name_or_path, model.from_scratch = "resnet10t", True
             model.model_kwargs = '{"channels": [24, 48, 96, 192], "stem_width": 16}'
-        model.method = model.method or list(METHODS)
-        args.image_size = args.image_size or 64
+        model.method = model.method or ["bce", "mixup", "balancemix"]
+        args.image_size = args.image_size or 48
     return data, model, args
 
 

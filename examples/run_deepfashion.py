@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_balancemix import BalanceMixTrainingArguments, load_deepfashion
+from hf_balancemix import load_deepfashion
 from hf_balancemix.cli import parse_arguments, run
-from hf_balancemix.comparison import ModelArguments, NoiseArguments, run_methods
+from hf_balancemix.comparison import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
 
 
 @dataclass
@@ -27,19 +27,15 @@ class DataArguments(NoiseArguments):
 
 
 @dataclass
-class DeepFashionArguments(BalanceMixTrainingArguments):
+class DeepFashionArguments(ExperimentArguments):
     """The paper's settings for DeepFashion; a preset gives way to every flag."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         name: values | {"num_train_epochs": 40, "label_warmup_epochs": 5, "global_batch_size": 64}
-        for name, values in BalanceMixTrainingArguments.PRESETS.items()
+        for name, values in ExperimentArguments.PRESETS.items()
     }
 
     output_dir: str = field(default="outputs/deepfashion", metadata={"help": "Where models and checkpoints go."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    report_to: str | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..."})
 
 
 def main(argv: list[str] | None = None) -> None:

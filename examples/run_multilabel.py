@@ -16,9 +16,9 @@ from pathlib import Path
 
 import datasets
 
-from hf_balancemix import BalanceMixTrainingArguments, from_csv, from_detection, from_tags, iterative_split
+from hf_balancemix import from_csv, from_detection, from_tags, iterative_split
 from hf_balancemix.cli import parse_arguments, run
-from hf_balancemix.comparison import ModelArguments, NoiseArguments, run_methods
+from hf_balancemix.comparison import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
 from hf_balancemix.data import class_names
 
 
@@ -49,14 +49,10 @@ class DataArguments(NoiseArguments):
 
 
 @dataclass
-class MultiLabelArguments(BalanceMixTrainingArguments):
+class MultiLabelArguments(ExperimentArguments):
     """Any data set: no settings of the paper apply."""
 
     output_dir: str = field(default="outputs/multilabel", metadata={"help": "Where models and checkpoints go."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    report_to: str | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..."})
 
 
 def from_folder(data: DataArguments, folder: str, csv: str | None, names: list[str] | None = None) -> datasets.Dataset:

@@ -68,6 +68,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, configuration, moment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("arch", "workers", "ranks"), CONFIGURATIONS)
 def test_the_full_matrix(tmp_path, arch, workers, ranks):
     flags = ("--arch", arch, "--workers", str(workers), "--accumulation", "2" if workers == 0 else "1")
