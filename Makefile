@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs-test clean
+.PHONY: demo test test-slow lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

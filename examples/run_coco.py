@@ -61,11 +61,11 @@ class SampleArguments(CocoArguments):
             "optim": "adamw_torch_fused",
             "optim_args": None,
             "learning_rate": 4e-3,
+            "mixup_alpha": 0.2,
         },
     }
 
     output_dir: str = field(default="outputs/sample", metadata={"help": "Where models and checkpoints go."})
-    mixup_alpha: float = field(default=0.2, metadata={"help": "alpha of Eq. 5; 0 does not mix."})
     channels_last: bool = field(default=True, metadata={"help": "Memory format of convolutional networks."})
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that make the views."})
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep them between epochs."})

@@ -43,6 +43,11 @@ def check_arguments(args: MultiLabelTrainingArguments) -> None:
     for name, (bad, why) in refused.items():
         if bad:
             raise ValueError(f"{name} is set to something that cannot work here: {why}.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
+            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
 
 
 def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLabelTrainingArguments) -> None:

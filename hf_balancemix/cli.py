@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 
 def parse_arguments(
@@ -43,6 +44,9 @@ def parse_arguments(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # one letter less must not set something else
     )
+    for action in parser._actions:
+        if action.type is string_to_bool:  # also those whose default a preset sets: --flag alone means true
+            action.nargs, action.const = "?", True
     parser.add_argument("--config", type=Path, help="YAML or JSON file with values of these flags; flags win.")
     if known.config is not None:
         # Through text, so that a value from a file is converted and checked as the flag's would be.

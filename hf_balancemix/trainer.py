@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class MultiLabelTrainer(ResumableTrainer):
     """
 
     # What cards call the method, and whom they cite beside BalanceMix.
-    method_name: str | None = None
+    method_name = "bce"
     citation: str | None = None
 
     # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps. transformers reads the
@@ -134,11 +135,6 @@ class MultiLabelTrainer(ResumableTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
-                "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
-            )
         check_model(self.model, self.class_names, processor.size["height"] if views is None else None)
         self._memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model.to(memory_format=self._memory_format)
@@ -307,6 +303,11 @@ class MultiLabelTrainer(ResumableTrainer):
             class_names=self.class_names,
         )
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A resumed run gives every rank the checkpoint's batch-norm statistics, which are the first rank's.
+        broadcast_buffers(self.model)
+        super()._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; the record of an evaluation also keeps each class's average precision, for the card."""
         super().log(logs, start_time)
@@ -344,6 +345,7 @@ class BalanceMixTrainer(MultiLabelTrainer):
     """
 
     args: BalanceMixTrainingArguments
+    method_name = "balancemix"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -452,12 +454,15 @@ class BalanceMixTrainer(MultiLabelTrainer):
             if np.isfinite(lift[group]).any():
                 logs[f"sampler_lift_{name}"] = float(np.nanmean(lift[group]))
         if len(state.clean_probability):
-            p, positive = state.clean_probability.float().cpu(), state.labels.bool()
-            logs["p_clean_mean"] = p.mean().item()
-            logs["p_clean_mean_positives"] = p[positive].mean().item() if positive.any() else 1.0
+            p, given = state.clean_probability.float().cpu(), state.labels.cpu()
+            for name, labels in (("p_clean_mean", given >= 0), ("p_clean_mean_positives", given == 1)):
+                logs[name] = p[labels].mean().item() if labels.any() else 1.0
         return logs
 
     # ---- checkpoints ----
+
+    def _run_facts(self) -> dict[str, Any]:
+        return super()._run_facts() | {"settings": asdict(self.args.balance_mix_settings())}
 
     def _run_state(self) -> dict[str, Tensor]:
         self.quality.reduce()

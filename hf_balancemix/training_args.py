@@ -115,9 +115,11 @@ class MultiLabelTrainingArguments(TrainingArguments):
         values = {"num_train_epochs": 20.0, "global_batch_size": 64} | self.PRESETS[self.preset]
         if "optim_args" in values and self.optim is not None and self.optim != values["optim"]:
             del values["optim_args"]  # SGD's momentum means nothing to the optimiser that was asked for
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        asked = self.global_batch_size
+        # Not a field: scripts that know the noise may still choose for what the user left open.
+        self.unset = frozenset(name for name in values if getattr(self, name) is None)
+        for name in self.unset:
+            setattr(self, name, values[name])
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True, which would drop the image column; leave it out.")
         if self.many_shot < self.few_shot:
@@ -134,6 +136,11 @@ class MultiLabelTrainingArguments(TrainingArguments):
                     "or set per_device_train_batch_size."
                 )
             self.per_device_train_batch_size = self.global_batch_size // shares
+        elif asked not in (None, given * shares):
+            raise ValueError(
+                f"global_batch_size is {asked}, but per_device_train_batch_size {given} x {shares} (ranks and "
+                "accumulation steps) gives another; leave one of them out."
+            )
         self.global_batch_size = self.per_device_train_batch_size * shares
 
 
@@ -145,11 +152,20 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     NOTE `warmup_steps` is the learning rate's warm-up; the method's is `label_warmup_epochs`.
     """
 
+    _METHOD: ClassVar[dict[str, Any]] = {
+        "label_warmup_epochs": 5,
+        "minority_score": "paper",
+        "trust_positives": False,
+        "relabel_threshold": 0.975,
+        "mixup_alpha": 4.0,
+    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": MultiLabelTrainingArguments.PRESETS["default"]
-        | {"label_warmup_epochs": 5, "minority_score": "paper", "mixture_preset": "dividemix", "monotone": True},
+        | _METHOD
+        | {"mixture_preset": "dividemix", "monotone": True},
         "paper": MultiLabelTrainingArguments.PRESETS["paper"]
-        | {"label_warmup_epochs": 5, "minority_score": "paper", "mixture_preset": "sklearn", "monotone": False},
+        | _METHOD
+        | {"mixture_preset": "sklearn", "monotone": False},
     }
 
     label_warmup_epochs: int | None = _preset_field("Epochs before label-wise management begins.")
@@ -164,13 +180,13 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     ambiguous: bool = field(
         default=True, metadata={"help": "Weigh ambiguous labels by p_G (Eq. 10); False leaves them out (ablation)."}
     )
-    trust_positives: bool = field(
-        default=False, metadata={"help": "All positive labels count as clean (noise-free and single-positive data)."}
+    trust_positives: bool | None = _preset_field(
+        "All positive labels count as clean (noise-free and single-positive data)."
     )
-    relabel_threshold: float = field(
-        default=0.975, metadata={"help": "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."}
+    relabel_threshold: float | None = _preset_field(
+        "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."
     )
-    mixup_alpha: float = field(default=4.0, metadata={"help": "alpha of Eq. 5; 0 does not mix."})
+    mixup_alpha: float | None = _preset_field("alpha of Eq. 5; 0 does not mix.")
     lambda_per_batch: bool = field(
         default=False, metadata={"help": "One lambda for a rank's micro-batch instead of one for each pair."}
     )

@@ -105,6 +105,22 @@ def test_run_coco_trains_evaluates_and_saves(trained):
     assert len([line for line in state["log_history"] if "loss" in line]) == 6
 
 
+def test_the_demo_draws_its_sample_and_compares_three_methods(tmp_path, monkeypatch, capsys):
+    """`make demo`, but for a run cut short."""
+    monkeypatch.setenv("HF_BALANCEMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    short = ["--max_train_samples", "64", "--max_eval_samples", "60", "--num_train_epochs", "2"]
+    run_script("run_coco", *short, "--label_warmup_epochs", "1", "--use_cpu", monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    assert "using the built-in sample" in printed
+    assert "64 training and 60 evaluation images, 12 classes, noise: mislabel 0.4." in printed
+    assert "more than 300 clean positive training labels, few-shot: fewer than 150" in printed
+    assert all(f"| {method} " in printed for method in ("bce", "mixup", "balancemix"))
+    assert "outputs/sample/balancemix" in printed
+    assert "--data_dir DIR" in printed.splitlines()[-1]
+    AutoModelForImageClassification.from_pretrained(tmp_path / "outputs" / "sample" / "balancemix")
+
+
 def test_run_coco_goes_on_from_the_last_checkpoint(trained, monkeypatch, capsys):
     out = trained["out"]
     argv = ["--data_dir", str(trained["root"]), *FLAGS, "--output_dir", str(out), "--resume_from_checkpoint", "last"]

@@ -7,8 +7,9 @@ import json
 import pytest
 from conftest import arguments, make_dataset
 
+from hf_balancemix import BalanceMixTrainingArguments
 from hf_balancemix.comparison import ModelArguments, NoiseArguments, run_methods
-from hf_balancemix.comparison.experiment import add_noise, prepare
+from hf_balancemix.comparison.experiment import add_noise, prepare, with_settings_for
 from hf_balancemix.data import NoiseMap
 from hf_balancemix.report import results_table
 
@@ -58,3 +59,24 @@ def test_unknown_methods_and_bad_json_are_refused():
 def test_table_marks_what_a_method_does_not_have():
     table = results_table({"a": {"x": 0.5}, "bb": {"x": 1.0, "y": 0.25}}, {"x": "X", "y": "Y", "z": "Z"}, percent=True)
     assert table.splitlines()[2:] == ["| a      |  50.0 |    - |", "| bb     | 100.0 | 25.0 |"]
+
+
+def test_single_positive_labels_bring_the_papers_settings_unless_the_user_has_chosen(tmp_path):
+    def settings(noise: str, **given):
+        given = {"use_cpu": True, "preset": "paper", "save_strategy": "no"} | given
+        args = with_settings_for(NoiseArguments(noise=noise), BalanceMixTrainingArguments(str(tmp_path), **given))
+        return args.trust_positives, args.relabel_threshold
+
+    assert settings("single_positive") == (True, 0.55)
+    assert settings("single_positive", relabel_threshold=0.8) == (True, 0.8)
+    assert settings("single_positive", trust_positives=False) == (False, 0.55)
+    assert settings("mislabel") == (False, 0.975)
+
+
+def test_images_that_cannot_be_read_are_counted_at_the_end(tmp_path, capsys):
+    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
+    (tmp_path / "t" / "003.png").write_bytes(b"cut off")
+    args = arguments(tmp_path / "out", num_train_epochs=1, image_size=32)
+    model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce"])
+    run_methods(lambda: [train, val], NoiseArguments(on_bad_image="skip"), model, args)
+    assert "Left out because they cannot be read: 1 training and 0 evaluation images.\n" in capsys.readouterr().out

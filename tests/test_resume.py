@@ -54,7 +54,9 @@ def kill_and_resume(folder: Path, moment: str, *flags: str, ranks: int = 1) -> d
 
 CONFIGURATIONS = list(itertools.product(["resnet", "vit"], [0, 2], [1, 2]))  # architecture, workers, ranks
 # For each configuration one moment: in the warm-up, after it, during the scan, in a save, before a manifest, ...
-ONE_EACH = ["scan:8", "save:3", "manifest:3", "scan:4", "step:9", "manifest:2", "save:5", "step:3"]
+# "step:7" of two ranks goes on from checkpoint-6, inside an epoch with label management: there batch-norm statistics,
+# which differ between the ranks, would decide about labels.
+ONE_EACH = ["scan:8", "save:3", "manifest:3", "step:7", "step:9", "manifest:2", "save:5", "step:3"]
 
 
 @pytest.mark.parametrize(("configuration", "moment"), zip(CONFIGURATIONS, ONE_EACH, strict=True))

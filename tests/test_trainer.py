@@ -14,8 +14,9 @@ from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from sklearn.metrics import average_precision_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ConvNextImageProcessor, TrainingArguments
 
-from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer, RandomFlip
+from hf_balancemix import BalanceMixTrainer, BalanceMixTrainingArguments, Mislabel, MultiLabelTrainer, RandomFlip
 from hf_balancemix.comparison import METHODS, trainer_for
+from hf_balancemix.core import BalanceMixSettings
 
 
 def noisy_version(dataset, rate=0.4):
@@ -341,3 +342,39 @@ def test_channels_last_is_the_same_training(dataset, tmp_path):
     weight = trainer.model.resnet.encoder.stages[1].layers[0].layer[0].convolution.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(*runs, atol=1e-4)
+
+
+def test_mean_clean_probability_counts_known_labels_only(dataset, tmp_path):
+    features = datasets.Features(**dataset.features, unknown_labels=dataset.features["labels"])
+    unknown = [[k for k in range(5) if k not in row][:2] for row in dataset["labels"]]
+    marked = dataset.add_column("unknown_labels", unknown).cast(features)
+    trainer = BalanceMixTrainer(model=tiny_resnet(), args=arguments(tmp_path), train_dataset=marked)
+    trainer.balance_mix.clean_probability[:] = 0.25
+    trainer.balance_mix.clean_probability[trainer.balance_mix.labels == 1] = 0.75
+    trainer.balance_mix.clean_probability[trainer.balance_mix.labels == -1] = 0
+    labels = trainer.balance_mix.labels
+    assert (labels == -1).any()
+    positives, negatives = (labels == 1).sum().item(), (labels == 0).sum().item()
+    logs = trainer._sampler_logs()
+    assert logs["p_clean_mean_positives"] == 0.75
+    assert logs["p_clean_mean"] == pytest.approx((0.75 * positives + 0.25 * negatives) / (positives + negatives))
+
+
+def test_data_parallel_is_refused(dataset, tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process"):
+        BalanceMixTrainer(model=tiny_resnet(), args=args, train_dataset=dataset)
+
+
+def test_the_trainers_defaults_are_those_of_core(tmp_path):
+    assert BalanceMixTrainingArguments(str(tmp_path)).balance_mix_settings() == BalanceMixSettings()
+
+
+def test_another_setting_is_warned_of_when_a_run_goes_on(dataset, tmp_path, caplog):
+    train = {"model": tiny_resnet(), "train_dataset": dataset}
+    args = arguments(tmp_path, num_train_epochs=1, save_strategy="epoch")
+    BalanceMixTrainer(args=args, **train).train()
+    BalanceMixTrainer(args=dataclasses.replace(args, num_train_epochs=2, mixup_alpha=1.0), **train).train(True)
+    assert "settings was" in caplog.text
+    assert "'mixup_alpha': 4.0" in caplog.text

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from hf_balancemix.training_args import BalanceMixTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+# The paper's where positive labels are certainly right and most negative ones unknown.
+SINGLE_POSITIVE_SETTINGS = {"trust_positives": True, "relabel_threshold": 0.55}
 _RESUME = {"true": True, "last": True, "false": None, "none": None}  # as a flag or a config file says it
 
 
@@ -124,6 +126,13 @@ def prepare(dataset: datasets.Dataset, noise: NoiseArguments, limit: int | None,
     return drop_bad_images(dataset) if noise.on_bad_image == "skip" else dataset
 
 
+def with_settings_for(noise: NoiseArguments, args: BalanceMixTrainingArguments) -> BalanceMixTrainingArguments:
+    """`args` with the paper's settings for single-positive labels, where the user has left them open."""
+    if noise.noise != "single_positive":
+        return args
+    return replace(args, **{k: v for k, v in SINGLE_POSITIVE_SETTINGS.items() if k in args.unset})
+
+
 def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Dataset:
     """`train` with noisy `labels` and `clean_labels` beside, or as it was."""
     if noise.noise_map is not None:
@@ -159,10 +168,13 @@ def run_methods(
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
     say: Callable[[str], None] = print if main_process else (lambda text: None)
     with args.main_process_first():  # the other ranks then find what rank 0 made
-        train, val = load()
-        train = prepare(train, noise, noise.max_train_samples, args.seed)
-        val = prepare(val, noise, noise.max_eval_samples, args.seed)
+        loaded = load()
+        limits = (noise.max_train_samples, noise.max_eval_samples)
+        train, val = (prepare(data, noise, limit, args.seed) for data, limit in zip(loaded, limits, strict=True))
+        wanted = (min(len(data), limit or len(data)) for data, limit in zip(loaded, limits, strict=True))
+        skipped = [number - len(data) for number, data in zip(wanted, (train, val), strict=True)]
         train = add_noise(train, noise)
+    args = with_settings_for(noise, args)
     described = noise.noise_map or noise.noise or "none"
     if described in ("mislabel", "flip"):
         described += f" {noise.noise_rate:g}"
@@ -200,10 +212,16 @@ def run_methods(
         output = trainer.train(_RESUME.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint))
         metrics = trainer.evaluate()
         trainer.save_model()
+        if main_process:
+            trainer._try_card(Path(own.output_dir))
         results[method] = {"seconds": output.metrics["train_runtime"]} | metrics | _last_label_figures(trainer)
     if main_process:
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(render(results, args))
+        if any(skipped):
+            print(
+                f"Left out because they cannot be read: {skipped[0]:,} training and {skipped[1]:,} evaluation images."
+            )
     return results
 
 
@@ -236,7 +254,7 @@ def render(results: dict[str, dict[str, float]], args: BalanceMixTrainingArgumen
         columns["label_noise_rate_positives"] = "given wrong"
         text.append(results_table(quality, columns, percent=True))
     best = Path(args.output_dir, "balancemix" if "balancemix" in results else next(iter(results)))
-    text.append(f"\nModels: {', '.join(str(Path(args.output_dir, name)) for name in results)}")
+    text.append(f"\nModels, each with a card (README.md): {', '.join(str(Path(args.output_dir, n)) for n in results)}")
     text.append("Next, class probabilities for your own images:")
     text.append(f"    python examples/predict.py --model {best} --images FOLDER --output scores.csv")
     return "\n".join(text)

@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hf_balancemix.comparison.experiment import SINGLE_POSITIVE_SETTINGS
 from hf_balancemix.comparison.methods import METHODS
 from hf_balancemix.report.reproduction import Entry, mean_and_error, ranks, read_paper_numbers
 from hf_balancemix.report.reproduction_figures import (
@@ -35,7 +36,7 @@ REAL: Noise = ("real-world", 0.0)  # the labels as published
 GROUPS = ("all", "many", "medium", "few")
 SETTINGS_BY_NOISE: dict[str, dict[str, Any]] = {  # the paper's, for BalanceMix
     "clean": {"trust_positives": True},
-    "single-positive": {"trust_positives": True, "relabel_threshold": 0.55},
+    "single-positive": SINGLE_POSITIVE_SETTINGS,
 }
 _DEFAULTS = {"relabel_threshold": 0.975, "mixup_alpha": 4.0}
 _QUALITY = {

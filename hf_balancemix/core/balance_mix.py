@@ -73,7 +73,7 @@ class BalanceMixSettings:
     relabel_threshold: float = 0.975
     mixup_alpha: float = 4.0
     loss_reduction: str = "sum"
-    mixture_preset: str = "sklearn"
+    mixture_preset: str = "dividemix"
     monotone: bool = True
     clean_probability_source: str = "scan"
 

@@ -75,7 +75,7 @@ MIXTURE_PRESETS = {
     "dividemix": MixtureSettings(max_iter=10, tol=1e-2, reg_covar=5e-4),
     "sklearn": MixtureSettings(max_iter=100, tol=1e-3, reg_covar=1e-6),
 }
-DEFAULT_MIXTURE_SETTINGS = "sklearn"
+DEFAULT_MIXTURE_SETTINGS = "dividemix"
 
 
 def label_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_a_scan_gives_the_parts_own_results():
     assert torch.equal(state.positive_confidence, P)
     assert torch.equal(state.negative_confidence, A)
     losses = label_losses(logits, given)
-    expected = LossMixtures.fit(losses, given, "sklearn").clean_probability(losses, given).half()
+    expected = LossMixtures.fit(losses, given, "dividemix").clean_probability(losses, given).half()
     assert torch.equal(state.clean_probability, expected)
     assert state.epoch == 1
     assert state.weights.sum().item() == pytest.approx(1)
