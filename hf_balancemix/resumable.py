@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 STATE_FILE = "balancemix_state.safetensors"
-_SHOULD_BE_EQUAL = ("global_batch_size", "ranks")
+_SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings")
 
 
 class ResumableTrainer(HubTrainer):
@@ -50,7 +50,7 @@ class ResumableTrainer(HubTrainer):
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _run_facts(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, and `global_batch_size` and `ranks`, which should be."""
+        """What must be the same when a run is resumed; `global_batch_size`, `ranks` and `settings` should be."""
         raise NotImplementedError
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
@@ -69,7 +69,7 @@ class ResumableTrainer(HubTrainer):
                     "Resume with the data set and settings of the checkpoint, or start in another output_dir."
                 )
         for name in _SHOULD_BE_EQUAL:
-            if saved.get(name) != own[name]:
+            if name in own and saved.get(name) != own[name]:
                 logger.warning(
                     "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have.",
                     name, saved.get(name), own[name],
