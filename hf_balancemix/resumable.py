@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,21 @@ class ResumableTrainer(HubTrainer):
             resume_from_checkpoint = str(resume_from_checkpoint)
             self._check_checkpoint(Path(resume_from_checkpoint))
             logger.info("Resuming from %s.", resume_from_checkpoint)
+        self._drop_thresholds()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _drop_thresholds(self) -> None:
+        """Thresholds are of the weights on which they were tuned, which training changes."""
+        modules = [] if self.model is None else self.model.modules()
+        configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
+        tuned = [config for config in configs.values() if getattr(config, "thresholds", None) is not None]
+        for config in tuned:
+            config.thresholds = None
+        if tuned:
+            logger.warning(
+                "the model's thresholds were tuned on the weights before this training and are removed from its "
+                "config; tune them anew (tune_thresholds)."
+            )
 
     def _run_facts(self) -> dict[str, Any]:
         """What must be the same when a run is resumed; `global_batch_size`, `ranks` and `settings` should be."""
@@ -132,17 +148,39 @@ class ResumableTrainer(HubTrainer):
         pass
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights = self._load_weights(resume_from_checkpoint, model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_weights(resume_from_checkpoint, model)
+        load_weights()
 
     def _load_best_model(self) -> None:
+        load_weights = self._load_weights(self.state.best_model_checkpoint)
         super()._load_best_model()
-        self._load_weights(self.state.best_model_checkpoint)
+        load_weights()
 
-    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        # transformers#48805: keys that are renamed on save are not found again by a plain load_state_dict.
+    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> Callable[[], Any]:
+        """Refuse weights that do not fit, before anything changes; what is returned loads them.
+
+        transformers#48805: keys that are renamed on save are not found again by Trainer's plain load_state_dict.
+        """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
+            return lambda: None
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
+        loaded, info = type(model).from_pretrained(
+            checkpoint,
+            config=copy.deepcopy(model.config),
+            dtype=model.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+        # What does not come from the file would be random, without an error.
+        found = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
+        if any(found.values()):
+            names = sorted(name if isinstance(name, str) else name[0] for keys in found.values() for name in keys)
+            counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in found.items())
+            raise ValueError(
+                f"{checkpoint} holds other weights than those of the trainer's {type(model).__name__}: {counts} "
+                f"tensors ({', '.join(names[:3])}, ...). Needed is a checkpoint of the same architecture and sizes: "
+                "build the model as the checkpoint's config.json says, or start in another output_dir."
+            )
+        return lambda: model.load_state_dict(loaded.state_dict())

@@ -41,7 +41,7 @@ from hf_balancemix.data.views import ViewMaker, normalise
 from hf_balancemix.export import export_onnx
 from hf_balancemix.metrics import LabelQuality, class_groups, mean_average_precision, multilabel_metrics
 from hf_balancemix.models.processing import squash_processor
-from hf_balancemix.report.model_card import write_model_card
+from hf_balancemix.report.model_card import MARK, write_model_card
 from hf_balancemix.report.trackers import FigureCallback
 from hf_balancemix.resumable import ResumableTrainer
 from hf_balancemix.scan import broadcast_buffers, evaluation_mode, scan
@@ -93,6 +93,7 @@ class MultiLabelTrainer(ResumableTrainer):
     # What cards call the method, and whom they cite beside BalanceMix.
     method_name = "bce"
     citation: str | None = None
+    figures_note: str | None = None  # what cards say where the figures are not those of the saved model alone
 
     # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps. transformers reads the
     # attribute from 5.19 on; `model_accepts_loss_kwargs`, set below, does the same before.
@@ -319,16 +320,24 @@ class MultiLabelTrainer(ResumableTrainer):
 
     # ---- what others get ----
 
+    _card_mark = MARK
+
     def _write_card(self, folder: Path) -> None:
         write_model_card(self, folder)
 
+    @property
+    def saved_model(self) -> nn.Module:
+        """The bare model that `save_model` writes."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def export_onnx(self, path: str | Path) -> None:
-        """Write the model as ONNX; see :func:`hf_balancemix.export.export_onnx`. Must be called on every rank."""
-        if self.is_world_process_zero():
-            export_onnx(
-                self.accelerator.unwrap_model(self.model, keep_torch_compile=False), path, self.views.image_size
-            )
-        self.accelerator.wait_for_everyone()
+        """Write the model that `save_model` writes as ONNX; see :func:`hf_balancemix.export.export_onnx`. Must be
+        called on every rank."""
+        try:
+            if self.is_world_process_zero():
+                export_onnx(self.saved_model, path, self.views.image_size)
+        finally:  # an error on the first rank must not leave the others waiting
+            self.accelerator.wait_for_everyone()
 
 
 class BalanceMixTrainer(MultiLabelTrainer):

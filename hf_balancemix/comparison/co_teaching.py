@@ -204,6 +204,11 @@ class CoTeachingTrainer(ScanningMixupTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("co-teaching runs on one process or with DDP; switch FSDP and DeepSpeed off.")
         check_model(networks.ordered[1], self.class_names)
+        if networks.scored == "mean":
+            self.figures_note = (
+                "The figures of evaluations are those of the mean of the logits of two networks. This model is one of "
+                "them, the first, and its own figures were not recorded; its peer is in the folder peer."
+            )
         num_instances = 0 if self.train_labels is None else len(self.train_labels)
         self.clean = torch.ones(num_instances, 2, dtype=torch.bool)
 
@@ -254,6 +259,12 @@ class CoTeachingTrainer(ScanningMixupTrainer):
         return (loss, outputs) if return_outputs else loss
 
     # ---- checkpoints ----
+
+    @property
+    def saved_model(self) -> nn.Module:
+        """The network that `save_model` writes beside its peer."""
+        model = super().saved_model
+        return model.ordered[0] if isinstance(model, TwoNetworks) else model
 
     def _run_state(self) -> dict[str, Tensor]:
         return {"epoch": torch.tensor(self.statistics_epoch), "clean": self.clean}

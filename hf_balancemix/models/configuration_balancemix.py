@@ -85,6 +85,8 @@ def check_sizes(config: Mapping[Any, Any], where: str = "") -> None:
         numbers = list(value) if isinstance(value, list | tuple) else [value]
         if deep and len(numbers) > _DEEPEST:
             raise ValueError(f"the config's {name} has {len(numbers)} entries; at most {_DEEPEST} are accepted.")
+        nested = {f"{key}[{i}]": entry for i, entry in enumerate(numbers) if isinstance(entry, list | tuple | Mapping)}
+        check_sizes(nested, where)
         limit = _DEEPEST if deep else _LARGEST
         for number in numbers:
             if isinstance(number, int | float) and abs(number) > limit and "theta" not in name:

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -157,6 +158,8 @@ def model_from_backbone(
         _no_model_kwargs("a config", model_kwargs)
         config = copy.deepcopy(name_or_config)
         check_sizes(config.to_dict())
+        with _explained("cannot build the backbone", "Pass the config of an image model that transformers builds."):
+            _check_parameters(config, None, AutoModel)
         if isinstance(config, TimmWrapperConfig):
             backbone = _timm_backbone(config, state, weights)
         elif state is None:
@@ -172,6 +175,7 @@ def model_from_backbone(
                     f"it is a BalanceMix model with the head {config.head}, not a backbone; leave head out (--head) "
                     "to go on with it, or name a backbone"
                 )
+            _check_parameters(config, name_or_config, AutoModel)
             backbone = _filled(AutoModel, name_or_config, config, name_or_config)
     else:
         architecture = _architecture(name_or_config)
@@ -270,15 +274,26 @@ def _checked_config(name: str) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(name)
 
 
-def _check_parameters(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a config that describes a far larger model than its weights, of which most would be drawn anew."""
+def _check_parameters(config: PreTrainedConfig, name: str | None, kind: Any = AutoModelForImageClassification) -> None:
+    """Refuse a config that describes a far larger model than its weights, of which most would be drawn anew.
+
+    `kind` is the auto class that will build it; `name` is None where a config comes without weights.
+    """
     with torch.device("meta"):
-        described = AutoModelForImageClassification.from_config(config)
+        described = kind.from_config(config)
     count = sum(parameter.numel() for parameter in described.parameters())
-    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if Path(name).is_dir() else None
+    stored = None if name is None else _stored_bytes(name)
     if count > _MOST_PARAMETERS or (stored is not None and count > 2 * stored + 100_000_000):
         held = "" if stored is None else f", and its weights hold {stored:,} bytes"
         raise ValueError(f"its config describes a model of {count:,} parameters{held}; it is damaged or malicious")
+
+
+def _stored_bytes(name: str) -> int | None:
+    """Size of the safetensors of a folder, or of a Hub name's where they are in the cache already."""
+    if Path(name).is_dir():
+        return sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    file = try_to_load_from_cache(name, "model.safetensors")
+    return Path(file).stat().st_size if isinstance(file, str) else None
 
 
 def _is_ours(name: str) -> bool:

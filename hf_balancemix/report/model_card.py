@@ -69,6 +69,8 @@ _SHOWN_ARGUMENTS = (
     "gradient_checkpointing", "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 _DERIVED_ARGUMENTS = {"per_device_train_batch_size", "remove_unused_columns"}
+# BalanceMix and the ablations of it, by the trainer's method_name.
+_BALANCEMIX = ("balancemix", "+minority", "+clean", "+relabel", "balancemix-without-minority")
 _PACKAGES = ("torchvision", "transformers", "accelerate", "datasets", "timm")
 
 
@@ -159,11 +161,10 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
 def card_facts(trainer: Trainer) -> dict[str, Any]:
     """Everything the card says, as plain values."""
     args, state = trainer.args, trainer.state
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.saved_model
     names = trainer.class_names or [model.config.id2label[k] for k in range(model.config.num_labels)]
     evaluations = _evaluations(trainer)
     repository = _repo_id(getattr(trainer, "hub_model_id", None) or args.hub_model_id)
-    source = _repo_id(model.config.name_or_path)
     groups = None
     if trainer.class_counts is not None:
         groups = class_groups(trainer.class_counts, args.many_shot, args.few_shot)
@@ -174,11 +175,13 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
     return {
         "name": repository.split("/")[-1] if repository else type(model).__name__,
         "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
-        "base_model": source if source and not Path(source).exists() and "/" in source else None,
+        "base_model": _base_model(model.config),
         "architecture": type(model).__name__,
         "backbone": getattr(model.config, "architecture", None),  # timm's name
         "head": getattr(model.config, "head", None),
         "needs_package": type(model).__module__.startswith("hf_balancemix"),
+        "remote_code": bool(getattr(model, "include_code", False)),
+        "figures_note": trainer.figures_note,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "image_size": trainer.views.image_size,
         "class_names": names,
@@ -437,7 +440,17 @@ def _method(trainer: Trainer) -> dict[str, Any]:
         "name": getattr(trainer, "method_name", None),
         "citation": Markup(citation.replace("```", "")) if citation else None,
         "settings": None if settings is None else dataclasses.asdict(settings),
+        "is_balancemix": getattr(trainer, "method_name", None) in _BALANCEMIX,
     }
+
+
+def _base_model(config: Any) -> str | None:
+    """The repository on the Hub that the weights came from, or where a head was put on a backbone, the backbone's."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        source = _repo_id(getattr(part, "name_or_path", None))
+        if source and "/" in source and not Path(source).exists():
+            return source
+    return None
 
 
 def _thresholds(config: Any, names: Sequence[str]) -> list[float] | None:

@@ -42,6 +42,7 @@ from hf_balancemix.models import (
     load_trained,
     squash_processor,
 )
+from hf_balancemix.models.loading import _check_parameters, _stored_bytes
 
 CLASSES = ["zebra", "ant", "cat"]
 HEAD_ARGS = {
@@ -593,6 +594,8 @@ def test_pickled_weights_are_not_even_opened(tmp_path, monkeypatch):
         ("plain", {"hidden_size": 200_000}),
         ("plain", {"num_hidden_layers": 10**7}),
         ("plain", {"intermediate_size": float("inf")}),
+        ("plain", {"image_size": [[16, 10**9]]}),
+        ("ours", {"backbone_config": {"depths": [[1, 10**7]]}}),
         ("plain", {"image_size": 900_000}),
         ("plain", {"num_labels": 10**9, "id2label": None, "label2id": None}),
         ("timm", {"model_args": {"checkpoint_path": "/etc/hostname"}}),
@@ -630,3 +633,46 @@ def test_absurd_configs_end_in_a_sentence_and_allocate_nothing(where, changes, t
                 door(str(tmp_path))
         assert "\n" not in str(error.value)
     assert largest[0] < 10**6
+
+
+def watched(monkeypatch) -> list[int]:
+    """The largest tensor that `torch.empty` makes from now on."""
+    largest, empty = [0], torch.empty
+
+    def watch(*size, **kwargs):
+        tensor = empty(*size, **kwargs)
+        if tensor.device.type != "meta":
+            largest[0] = max(largest[0], tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", watch)
+    return largest
+
+
+def test_an_absurd_backbone_under_a_new_head_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    tiny_vit(3).save_pretrained(tmp_path)
+    squash_processor(image_size=16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 20_000}))
+    largest = watched(monkeypatch)
+    with pytest.raises(ValueError, match=r"describes a model of [\d,]+ parameters, and its weights hold [\d,]+ bytes"):
+        load_model(str(tmp_path), CLASSES, head="ml_decoder")
+    with pytest.raises(ValueError, match=r"cannot build the backbone \(its config describes a model of"):
+        ours(ViTConfig(**_VIT | {"hidden_size": 900_000}))
+    assert largest[0] < 10**6
+
+
+def test_a_hub_names_config_is_compared_with_the_weights_in_the_cache(tmp_path, monkeypatch):
+    repository, commit = tmp_path / "models--some--one", "a" * 40
+    folder = repository / "snapshots" / commit
+    tiny_vit(3).save_pretrained(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert _stored_bytes("some/one") == (folder / "model.safetensors").stat().st_size
+    assert _stored_bytes("some/other") is None
+    small, large = ViTConfig(intermediate_size=16, **_VIT), ViTConfig(**_VIT | {"hidden_size": 20_000})
+    _check_parameters(small, "some/one")
+    _check_parameters(large, "some/other")  # nothing to compare with
+    with pytest.raises(ValueError, match="its weights hold"):
+        _check_parameters(large, "some/one")

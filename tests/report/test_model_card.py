@@ -16,8 +16,10 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer
+from hf_balancemix.comparison import trainer_for
 from hf_balancemix.core.loss_mixture import LossHistogram
 from hf_balancemix.data.noise import record_noise, recorded_noise
+from hf_balancemix.models import load_model
 from hf_balancemix.report.model_card import (
     MARK,
     changed_arguments,
@@ -370,3 +372,56 @@ def test_unknown_labels_are_counted(dataset, tmp_path):
     trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=marked)
     text = write_model_card(trainer, tmp_path / "card").read_text()
     assert rows(text, "Training:")["Unknown labels"][0].startswith(str(int(np.sum([len(row) for row in unknown]))))
+
+
+@pytest.mark.parametrize("scored", ["first", "second", "mean"])
+def test_the_card_of_co_teaching_is_that_of_the_saved_network(scored, dataset, tmp_path):
+    model = tiny_vit()
+    args = arguments(tmp_path / "out", co_teaching_scored=scored)
+    trainer = trainer_for("co-teaching", args, model=model, train_dataset=dataset, eval_dataset=dataset)
+    assert trainer.saved_model is (trainer.model.second if scored == "second" else model)
+    trainer.evaluate()
+    text = write_model_card(trainer, tmp_path / "card").read_text()
+    table = rows(text, "# ViTForImageClassification")
+    assert table["Architecture"] == ["ViTForImageClassification"]
+    assert table["Parameters"] == [f"{sum(p.numel() for p in model.parameters()):,}"]
+    assert "TwoNetworks" not in text
+    assert ("the mean of the logits of two networks" in text) == (scored == "mean")
+    assert "\nThe package implements:\n" in text
+    assert "The method:" not in text
+    assert "Han, Bo" in text
+
+
+def with_head(head, **changes):
+    model = load_model("test_resnet", NAMES, image_size=16, pretrained=False, head=head)[0]
+    model.config.backbone_config.name_or_path = "someone/backbone"
+    for name, value in changes.items():
+        setattr(model, name, value)
+    return model
+
+
+def test_a_model_that_brings_its_code_is_loaded_with_trust_remote_code(tmp_path):
+    for included in (False, True):
+        trainer = MultiLabelTrainer(
+            model=with_head("ml_decoder", include_code=included), args=arguments(tmp_path / "out")
+        )
+        text = write_model_card(trainer, tmp_path / "card").read_text()
+        code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+        assert code.count(", trust_remote_code=True)") == (2 if included else 0)
+        assert ("import hf_balancemix" in code) != included
+        assert ("pip install hf_balancemix" in text) != included
+        compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(("head", "author"), [("ml_decoder", "Ridnik, Tal"), ("q2l", "Liu, Shilong")])
+def test_a_decoder_head_is_cited_and_its_backbone_named(head, author, dataset, tmp_path):
+    trainer = BalanceMixTrainer(model=with_head(head), args=arguments(tmp_path / "out"), train_dataset=dataset)
+    path = write_model_card(trainer, tmp_path / "card")
+    text = path.read_text()
+    assert "| Started from | someone&#47;backbone |" in text
+    assert metadata_load(path)["base_model"] == "someone/backbone"
+    assert "\nThe method:\n" in text
+    authors = {"Ridnik, Tal", "Liu, Shilong"}
+    assert [name for name in authors if name in text] == [author]
+    trainer.model.config.name_or_path = "someone/finetuned"
+    assert metadata_load(write_model_card(trainer, tmp_path / "card"))["base_model"] == "someone/finetuned"
