@@ -19,20 +19,35 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    get_token,
+    hf_hub_url,
+    set_client_factory,
+)
+from huggingface_hub.utils import _http, build_hf_headers, hf_raise_for_status, validate_repo_id
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
+if TYPE_CHECKING:
+    import httpx2
+
 logger = logging.getLogger(__name__)
 
+SILENCE = 120.0  # seconds without a byte from the Hub, after which a request has failed
+CREATION = 15.0  # seconds that a run waits for its repository before it starts all the same
+CARD = "README.md"
 LAST_CHECKPOINT = "last-checkpoint"  # where strategy "checkpoint" keeps it in the repository
 _LINKED_FROM = 2**20  # bytes; smaller files are copied
 _ADVICE = {
@@ -110,6 +125,39 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
+# ---- requests that end ----
+
+
+class _EndingClients:
+    """Makes the clients of `huggingface_hub` as another factory does, with an end to every request."""
+
+    def __init__(self, factory: Callable[[], httpx2.Client]) -> None:
+        self.factory = factory
+
+    def __call__(self) -> httpx2.Client:
+        client = self.factory()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks.get("request", []), _end_after_silence]}
+        return client
+
+
+def _end_after_silence(request: httpx2.Request) -> None:
+    given = request.extensions.get("timeout", {})
+    kinds = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {kind: SILENCE if given.get(kind) is None else given[kind] for kind in kinds}
+
+
+def end_requests() -> None:
+    """Let requests of `huggingface_hub` that would wait without limit fail after `SILENCE` seconds without a byte.
+
+    Its clients have no timeout, and some of its calls say None themselves, so that a client's own would not do. It
+    has one client for the whole process: the requests of other code also end, where they have no limit of their own.
+    """
+    factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)  # there is no public way to ask for it
+    if factory is not None and not isinstance(factory, _EndingClients):
+        set_client_factory(_EndingClients(factory))
+
+
 # ---- the repository ----
 
 
@@ -126,6 +174,8 @@ class HubRepository:
         private: For a repository that is made here. Default: what the owner's settings say.
         revision: Branch to commit to. Default: main.
         retried: When a failed push is tried again, for the message.
+        mark: Text in each README.md that a run writes. One on the Hub without it was edited by somebody, and is not
+            replaced by one with it. Default: any is replaced.
 
     Attributes:
         unpushed: The newest folder that is not on the Hub, for the next :meth:`settle`; None where all is well.
@@ -143,6 +193,7 @@ class HubRepository:
         private: bool | None = None,
         revision: str | None = None,
         retried: str = "at the next save and at the end",
+        mark: str = "",
     ) -> None:
         try:
             validate_repo_id(repo_id)
@@ -156,10 +207,12 @@ class HubRepository:
         self._message = ""  # of the newest folder
         self._api = HfApi(library_name="hf_balancemix")
         self._created = False
-        self._retried = retried
+        self._retried, self._mark = retried, mark
         self._reason: str | None = None  # of the last failure, until a success
         self._jobs: dict[Path, Future[CommitInfo | None]] = {}
         self._count = 0
+        self._left = False  # nobody waits for the newest folder any more
+        self._told = False  # that README.md stays
 
     @property
     def busy(self) -> bool:
@@ -173,7 +226,7 @@ class HubRepository:
             yield
         except Exception as error:
             first, self._reason = self._reason is None, explain(error, self.token)
-            if not final:
+            if not final and not self._left:
                 logger.log(
                     logging.WARNING if first else logging.INFO,
                     "Push to the Hub failed (%s, %s): %s Training is not affected; it will be tried again %s.",
@@ -181,12 +234,19 @@ class HubRepository:
                 )  # fmt: skip
 
     def create(self) -> None:
-        """Make the repository on the Hub if it is not there."""
+        """Make the repository on the Hub if it is not there; after `CREATION` seconds in the background."""
+        job = self._api.run_as_future(self._try_create)
+        wait([job], CREATION)
+        if not job.done():
+            logger.info("The Hub did not answer yet (%s); the run goes on.", self.repo_id)
+
+    def _try_create(self) -> None:
         with self.reported("creating the repository"):
             self._create()
             self._reason = None
 
     def _create(self) -> None:
+        end_requests()
         if self.token and not re.fullmatch(r"[!-~]+", self.token):
             # Said here, because the HTTP client would quote it.
             raise ValueError("the token holds a blank, a line break or another character that no token has.")
@@ -196,14 +256,15 @@ class HubRepository:
 
     def new_folder(self, message: str) -> Path:
         """An empty folder for the next push. Earlier ones are removed, unless they are being pushed."""
-        self.unpushed, self._message = None, message
+        self.unpushed, self._message, self._left = None, message, False
         self._jobs = {folder: job for folder, job in self._jobs.items() if not job.done()}
         if self.workdir.is_dir():
             for folder in self.workdir.iterdir():
-                if folder not in self._jobs:
-                    shutil.rmtree(folder)
+                if folder.is_dir() and folder not in self._jobs:
+                    shutil.rmtree(folder, ignore_errors=True)
         self._count += 1
-        folder = self.workdir / str(self._count)
+        while (folder := self.workdir / str(self._count)).exists():  # it could not be removed, or is not ours
+            self._count += 1
         folder.mkdir(parents=True)
         return folder
 
@@ -232,7 +293,7 @@ class HubRepository:
                 self.unpushed = None
             shutil.rmtree(folder, ignore_errors=True)
             return info
-        if final:
+        if final or (self._left and self.unpushed == folder):
             self.report_missing()
         return None
 
@@ -242,7 +303,10 @@ class HubRepository:
             raise FileNotFoundError(f"{folder} holds no file any more.")
         self._create()
         place = {"repo_id": self.repo_id, "revision": self.revision, "token": self.token}
-        old = stale_files(self._api.list_repo_files(**place), ours)
+        theirs = self._api.list_repo_files(**place)
+        if CARD in theirs and CARD in ours and self._keeps_card(ours[CARD]):
+            del ours[CARD]
+        old = stale_files(theirs, ours)
         # Not upload_folder, which makes several commits of a folder.
         return self._api.create_commit(
             operations=[
@@ -253,16 +317,31 @@ class HubRepository:
             **place,
         )
 
-    def settle(self, timeout: float | None = None) -> None:
+    def _keeps_card(self, card: Path) -> bool:
+        """Whether the README.md on the Hub is somebody's own and `card` is not."""
+        if self._mark not in card.read_text(encoding="utf-8", errors="replace"):
+            return False
+        url = hf_hub_url(self.repo_id, CARD, revision=self.revision)
+        response = get_session().get(url, headers=build_hf_headers(token=self.token, library_name="hf_balancemix"))
+        hf_raise_for_status(response)
+        kept = self._mark not in response.text
+        if kept and not self._told:
+            self._told = True
+            logger.warning(
+                "%s of %s was not written by this package and stays as it is; remove it there to have it written.",
+                CARD, self.repo_id,
+            )  # fmt: skip
+        return kept
+
+    def settle(self, timeout: float) -> None:
         """Wait for all pushes, and try once more what did not arrive.
 
         If it still does not, an error is logged with the command to push it later.
 
         Args:
-            timeout: Seconds after which what is still under way is left to itself; the process does not end before
-                it is done.
+            timeout: Seconds after which what is still under way is left to itself, see :meth:`leave`.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         self._wait(deadline)
         if self.unpushed is not None and not self.busy:
             self.push(self.unpushed, self._message, final=True)
@@ -270,16 +349,31 @@ class HubRepository:
         elif self._message and not self.busy:
             self.report_missing()  # its files could not even be set aside
         if self.busy:
-            logger.warning("The push to %s is still under way; this process ends when it is done.", self.repo_id)
+            self.leave()
 
-    def wait(self) -> None:
-        """Wait for all pushes."""
-        self._wait(None)
+    def leave(self) -> None:
+        """Nobody waits for the pushes any more: say what is missing. The process does not end before they are done."""
+        self._left = True
+        folder = self.unpushed
+        if folder is None:
+            return  # it has just arrived
+        job = self._jobs.get(folder)
+        if job is None or job.done():
+            self.push(folder, self._message, final=True)
+        logger.warning(
+            "The Hub does not have the last state of this run yet (%s, %s): the push is still under way, and this "
+            "process ends when it is done. The run itself is whole. To push it later instead: %s",
+            self.repo_id, self._message, self.command(folder),
+        )  # fmt: skip
 
-    def _wait(self, deadline: float | None) -> None:
+    def wait(self, timeout: float) -> None:
+        """Wait for all pushes, for so many seconds at most."""
+        self._wait(time.monotonic() + timeout)
+
+    def _wait(self, deadline: float) -> None:
         if self.busy:
             logger.info("Waiting for the push to %s ...", self.repo_id)
-            wait(self._jobs.values(), None if deadline is None else max(0.0, deadline - time.monotonic()))
+            wait(list(self._jobs.values()), max(0.0, deadline - time.monotonic()))
 
     def report_missing(self) -> None:
         """Log an error if the newest folder did not arrive."""
@@ -314,6 +408,7 @@ class HubTrainer(Trainer):
         *("*.bin", "*.pt", "*.pth", "trainer_state.json"),
         *("checkpoint-*", LAST_CHECKPOINT, "_*", ".*"),
     )
+    _card_mark: str = ""  # in each README.md that _write_card writes; one without it is somebody's own, and stays
     _repository: HubRepository | None = None  # rank 0 only
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -334,6 +429,7 @@ class HubTrainer(Trainer):
                 if args.push_to_hub and args.hub_strategy != HubStrategy.END
                 else "when push_to_hub or save_model is called"
             ),
+            mark=self._card_mark,
         )
         if self.is_world_process_zero():
             repository.create()
@@ -355,7 +451,7 @@ class HubTrainer(Trainer):
 
         Args:
             commit_message: Title of the commit.
-            blocking: Wait until it is done.
+            blocking: Wait until it is done, but not longer than half of `args.ddp_timeout`.
             token: Instead of `args.hub_token`.
             revision: Branch to push to, instead of `args.hub_revision`.
             private: Instead of `args.hub_private_repo`, where the repository is made now.
@@ -366,8 +462,8 @@ class HubTrainer(Trainer):
                 recorded.
 
         Returns:
-            The commit, or with `blocking=False` a Future of it. None where the push failed, which is logged as an
-            error with what to do, and on all ranks but the first.
+            The commit, or with `blocking=False` a Future of it. None where the push failed or takes too long, which
+            is logged with what to do, and on all ranks but the first.
         """
         if kwargs:
             logger.warning("push_to_hub ignores %s: the card is written from what was recorded.", ", ".join(kwargs))
@@ -375,7 +471,9 @@ class HubTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         if include_code:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model = getattr(self, "saved_model", None)  # of two networks, the one that is saved
+            if model is None:
+                model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             if hasattr(model, "include_code"):
                 model.include_code = True
             else:
@@ -384,7 +482,8 @@ class HubTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         repository, output_dir, job = self._repository, Path(self.args.output_dir), None
-        repository.wait()
+        deadline = time.monotonic() + self._patience
+        repository.wait(self._patience)
         if token is not None:
             repository.token = token.strip()
         repository.revision = revision or repository.revision
@@ -399,8 +498,12 @@ class HubTrainer(Trainer):
             return None
         if not blocking:
             return job
-        info, self.hub_model_id = job.result(), repository.repo_id
-        return info
+        repository.wait(deadline - time.monotonic())
+        self.hub_model_id = repository.repo_id
+        if not job.done():
+            repository.leave()
+            return None
+        return job.result()
 
     def _announce_push(self) -> None:
         try:
@@ -422,6 +525,7 @@ class HubTrainer(Trainer):
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 set_aside(checkpoint, folder / (LAST_CHECKPOINT if is_last else checkpoint.name), link=True)
+            self._copy_own_card(folder)
             self._try_card(folder)
             if repository.busy and not self.args.hub_always_push:
                 repository.unpushed = folder
@@ -430,9 +534,18 @@ class HubTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         if self._repository is not None:
-            # The other ranks go on, and would take a rank 0 that waits too long for dead.
-            self._repository.settle(None if self.args.world_size == 1 else self.args.ddp_timeout / 2)
+            self._repository.settle(self._patience)
             self.hub_model_id = self._repository.repo_id
+
+    @property
+    def _patience(self) -> float:
+        """Seconds to wait for the Hub: the other ranks go on, and would take a rank 0 that waits longer for dead."""
+        return self.args.ddp_timeout / 2
+
+    def _copy_own_card(self, folder: Path) -> None:
+        card = Path(self.args.output_dir, CARD)
+        if card.is_file() and self._card_mark not in card.read_text(encoding="utf-8", errors="replace"):
+            shutil.copyfile(card, folder / CARD)
 
     def _try_card(self, folder: Path) -> None:
         try:

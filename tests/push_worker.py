@@ -7,6 +7,8 @@ Each run is FOLDER/<name after the slash>; what is not an argument of the traine
     _push: arguments of `push_to_hub` after training
     _resume: true, or "user/name" for the last checkpoint of that repository as it was after the first save
     _ours: train this package's model class instead of one of transformers
+    _hub: constants of `hf_balancemix.hub` for this run and those after it
+    _card: text of a README.md that the user has put into the output folder
 
 Rank 0 writes FOLDER/<run>.pt (parameters, and what came out) and all that was logged to FOLDER/<run>.log.
 """
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from huggingface_hub import HfApi, snapshot_download
 
-from hf_balancemix import BalanceMixTrainer
+from hf_balancemix import BalanceMixTrainer, hub
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 
 
@@ -46,13 +48,20 @@ def our_model() -> BalanceMixForImageClassification:
 
 
 def run(folder: Path, data, name: str, **options: Any) -> None:
-    push, resume, ours = (options.pop(f"_{key}", None) for key in ("push", "resume", "ours"))
+    push, resume, ours, constants, card = (
+        options.pop(f"_{key}", None) for key in ("push", "resume", "ours", "hub", "card")
+    )
+    for constant, value in (constants or {}).items():
+        setattr(hub, constant, value)
     run_name, ranks, rank = name.split("/")[1], int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if isinstance(resume, str):
         resume = checkpoint_of(resume, folder / f"{run_name}-download")
     options = {"push_to_hub": True, "hub_model_id": name, "save_strategy": "epoch", "eval_strategy": "epoch"} | options
     if ranks > 1:
         options["ddp_backend"] = "gloo"
+    if card is not None:
+        (folder / run_name).mkdir()
+        (folder / run_name / "README.md").write_text(card)
     trainer = BalanceMixTrainer(
         model=our_model() if ours else tiny_vit(),
         args=arguments(folder / run_name, **options),

@@ -12,7 +12,7 @@ import torch
 from conftest import arguments, flat, tiny_resnet, tiny_vit
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification
 
-from hf_balancemix import BalanceMixTrainer
+from hf_balancemix import BalanceMixTrainer, load_model
 from hf_balancemix.export import export_onnx
 
 MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -40,8 +40,23 @@ def trained_statistics(model):
     return model
 
 
+def with_head(head):
+    model, _ = load_model(
+        "test_resnet", ["a", "b", "c"], pretrained=False, image_size=32, head=head, head_args={"embed_dim": 32}
+    )
+    return model
+
+
+def ml_decoder():
+    return with_head("ml_decoder")
+
+
+def query2label():
+    return with_head("q2l")
+
+
 @needs_onnx
-@pytest.mark.parametrize("make", [tiny_resnet, tiny_convnext])
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_convnext, ml_decoder, query2label])
 def test_a_convolutional_network_takes_any_batch_and_any_size(make, tmp_path):
     model = trained_statistics(make()).train()
     before = flat(model)

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import httpx2
 import pytest
 import torch
 from conftest import arguments, make_dataset, tiny_vit
-from hub_standin import TOKEN, Commit, HubStandin, Repository
+from hub_standin import TOKEN, Commit, File, HubStandin, Repository
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_balancemix import MultiLabelTrainer, checkpoints
@@ -99,8 +100,8 @@ def command(folder: Path, runs: dict[str, dict[str, Any]], ranks: int = 1) -> li
     return [*start, str(WORKER), str(folder), json.dumps(listed)]
 
 
-def push(hub: HubStandin, folder: Path, runs: dict[str, dict[str, Any]], ranks: int = 1) -> World:
-    environment = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
+def push(hub: HubStandin, folder: Path, runs: dict[str, dict[str, Any]], ranks: int = 1, **changes: str) -> World:
+    environment = hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"} | changes
     done = subprocess.run(
         command(folder, runs, ranks), env=environment, capture_output=True, text=True, timeout=200, check=False
     )
@@ -372,7 +373,148 @@ def test_of_two_ranks_one_pushes_and_none_hangs_when_it_fails(tmp_path):
             assert "hf_balancemix.hub" not in (tmp_path / f"{run}.log-1").read_text()
 
 
+# ---- a Hub that does not answer ----
+
+
+@pytest.mark.parametrize("silent", ["/repos/create", "/commit/"])
+def test_a_hub_that_takes_a_request_and_never_answers_holds_nothing_up(tmp_path, silent):
+    quick = {"_hub": {"SILENCE": 0.5, "CREATION": 0.2}, "_push": {}, "num_train_epochs": 1}
+    with HubStandin() as hub:
+        held = [hub.hold(silent) for _ in range(9)]
+        pushed = push(hub, tmp_path, {"silent": quick})
+        assert held[0].reached.is_set()
+        assert all("silent" not in id or len(found.log()) == 1 for (_, id), found in hub.repositories.items())
+    (warning,) = pushed.messages("silent", "WARNING")
+    assert "Timeout: timed out" in warning
+    errors = pushed.messages("silent", "ERROR")
+    assert len(errors) == 2
+    assert all("hf upload user/silent " in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "OfflineModeIsEnabled: Cannot reach"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError: [Errno 111] Connection refused"),
+    ],
+)
+def test_no_hub_at_all_is_a_warning(tmp_path, changes, said):
+    with HubStandin() as hub:
+        pushed = push(hub, tmp_path, {"nowhere": {"_push": {}, "num_train_epochs": 1}}, **changes)
+        assert hub.requests == []
+    (warning,) = pushed.messages("nowhere", "WARNING")
+    assert said in warning
+    assert pushed.result("nowhere")["commit"] is None
+    assert len(pushed.messages("nowhere", "ERROR")) == 2
+
+
+def test_requests_without_a_limit_end_and_others_keep_theirs(monkeypatch):
+    monkeypatch.setattr(hub_module, "SILENCE", 7.0)
+    seen = []
+
+    def answer(request):
+        seen.append(request.extensions["timeout"])
+        return httpx2.Response(200)
+
+    def users_own():
+        hooks = {"request": [lambda request: seen.append("user's hook")]}
+        return httpx2.Client(transport=httpx2.MockTransport(answer), event_hooks=hooks, timeout=None)
+
+    with hub_module._EndingClients(users_own)() as client:
+        client.get("http://hub.example")
+        client.get("http://hub.example", timeout=None)  # as huggingface_hub says it in places
+        client.get("http://hub.example", timeout=httpx2.Timeout(None, read=3.0))
+    none = dict.fromkeys(("connect", "read", "write", "pool"), 7.0)
+    assert seen == ["user's hook", none, "user's hook", none, "user's hook", none | {"read": 3.0}]
+
+
+class Stuck(HubRepository):
+    """Whose commits wait for `free`, and then fail."""
+
+    free: threading.Event
+
+    def create(self):
+        pass
+
+    def _commit(self, folder, message):
+        assert self.free.wait(30)
+        raise OSError("the line is dead")
+
+
+def messages(caplog) -> list[tuple[str, str]]:
+    return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "hf_balancemix.hub"]
+
+
+def test_settle_leaves_what_takes_too_long_and_says_what_is_missing(tmp_path, caplog):
+    repository = Stuck("user/name", tmp_path / "_push")
+    repository.free = threading.Event()
+    first = repository.new_folder("First")
+    job = repository.push(first, "First")
+    second = repository.unpushed = repository.new_folder("Second")  # set aside while the first is under way
+    start = time.monotonic()
+    repository.settle(0.2)
+    assert 0.2 <= time.monotonic() - start < 5
+    ((level, text),) = messages(caplog)
+    assert (level, "Second" in text) == ("WARNING", True)
+    assert text.endswith(repository.command(second))
+    repository.free.set()
+    job.result(5)
+    wait_for(lambda: not repository.busy, 10)  # the second is tried without a further call
+    ((level, text),) = messages(caplog)[1:]  # and nobody is promised another try
+    assert level == "ERROR"
+    assert text.endswith(repository.command(second))
+
+
+def test_push_to_hub_does_not_wait_longer_than_the_other_ranks(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(hub_module, "HubRepository", Stuck)
+    monkeypatch.setattr(Stuck, "free", threading.Event(), raising=False)
+    args = arguments(tmp_path / "out", hub_model_id="user/name", ddp_timeout=1)
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=args, train_dataset=make_dataset(tmp_path / "images", 8))
+    start = time.monotonic()
+    assert trainer.push_to_hub() is None
+    assert 0.5 <= time.monotonic() - start < 10
+    ((level, text),) = messages(caplog)
+    assert level == "WARNING"
+    assert "still under way" in text
+    assert "hf upload user/name " in text
+    Stuck.free.set()
+    wait_for(lambda: not trainer._repository.busy, 10)
+
+
+# ---- somebody's own README.md ----
+
+
+def test_a_readme_of_somebodys_own_is_pushed_and_never_replaced(tmp_path):
+    own = "# My words\n"
+    runs = {"mine": {"_card": own, "hub_always_push": True, "_push": {}}, "edited": {"hub_always_push": True}}
+    with HubStandin() as hub:
+        there = Repository("model", "user/edited", private=False)
+        there.add("main", "by hand", {"README.md": File(b"# Edited there\n", lfs=False)})
+        hub.repositories["model", "user/edited"] = there
+        pushed = push(hub, tmp_path, runs)
+        assert hub.unknown == []
+    assert pushed.titles("mine")[-2:] == EPOCHS
+    assert {commit.files["README.md"].content for commit in pushed.repository("mine").log()[:-1]} == {own.encode()}
+    assert pushed.titles("edited") == EPOCHS
+    newest = pushed.repository("edited").log()[0]
+    assert newest.files["README.md"].content == b"# Edited there\n"
+    assert names(newest) == MODEL_FILES - {".gitattributes"}
+    (warning,) = pushed.messages("edited", "WARNING")
+    assert "README.md of user/edited was not written by this package" in warning
+    assert pushed.messages("mine", "WARNING") == []
+
+
 # ---- parts ----
+
+
+def test_what_others_put_where_pushes_are_made_disturbs_nothing(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    for name in (".DS_Store", "1"):
+        (tmp_path / name).touch()
+    repository = HubRepository("user/name", tmp_path)
+    assert repository.new_folder("Title") == tmp_path / "2"
+    assert {path.name for path in tmp_path.iterdir()} == {".DS_Store", "1", "2"}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "user/with space", "user/.git", "x" * 200])
