@@ -80,6 +80,7 @@ def arguments(folder: Path, **changes):
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
         "logging_strategy": "no", "num_train_epochs": 2, "per_device_train_batch_size": 4, "image_size": 16,
         "label_warmup_epochs": 1, "seed": 3, "learning_rate": 0.05, "relabel_threshold": 0.6,
+        "mixture_preset": "sklearn",  # of so few labels it calls some unclean
     }  # fmt: skip
     return BalanceMixTrainingArguments(**values | changes)
 
