@@ -49,8 +49,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
         ValueError: No value.
 
     Example:
-        >>> mean_and_error([1.0, 2.0, 3.0])
-        (2.0, 0.5773502691896257)
+        >>> mean_and_error([1.0, 3.0])
+        (2.0, 1.0)
     """
     if not values:
         raise ValueError("no value is given; a mean needs at least one.")
