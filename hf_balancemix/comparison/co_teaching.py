@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,8 @@ class CoTeachingTrainer(ScanningMixupTrainer):
         TypeError, ValueError: As :class:`MultiLabelTrainer`; FSDP and DeepSpeed, which split a model, are refused.
     """
 
+    _forward_options: ClassVar[dict[str, Any]] = {"both": True}
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -225,7 +227,7 @@ class CoTeachingTrainer(ScanningMixupTrainer):
     def _end_epoch(self, epoch: int) -> None:
         if epoch < self.warmup_epochs:
             return
-        losses = self._scan_table(instance_losses, 2, both=True)
+        losses = self._scan_table(instance_losses, 2)
         self.clean = clean_instances(losses, monotone=self.args.monotone)
         self.log(
             {
@@ -239,24 +241,16 @@ class CoTeachingTrainer(ScanningMixupTrainer):
         """`(B, 2)` float: 1 where the first (second) network is to learn from a pair, because its peer calls both
         instances clean, else 0."""
         clean = self.clean.flip(1)
-        index, partner = inputs["index"].cpu(), inputs["minority_index"].cpu()
-        return (clean[index] & clean[partner]).to(inputs["labels"].device, torch.float32)
+        both = clean[inputs["index"].cpu()]
+        if "minority_index" in inputs:
+            both &= clean[inputs["minority_index"].cpu()]
+        return both.to(inputs["labels"].device, torch.float32)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The sum of both networks' losses on the same mixed batch, each over what its peer calls clean."""
-        images, targets = self._mix(inputs)
-        outputs = model(pixel_values=images, both=True)
-        loss = sum(
-            binary_cross_entropy(logits, targets, weight[:, None].expand_as(targets), self.args.loss_reduction)
-            for logits, weight in zip(outputs.logits.unbind(1), self.instance_weights(inputs).unbind(1), strict=True)
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return sum(
+            binary_cross_entropy(own, targets, weight[:, None].expand_as(targets), self.args.loss_reduction)
+            for own, weight in zip(logits.unbind(1), self.instance_weights(inputs).unbind(1), strict=True)
         )
-        return (loss, outputs) if return_outputs else loss
 
     # ---- checkpoints ----
 

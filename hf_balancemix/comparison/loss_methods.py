@@ -7,10 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_balancemix.comparison.mixup import MixupTrainer
-from hf_balancemix.core import EpochSampler
 from hf_balancemix.core.losses import (
     asymmetric_loss,
     binary_cross_entropy,
@@ -24,7 +23,6 @@ from hf_balancemix.core.losses import (
     splc_loss,
 )
 from hf_balancemix.data.labels import given_labels
-from hf_balancemix.trainer import MultiLabelTrainer
 from hf_balancemix.training_args import BalanceMixTrainingArguments
 
 Loss = Callable[[Tensor, Tensor, int], Tensor]
@@ -68,33 +66,7 @@ def loss_of(method: str, args: BalanceMixTrainingArguments, labels: Tensor | Non
     raise ValueError(f"method is {method!r}; it must be one of {', '.join(LOSS_METHODS)}.")
 
 
-class _AnyLossTrainer(MixupTrainer):
-    """The step of the trainers below; with `args.mixup_alpha=0` on single images, as `bce` sees them.
-
-    Evaluation reports BCE as its loss, as every method's.
-    """
-
-    def _make_sampler(self) -> EpochSampler:
-        return MultiLabelTrainer._make_sampler(self) if self.args.mixup_alpha == 0 else super()._make_sampler()
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The method's loss on mixed images `(B, 3, S, S)` and mixed labels `(B, K)`."""
-        images, labels = self._mix(inputs)
-        outputs = model(pixel_values=images)
-        loss = self._loss(outputs.logits, labels, inputs["index"])
-        return (loss, outputs) if return_outputs else loss
-
-    def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class LossTrainer(_AnyLossTrainer):
+class LossTrainer(MixupTrainer):
     """Trains on Mixup with a loss of your own.
 
     Args:
@@ -119,11 +91,11 @@ class LossTrainer(_AnyLossTrainer):
                     "'mean' or 'batchmean'."
                 )
 
-    def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        return self.loss(logits, labels, self.train_sampler.epoch)
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return self.loss(logits, targets, self.train_sampler.epoch)
 
 
-class LargeLossTrainer(_AnyLossTrainer):
+class LargeLossTrainer(MixupTrainer):
     """LL-R, LL-Ct and LL-Cp (Kim et al., CVPR 2022): the largest losses of negative labels are taken for missing
     labels.
 
@@ -171,18 +143,18 @@ class LargeLossTrainer(_AnyLossTrainer):
         corrected = self.corrected[inputs[f"{prefix}index"].cpu()]
         return labels.masked_fill(corrected.to(labels.device), 1)
 
-    def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         epoch, across_ranks = self.train_sampler.epoch, self.args.large_loss_across_ranks
         num_labels = logits.numel() * (self.args.world_size if across_ranks else 1)
         permanent = self.mode == "permanent"
         num_modified = num_large_losses(num_labels, min(epoch, 1) if permanent else epoch, self.delta)
-        modified = large_loss_entries(logits, labels, num_modified, across_ranks=across_ranks)
+        modified = large_loss_entries(logits, targets, num_modified, across_ranks=across_ranks)
         if permanent and num_modified > 0:
-            kept = large_loss_entries(logits, labels, num_modified, strict=True, across_ranks=across_ranks)
+            kept = large_loss_entries(logits, targets, num_modified, strict=True, across_ranks=across_ranks)
             row, k = gather_ranks(kept).cpu().nonzero(as_tuple=True)
-            self.corrected[gather_ranks(index).cpu()[row], k] = True
-        labels = modified_labels(labels, modified, "reject" if self.mode == "reject" else "correct")
-        return binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
+            self.corrected[gather_ranks(inputs["index"]).cpu()[row], k] = True
+        targets = modified_labels(targets, modified, "reject" if self.mode == "reject" else "correct")
+        return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
 
     def _end_training(self) -> None:
         if self.mode == "permanent":

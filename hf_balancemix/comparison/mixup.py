@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_balancemix.core import EpochSampler, PairSampler, minority_mixup
 from hf_balancemix.core.distributed import all_reduce_sum
@@ -16,7 +16,9 @@ from hf_balancemix.training_args import BalanceMixTrainingArguments
 
 
 class MixupTrainer(MultiLabelTrainer):
-    """Base of methods on Mixup: views, pairs and lambdas are those of `mixup`.
+    """Base of methods on Mixup: views, pairs and lambdas are those of `mixup`, another loss is the subclass's.
+
+    With `args.mixup_alpha=0` on single images, as `bce` sees them. The loss of evaluations is BCE, as every method's.
 
     Args:
         As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which `mixup_alpha` and
@@ -27,6 +29,7 @@ class MixupTrainer(MultiLabelTrainer):
     """
 
     args: BalanceMixTrainingArguments
+    _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in a training step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,6 +48,8 @@ class MixupTrainer(MultiLabelTrainer):
         return torch.full((n,), 1 / n, dtype=torch.float64)
 
     def _make_sampler(self) -> EpochSampler:
+        if self.args.mixup_alpha == 0:
+            return super()._make_sampler()
         return PairSampler(len(self.train_labels), self.views.seed, weights=self._partner_weights)
 
     def _training_pairs(self) -> TrainingPairs:
@@ -61,6 +66,23 @@ class MixupTrainer(MultiLabelTrainer):
             return images, labels
         lam = inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
         return minority_mixup(images, inputs["minority_pixel_values"], labels, self._labels(inputs, "minority_"), lam)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The method's loss on mixed images `(B, 3, S, S)` and mixed labels `(B, K)`, a mean over the batch."""
+        images, targets = self._mix(inputs)
+        outputs = model(pixel_values=images, **self._forward_options)
+        loss = self._loss(outputs.logits, targets, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The method's, of the model's logits, mixed labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""
+        raise NotImplementedError
 
 
 class ScanningMixupTrainer(MixupTrainer):
@@ -92,13 +114,12 @@ class ScanningMixupTrainer(MixupTrainer):
         """Must be called on every rank: learn what `epoch`, about to begin, needs."""
         raise NotImplementedError
 
-    def _scan_table(self, row: Callable[[Tensor, Tensor], Tensor], num_columns: int, **options: Any) -> Tensor:
+    def _scan_table(self, row: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
         """Must be called on every rank: one row of numbers for each training instance, the same on every rank.
 
         Args:
             row: From logits `(B, ...)` and given labels `(B, K)`, both on the CPU, to `(B, num_columns)` floats.
             num_columns: C.
-            options: For the model's forward.
 
         Returns:
             `(N, C)` float32.
@@ -111,7 +132,7 @@ class ScanningMixupTrainer(MixupTrainer):
             table[index] = row(logits.detach().float().cpu(), self.train_labels[index]).float()
             seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
 
-        self._scan(observe, **options)
+        self._scan(observe, **self._forward_options)
         if not bool((all_reduce_sum(seen) == 1).all()):
             raise RuntimeError("the scan did not see every training instance exactly once.")
         return all_reduce_sum(table)  # exact: of each number at most one rank holds more than 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_balancemix.comparison.co_teaching import min_max
 from hf_balancemix.comparison.mixup import ScanningMixupTrainer
@@ -259,22 +259,10 @@ class TEstimatorTrainer(ScanningMixupTrainer):
         logs = {f"t_classes_{name}": int((source == i).sum()) for i, name in enumerate(_SOURCES)}
         self.log(logs | {"t_up_mean": matrices[:, 0, 1].mean().item(), "t_down_mean": matrices[:, 1, 0].mean().item()})
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Eq. 1 on mixed instances in the warm-up, importance reweighting after it."""
-        images, targets = self._mix(inputs)
-        outputs = model(pixel_values=images)
-        reduction = self.args.loss_reduction
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if self.statistics_epoch < self.warmup_epochs:
-            loss = binary_cross_entropy(outputs.logits, targets, reduction=reduction)
-        else:
-            loss = importance_reweighted_bce(outputs.logits, targets, self.matrices, reduction=reduction)
-        return (loss, outputs) if return_outputs else loss
+            return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
+        return importance_reweighted_bce(logits, targets, self.matrices, reduction=self.args.loss_reduction)
 
     def _run_state(self) -> dict[str, Tensor]:
         return {

@@ -30,9 +30,9 @@ def main(folder: Path, batch: int) -> None:
         trainer = trainer_for("ll-cp", args, model=tiny_vit(), train_dataset=data)
         steps, loss = [], trainer._loss
 
-        def traced(logits, labels, index, steps=steps, loss=loss):
-            value = loss(logits, labels, index)
-            steps.append({"index": index.clone(), "labels": labels.clone(), "loss": value.detach().clone()})
+        def traced(logits, labels, inputs, steps=steps, loss=loss):
+            value = loss(logits, labels, inputs)
+            steps.append({"index": inputs["index"].clone(), "labels": labels.clone(), "loss": value.detach().clone()})
             return value
 
         trainer._loss = traced

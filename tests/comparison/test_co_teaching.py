@@ -191,6 +191,16 @@ def test_partners_are_drawn_from_what_both_call_clean(dataset, tmp_path):
     assert sorted(key.minority for key in trainer._make_sampler()) == list(range(24))
 
 
+def test_without_mixup_a_peers_verdict_on_the_image_alone_counts(dataset, tmp_path):
+    trainer = run(tmp_path, dataset, mixup_alpha=0)
+    trainer.clean[:, 0] = torch.arange(24) < 16
+    trainer.clean[:, 1] = torch.arange(24) % 2 == 0
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "minority_index" not in batch
+    peers = trainer.clean[batch["index"]].flip(1).float()
+    assert torch.equal(trainer.instance_weights(batch), peers)
+
+
 def test_in_the_warm_up_each_network_is_trained_like_a_single_one(dataset, tmp_path):
     options = {"num_train_epochs": 2, "label_warmup_epochs": 2}
     trainer = run(tmp_path, dataset, model=tiny_vit(), **options)
