@@ -402,6 +402,7 @@ def _from_timm(
         model = AutoModelForImageClassification.from_config(config)
         _draw_as_timm(model.timm_model, config, labels["num_labels"])
     if weights is not None:
+        _draw_classifier(model.timm_model)
         file = Path(weights)
         load_timm_state(model.timm_model, read_state(file), file, architecture)
     return model
@@ -422,6 +423,14 @@ def _draw_as_timm(model: nn.Module, config: TimmWrapperConfig, num_classes: int)
     # TimmWrapper draws every weight anew with standard deviation 0.02, which trains far worse than timm's own.
     drawn = timm.create_model(config.architecture, num_classes=num_classes, **(config.model_args or {}))
     model.load_state_dict(drawn.state_dict())
+
+
+def _draw_classifier(model: nn.Module) -> None:
+    # As torch draws linear layers and timm's `reset_classifier` leaves them. The initialisation of whole networks can
+    # be far larger (EfficientNet's and MobileNet's by K: logits beyond 10), and its gradients would spoil the backbone.
+    for module in model.get_classifier().modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 class _TimmDefaults:

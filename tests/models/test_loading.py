@@ -136,6 +136,15 @@ def trained(name: str, num_classes: int) -> torch.nn.Module:
     return model
 
 
+def test_a_new_head_on_backbone_weights_starts_small(tmp_path):
+    """MobileNet's own initialisation would draw it up to 1 / sqrt(5) = 0.45, whatever the number of features."""
+    backbone = timm.create_model("mobilenetv2_035", num_classes=0)
+    torch.save(backbone.state_dict(), tmp_path / "w.pt")
+    head = load_model("mobilenetv2_035", CLASSES, backbone_weights=tmp_path / "w.pt")[0].timm_model.classifier
+    assert head.weight.abs().max() <= head.in_features**-0.5
+    assert head.weight.std().item() == pytest.approx((3 * head.in_features) ** -0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pth", "pth under state_dict", "headless", "without counters"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
 def test_backbone_weights_arrive_down_to_the_batch_norm_statistics(name, form, tmp_path):
