@@ -43,15 +43,15 @@ for epoch in range(EPOCHS):
     for start in range(0, N, BATCH):
         batch = keys[start : start + BATCH]
         r, m = (torch.tensor([key[i] for key in batch]) for i in (1, 2))
-        labels_r, labels_m, weight = given[r], given[m], None
         (r1, r2), (m1, m2) = views(images[r]), views(images[m])
+        lam = torch.tensor([mixing_coefficient(4.0, 0, epoch, key.random) for key in batch])
+        mixed, targets = minority_mixup(r1, m1, given[r], given[m], lam)
+        weight = None
         if state.settings.manages_labels(epoch):
             with torch.no_grad():
-                random = state.refine(r, labels_r, (model(r1).sigmoid() + model(r2).sigmoid()) / 2)
-                minority = state.refine(m, labels_m, (model(m1).sigmoid() + model(m2).sigmoid()) / 2)
-            labels_r, labels_m, weight = random.labels, minority.labels, random.weight
-        lam = torch.tensor([mixing_coefficient(4.0, 0, epoch, key.random) for key in batch])
-        mixed, targets = minority_mixup(r1, m1, labels_r, labels_m, lam)
+                random = state.refine(r, given[r], (model(r1).sigmoid() + model(r2).sigmoid()) / 2)
+                minority = state.refine(m, given[m], (model(m1).sigmoid() + model(m2).sigmoid()) / 2)
+            targets, weight = state.mix_labels(random, minority, lam)
         optimizer.zero_grad()
         state.loss(model(mixed), targets, weight).backward()
         optimizer.step()

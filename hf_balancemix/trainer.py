@@ -395,17 +395,17 @@ class BalanceMixTrainer(MultiLabelTrainer):
         """A step of Algorithm 1: refine both batches (after the warm-up), mix them (Eq. 5), Eq. 10 on the result."""
         if "minority_pixel_values" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        random_labels, minority_labels, weight = inputs["labels"], inputs["minority_labels"], None
+        lam = inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
+        images, targets = minority_mixup(
+            inputs["pixel_values"], inputs["minority_pixel_values"], inputs["labels"], inputs["minority_labels"], lam
+        )
+        weight = None
         if "second_view" in inputs:
             random = self._refine(inputs, "")
             minority = self._refine(inputs, "minority_")
             if "clean_labels" in inputs:
                 self._count_quality(inputs, random)
-            random_labels, minority_labels, weight = random.labels, minority.labels, random.weight
-        lam = inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
-        images, targets = minority_mixup(
-            inputs["pixel_values"], inputs["minority_pixel_values"], random_labels, minority_labels, lam
-        )
+            targets, weight = self.balance_mix.mix_labels(random, minority, lam)
         outputs = model(pixel_values=images)
         loss = self.balance_mix.loss(outputs.logits, targets, weight)
         return (loss, outputs) if return_outputs else loss

@@ -159,13 +159,11 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "relabel_threshold": 0.975,
         "mixup_alpha": 4.0,
     }
+    _OURS: ClassVar[dict[str, Any]] = {"mixture_preset": "dividemix", "monotone": True, "partner_reliability": True}
+    _PRINTED: ClassVar[dict[str, Any]] = {"mixture_preset": "sklearn", "monotone": False, "partner_reliability": False}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": MultiLabelTrainingArguments.PRESETS["default"]
-        | _METHOD
-        | {"mixture_preset": "dividemix", "monotone": True},
-        "paper": MultiLabelTrainingArguments.PRESETS["paper"]
-        | _METHOD
-        | {"mixture_preset": "sklearn", "monotone": False},
+        "default": MultiLabelTrainingArguments.PRESETS["default"] | _METHOD | _OURS,
+        "paper": MultiLabelTrainingArguments.PRESETS["paper"] | _METHOD | _PRINTED,
     }
 
     label_warmup_epochs: int | None = _preset_field("Epochs before label-wise management begins.")
@@ -187,6 +185,9 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."
     )
     mixup_alpha: float | None = _preset_field("alpha of Eq. 5; 0 does not mix.")
+    partner_reliability: bool | None = _preset_field(
+        "The minority instance's labels weigh by their own reliability, not by the random instance's as printed."
+    )
     lambda_per_batch: bool = field(
         default=False, metadata={"help": "One lambda for a rank's micro-batch instead of one for each pair."}
     )

@@ -10,8 +10,9 @@ A training loop calls, in this order:
         for each pair of batches:
             random = state.refine(index_R, labels_R, probabilities_R)     # mean of two views, no gradient
             minority = state.refine(index_M, labels_M, probabilities_M)
-            images, targets = minority_mixup(images_R, images_M, random.labels, minority.labels, lam)
-            loss = state.loss(model(images), targets, random.weight)
+            images, _ = minority_mixup(images_R, images_M, labels_R, labels_M, lam)
+            targets, weight = state.mix_labels(random, minority, lam)
+            loss = state.loss(model(images), targets, weight)
 
 The caller runs the model and owns evaluation mode and autocast.
 """
@@ -32,6 +33,7 @@ from hf_balancemix.core.loss_mixture import (
     label_losses,
 )
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
+from hf_balancemix.core.mixing import mix_refined_labels
 from hf_balancemix.core.sampling import (
     MINORITY_SCORES,
     confidence_sums,
@@ -57,6 +59,8 @@ class BalanceMixSettings:
         trust_positives: Every positive label counts as clean.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
+        partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
+            the random instance's for both, as printed.
         loss_reduction: `"sum"` over classes, as printed, or `"mean"`.
         mixture_preset: Stopping rule of the mixtures, a name in `MIXTURE_PRESETS`.
         monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
@@ -72,6 +76,7 @@ class BalanceMixSettings:
     trust_positives: bool = False
     relabel_threshold: float = 0.975
     mixup_alpha: float = 4.0
+    partner_reliability: bool = True
     loss_reduction: str = "sum"
     mixture_preset: str = "dividemix"
     monotone: bool = True
@@ -245,6 +250,10 @@ class BalanceMix:
         losses = label_losses(torch.logit(probabilities.float(), 1e-6), given)
         p = self.mixtures.clean_probability(losses.cpu(), given.cpu(), monotone=self.settings.monotone)
         return p.to(probabilities.device)
+
+    def mix_labels(self, random: RefinedLabels, minority: RefinedLabels, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 5 for refined labels, and their weights; see :func:`~hf_balancemix.core.mixing.mix_refined_labels`."""
+        return mix_refined_labels(random, minority, lam, self.settings.partner_reliability)
 
     def loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """Eq. 10 (Eq. 1 where `weight` is None) on mixed instances; see :func:`binary_cross_entropy`."""

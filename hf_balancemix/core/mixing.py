@@ -1,4 +1,4 @@
-"""Mixing a random batch with a minority batch (Eq. 5)."""
+"""Mixing a random batch with a minority batch: images and labels (Eq. 5), and the reliability of the labels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_balancemix.core.keys import keyed_rng
+from hf_balancemix.core.label_management import RefinedLabels
 
 
 def mixing_coefficient(alpha: float, *key: int | str) -> float:
@@ -62,8 +63,51 @@ def minority_mixup(
             "two equal (B, C, H, W), two equal (B, K) and (B,)."
         )
     by_image = lam.to(random_images.dtype).view(-1, *[1] * (random_images.ndim - 1))
-    by_label = lam.to(random_labels.dtype).view(-1, 1)
     # lerp, not a sum of two products: at lambda = 1 it gives the random instance exactly.
-    images = torch.lerp(minority_images, random_images, by_image)
-    labels = torch.lerp(minority_labels, random_labels, by_label)
-    return images, labels.masked_fill((random_labels < 0) | (minority_labels < 0), -1)
+    return torch.lerp(minority_images, random_images, by_image), _mixed_labels(random_labels, minority_labels, lam)
+
+
+def _mixed_labels(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
+    labels = torch.lerp(minority, random, lam.to(random.dtype).view(-1, 1))
+    return labels.masked_fill((random < 0) | (minority < 0), -1)
+
+
+def mix_refined_labels(
+    random: RefinedLabels, minority: RefinedLabels, lam: Tensor, partner_reliability: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The labels of Eq. 5 after label-wise management, and their weights for Eq. 10.
+
+    The paper takes the reliability of a mixed label from the random instance alone: a label of the minority instance
+    that is probably wrong then counts fully, and one that is right may count for nothing. With `partner_reliability`
+    each label keeps its own: BCE is linear in its target, so
+
+        lambda w_R BCE(f, t_R) + (1 - lambda) w_M BCE(f, t_M) = w BCE(f, t)
+        with w = lambda w_R + (1 - lambda) w_M and t = (lambda w_R t_R + (1 - lambda) w_M t_M) / w.
+
+    Args:
+        random: Of B random instances, `(B, K)`.
+        minority: Of their partners.
+        lam: `(B,)` float in [0.5, 1].
+        partner_reliability: False: as printed.
+
+    Returns:
+        `(labels, weights)`, each `(B, K)` float32; labels in [0, 1], or -1 where unknown (as printed: where either of
+        both is; else where both are).
+
+    Example:
+        >>> code, lam = torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([0.6])
+        >>> sure = RefinedLabels(torch.tensor([[0.0]]), code, torch.tensor([[1.0]]))
+        >>> doubtful = RefinedLabels(torch.tensor([[1.0]]), code, torch.tensor([[0.1]]))
+        >>> [round(x.item(), 4) for x in mix_refined_labels(sure, doubtful, lam)]
+        [0.0625, 0.64]
+        >>> [round(x.item(), 4) for x in mix_refined_labels(sure, doubtful, lam, partner_reliability=False)]
+        [0.4, 1.0]
+    """
+    if not partner_reliability:
+        return _mixed_labels(random.labels, minority.labels, lam), random.weight
+    lam = lam.to(random.weight.dtype).view(-1, 1)
+    # An unknown label has the weight 0.
+    of_random, of_minority = lam * random.weight, (1 - lam) * minority.weight
+    weight = of_random + of_minority
+    labels = (of_random * random.labels + of_minority * minority.labels) / weight.clamp(min=1e-12)
+    return labels.clamp(0, 1).masked_fill((random.labels < 0) & (minority.labels < 0), -1), weight

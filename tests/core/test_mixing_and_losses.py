@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 
-from hf_balancemix.core import binary_cross_entropy, minority_mixup, mixing_coefficient
+from hf_balancemix.core import (
+    RefinedLabels,
+    binary_cross_entropy,
+    minority_mixup,
+    mix_refined_labels,
+    mixing_coefficient,
+)
 
 
 def test_lambda_is_keyed_and_at_least_one_half():
@@ -94,3 +100,54 @@ def test_bad_reduction_and_shapes_are_refused():
         binary_cross_entropy(torch.ones(1, 2), torch.ones(1, 2), reduction="max")
     with pytest.raises(ValueError, match="same shape"):
         binary_cross_entropy(torch.ones(1, 2), torch.ones(1, 3))
+
+
+def refined(labels: list[list[float]], weights: list[list[float]]) -> RefinedLabels:
+    labels = torch.tensor(labels)
+    return RefinedLabels(labels, torch.zeros(labels.shape, dtype=torch.uint8), torch.tensor(weights))
+
+
+def test_each_label_of_a_mix_weighs_by_its_own_reliability():
+    # The loss written out with two targets and two weights, and its gradient.
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 4, generator=g, dtype=torch.float64).requires_grad_()
+    given = (torch.rand(2, 6, 4, generator=g) < 0.5).float()
+    weights = torch.rand(2, 6, 4, generator=g)
+    weights[0, 0], weights[1, 1] = 0, 0
+    weights[:, 2, 3] = 0  # of a label that neither instance vouches for nothing is learned
+    lam = 0.5 + 0.5 * torch.rand(6, generator=g)
+    sides = [refined(given[i].tolist(), weights[i].tolist()) for i in (0, 1)]
+    expected = 0.0
+    for share, side in zip((lam, 1 - lam), sides, strict=True):
+        losses = torch_bce(logits, side.labels.double(), reduction="none")
+        expected = expected + (share[:, None] * side.weight * losses).sum() / 6
+    labels, weight = mix_refined_labels(*sides, lam)
+    loss = binary_cross_entropy(logits, labels, weight)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    got, want = (torch.autograd.grad(x, logits)[0] for x in (loss, expected))
+    assert torch.allclose(got, want, atol=1e-6)
+    assert got[2, 3] == 0
+
+
+def test_as_printed_a_mixed_label_takes_the_random_instances_reliability():
+    random, minority = refined([[1.0, 0.0]], [[0.3, 1.0]]), refined([[0.0, 1.0]], [[1.0, 0.0]])
+    labels, weight = mix_refined_labels(random, minority, torch.tensor([0.75]), partner_reliability=False)
+    assert labels.tolist() == [[0.75, 0.25]]
+    assert weight.equal(random.weight)
+
+
+def test_where_all_labels_are_certain_both_rules_are_eq_5():
+    random, minority = refined([[1.0, 0.0, 1.0]], [[1.0] * 3]), refined([[0.0, 1.0, 1.0]], [[1.0] * 3])
+    for own in (True, False):
+        labels, weight = mix_refined_labels(random, minority, torch.tensor([0.625]), partner_reliability=own)
+        assert labels.tolist() == [[0.625, 0.375, 1.0]]
+        assert weight.tolist() == [[1.0] * 3]
+
+
+def test_a_known_label_is_learned_though_its_partners_is_unknown():
+    random, minority = refined([[-1.0, 1.0, -1.0]], [[0.0, 1.0, 0.0]]), refined([[1.0, -1.0, -1.0]], [[1.0, 0.0, 0.0]])
+    labels, weight = mix_refined_labels(random, minority, torch.tensor([0.75]))
+    assert labels.tolist() == [[1.0, 1.0, -1.0]]
+    assert weight.tolist() == [[0.25, 0.75, 0.0]]
+    labels, _ = mix_refined_labels(random, minority, torch.tensor([0.75]), partner_reliability=False)
+    assert labels.tolist() == [[-1.0, -1.0, -1.0]]
