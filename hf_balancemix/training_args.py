@@ -237,6 +237,16 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     splc_threshold: float = field(
         default=0.6, metadata={"help": "splc: negatives with a probability above it count as positives."}
     )
+    splc_margin: float = field(default=1.0, metadata={"help": "splc: shift of the positives' logits."})
+    splc_gamma: float = field(default=2.0, metadata={"help": "splc: gamma >= 0."})
+    splc_first_epoch: int = field(
+        default=1, metadata={"help": "splc: first epoch, from 0, in which negatives can count as positives."}
+    )
+    hill_lam: float = field(
+        default=1.5, metadata={"help": "spl-hill: lambda >= 1 of the negatives, (lambda - p) p^2."}
+    )
+    hill_margin: float = field(default=1.0, metadata={"help": "spl-hill: shift of the positives' logits."})
+    hill_gamma: float = field(default=2.0, metadata={"help": "spl-hill: gamma >= 0 of the positives."})
     db_mu: float = field(default=0.2, metadata={"help": "db-loss: mu, 0.2 for COCO-MLT and 0.3 for VOC-MLT."})
     db_negative_scale: float = field(
         default=2.0, metadata={"help": "db-loss: scale of the negatives' logits, 2 for COCO-MLT and 5 for VOC-MLT."}

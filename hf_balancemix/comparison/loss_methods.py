@@ -36,7 +36,7 @@ def loss_of(method: str, args: BalanceMixTrainingArguments, labels: Tensor | Non
 
     Args:
         method: A name in `LOSS_METHODS`.
-        args: `focal_*`, `asl_*`, `splc_threshold`, `db_*` and `loss_reduction`, whose `"sum"` is over the classes.
+        args: `focal_*`, `asl_*`, `hill_*`, `splc_*`, `db_*` and `loss_reduction`, whose `"sum"` is over the classes.
         labels: `(N, K)` given training labels, which db-loss counts; the others do without.
 
     Returns:
@@ -53,9 +53,11 @@ def loss_of(method: str, args: BalanceMixTrainingArguments, labels: Tensor | Non
             x, t, args.asl_gamma_neg, args.asl_gamma_pos, args.asl_margin, args.asl_detach_weight, reduction
         )
     if method == "spl-hill":
-        return lambda x, t, epoch: hill_loss(x, t, reduction=reduction)
+        return lambda x, t, epoch: hill_loss(x, t, args.hill_lam, args.hill_margin, args.hill_gamma, reduction)
     if method == "splc":
-        return lambda x, t, epoch: splc_loss(x, t, epoch, args.splc_threshold, reduction=reduction)
+        return lambda x, t, epoch: splc_loss(
+            x, t, epoch, args.splc_threshold, args.splc_margin, args.splc_gamma, args.splc_first_epoch, reduction
+        )
     if method == "db-loss":
         if labels is None:
             raise ValueError("db-loss counts the training labels and there are none; pass train_dataset.")
