@@ -36,6 +36,8 @@ class CocoArguments(ExperimentArguments):
         name: values | {"num_train_epochs": 50, "label_warmup_epochs": 10, "global_batch_size": 64}
         for name, values in ExperimentArguments.PRESETS.items()
     }
+    # Published for COCO, with epochs and batch of its own.
+    PRESETS["ml-decoder"] = ExperimentArguments.PRESETS["ml-decoder"] | {"label_warmup_epochs": 10}
 
     output_dir: str = field(default="outputs/coco", metadata={"help": "Where models and checkpoints go."})
 
@@ -55,6 +57,7 @@ class SampleArguments(CocoArguments):
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": CocoArguments.PRESETS["paper"] | _SCHEDULE,
+        "ml-decoder": CocoArguments.PRESETS["ml-decoder"] | _SCHEDULE,
         "default": CocoArguments.PRESETS["default"]
         | _SCHEDULE
         | {

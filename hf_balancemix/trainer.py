@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from hf_balancemix.checks import check_arguments, check_eval_dataset, check_model, check_train_dataset
 from hf_balancemix.core import (
@@ -38,6 +41,7 @@ from hf_balancemix.data.feature_cache import CachedViews
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, normalise
+from hf_balancemix.ema import WeightAverage, check_average
 from hf_balancemix.export import export_onnx
 from hf_balancemix.metrics import LabelQuality, class_groups, mean_average_precision, multilabel_metrics
 from hf_balancemix.models.processing import squash_processor
@@ -48,6 +52,8 @@ from hf_balancemix.scan import broadcast_buffers, evaluation_mode, scan
 from hf_balancemix.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+AVERAGE_FILE = "ema.safetensors"
 
 
 class _EpochHook(TrainerCallback):
@@ -73,6 +79,9 @@ class MultiLabelTrainer(ResumableTrainer):
       afresh if there is none. Weights are loaded back through `from_pretrained`, because stock Trainer silently loads
       nothing where an architecture's keys are renamed on save (ViT, Swin, DINOv2, ...).
     - `evaluate` reports mAP over all, many-, medium- and few-shot classes, CF1 and OF1.
+    - With `args.ema_decay` the average of the weights is what is evaluated, saved, pushed and, after training, left in
+      the model. In a checkpoint `model.safetensors` has the weights from which training goes on, and `ema.safetensors`
+      their average; a push in mid-training has the average as its model.
 
     Args:
         model: Any image classifier of transformers with K labels.
@@ -115,7 +124,8 @@ class MultiLabelTrainer(ResumableTrainer):
         size = args.image_size or (
             None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
         )
-        processor = squash_processor(processing_class, size)
+        # Cached features were made with the normalisation of the processor.
+        processor = squash_processor(processing_class, size, args.normalise or isinstance(views, CachedViews))
         self._per_class_ap: np.ndarray | None = None  # of an evaluation that was not logged yet
         self.class_names, self.train_labels, self.clean_labels = None, None, None
         if train_dataset is not None:
@@ -145,12 +155,19 @@ class MultiLabelTrainer(ResumableTrainer):
             resample=int(processor.resample),
             num_ops=args.randaugment_num_ops,
             magnitude=args.randaugment_magnitude,
+            cutout=args.cutout,
         )
         self._mean = torch.tensor(processor.image_mean)
         self._std = torch.tensor(processor.image_std)
         self.train_sampler: EpochSampler | None = None
         self.add_callback(_EpochHook(self))
         self.add_callback(FigureCallback(self))
+        self._average: WeightAverage | None = None
+        self._in_checkpoint = False  # while one is being written
+        if args.ema_decay:
+            check_average(self)
+            self._average = WeightAverage(self.model, args.ema_decay)
+            self.add_callback(self._average)  # the last one: what the others do at the end is with the weights as such
 
     @staticmethod
     def _default_args() -> MultiLabelTrainingArguments:
@@ -165,7 +182,10 @@ class MultiLabelTrainer(ResumableTrainer):
         return digest.hexdigest()
 
     def _run_facts(self) -> dict[str, Any]:
-        return {
+        facts: dict[str, Any] = {"ema_decay": self.args.ema_decay or None}
+        if self.args.lr_scheduler_type == "one_cycle":  # which cannot be longer than it was drawn
+            facts |= {"num_train_epochs": self.args.num_train_epochs, "max_steps": self.args.max_steps}
+        return facts | {
             "trainer": type(self).__name__,
             "method": self.method_name,
             "num_instances": len(self.train_labels),
@@ -223,6 +243,41 @@ class MultiLabelTrainer(ResumableTrainer):
             return images
         images = images.contiguous(memory_format=self._memory_format)
         return normalise(images, self._mean.to(images.device), self._std.to(images.device))
+
+    # ---- optimiser ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: MultiLabelTrainingArguments, model: nn.Module | None = None) -> Any:
+        """Trainer's, and `torch.optim.Adam` for "adam"."""
+        if args.optim != "adam":
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's: all but biases and the weights of layer norms; without `decay_vectors`, no vector at all."""
+        names = super().get_decay_parameter_names(model)
+        if self.args.decay_vectors:
+            return names
+        vectors = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
+        return [name for name in names if name not in vectors]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Trainer's, and `OneCycleLR` for "one_cycle"."""
+        if self.args.lr_scheduler_type != "one_cycle":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            rise = float(self.args.warmup_steps)
+            rise = rise if rise < 1 else rise / num_training_steps
+            if rise >= 1:
+                rise = 1 - 1 / num_training_steps  # torch divides by the length of the fall
+            if round(rise * num_training_steps, 6) == 1:
+                rise = 0.0  # and by that of the rise less one step
+            settings = {"max_lr": self.args.learning_rate, "total_steps": num_training_steps, "pct_start": rise}
+            settings |= self.args.lr_scheduler_kwargs or {}
+            self.lr_scheduler = OneCycleLR(optimizer or self.optimizer, **settings)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # ---- training and evaluation ----
 
@@ -283,9 +338,14 @@ class MultiLabelTrainer(ResumableTrainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, after giving every rank the same batch-norm statistics."""
-        broadcast_buffers(self.model)
-        return super().evaluation_loop(*args, **kwargs)
+        """Trainer's, with the averaged weights if there are any, and the same batch-norm statistics on every rank."""
+        with self._averaged():
+            broadcast_buffers(self.model)
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the model has its averaged weights, if there are any."""
+        return nullcontext() if self._average is None else self._average.in_place()
 
     @property
     def class_counts(self) -> np.ndarray | None:
@@ -307,7 +367,38 @@ class MultiLabelTrainer(ResumableTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A resumed run gives every rank the checkpoint's batch-norm statistics, which are the first rank's.
         broadcast_buffers(self.model)
-        super()._save_checkpoint(model, trial)
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with nullcontext() if self._in_checkpoint else self._averaged():
+            super()._save(output_dir, state_dict)
+
+    def _set_model_aside(self, checkpoint: Path, folder: Path) -> None:
+        if self._average is None:
+            return super()._set_model_aside(checkpoint, folder)
+        with self._averaged():  # what the card's figures are of
+            super()._save(str(folder))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            save_file(self._average.state_dict(), Path(output_dir, AVERAGE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_average(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str | None) -> None:
+        if self._average is not None and checkpoint is not None:
+            self._average.load_state_dict(load_file(Path(checkpoint, AVERAGE_FILE)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; the record of an evaluation also keeps each class's average precision, for the card."""
@@ -335,7 +426,8 @@ class MultiLabelTrainer(ResumableTrainer):
         called on every rank."""
         try:
             if self.is_world_process_zero():
-                export_onnx(self.saved_model, path, self.views.image_size)
+                with self._averaged():
+                    export_onnx(self.saved_model, path, self.views.image_size)
         finally:  # an error on the first rank must not leave the others waiting
             self.accelerator.wait_for_everyone()
 

@@ -30,14 +30,29 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     preset (`str`, defaults to `"default"`): `"paper"` is the paper as printed: SGD, momentum 0.9, learning rate 0.01,
         cosine, weight decay 1e-4, no gradient clipping, loss summed over the classes. `"default"` is what measured
-        best (docs/choices.md).
+        best (docs/choices.md). `"ml-decoder"` is the recipe that ASL and ML-Decoder were published with, which the
+        paper's Table 6 builds on: Adam, one cycle of the learning rate, averaged weights, cutout, images not
+        normalised, 40 epochs of batches of 56.
     global_batch_size (`int`, *optional*): instances in one optimiser step over all ranks and accumulation steps;
         `per_device_train_batch_size` follows from it unless that is given.
+    optim: those of transformers, and `"adam"`, `torch.optim.Adam`, whose weight decay is part of the gradient.
+    lr_scheduler_type: those of transformers, and `"one_cycle"`, torch's `OneCycleLR` with `learning_rate` as its
+        maximum and `warmup_steps` (a share of all steps if below 1) as its rise; momentum, or Adam's first beta, runs
+        against it. `lr_scheduler_kwargs` go to it.
+    decay_vectors (`bool`): weight decay on parameters of one dimension, such as the weights of batch norm, where
+        Trainer has it; False: on none of them.
+    ema_decay (`float`, in [0, 1)): evaluate and save an exponential moving average of the weights, see
+        :class:`~hf_balancemix.ema.WeightAverage`; 0: none.
 
     > Parameters that control images and evaluation
 
     image_size (`int`, *optional*): images are squashed to this many pixels a side, in training and in evaluation;
         by default the size of the image processor.
+    normalise (`bool`): normalise images by the image processor's mean and standard deviation; False: pixels in [0, 1],
+        in training and in the image processor that is saved. Cached features of a frozen backbone are always made with
+        the image processor's.
+    cutout (`float`, in [0, 1]): side of the square that is cut out before RandAugment, as a share of the image's; 0:
+        none.
     channels_last (`bool`, defaults to `False`): memory format of model and images; convolutions are often much faster.
     randaugment_num_ops, randaugment_magnitude: RandAugment, for every method of the paper.
     many_shot, few_shot (`int`): class groups by clean positive training labels: more than `many_shot` is many-shot,
@@ -59,6 +74,11 @@ class MultiLabelTrainingArguments(TrainingArguments):
             "weight_decay": 1e-4,
             "max_grad_norm": 0.0,
             "loss_reduction": "sum",
+            "warmup_steps": 0,
+            "decay_vectors": True,
+            "ema_decay": 0.0,
+            "normalise": True,
+            "cutout": 0.0,
         },
         "paper": {
             "learning_rate": 0.01,
@@ -68,16 +88,55 @@ class MultiLabelTrainingArguments(TrainingArguments):
             "weight_decay": 1e-4,
             "max_grad_norm": 0.0,
             "loss_reduction": "sum",
+            "warmup_steps": 0,
+            "decay_vectors": True,
+            "ema_decay": 0.0,
+            "normalise": True,
+            "cutout": 0.0,
+        },
+        "ml-decoder": {
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "one_cycle",
+            "warmup_steps": 0.2,
+            "optim": "adam",
+            "optim_args": None,
+            "weight_decay": 1e-4,
+            "decay_vectors": False,
+            "max_grad_norm": 0.0,
+            "loss_reduction": "sum",
+            "ema_decay": 0.9997,
+            "normalise": False,
+            "cutout": 0.5,
+            "num_train_epochs": 40.0,
+            "global_batch_size": 56,
         },
     }
+    # Names that TrainingArguments refuses, with one that it takes meanwhile.
+    _OWN_NAMES: ClassVar[dict[str, tuple[str, str]]] = {
+        "optim": ("adam", "adamw_torch"),
+        "lr_scheduler_type": ("one_cycle", "linear"),
+    }
 
-    preset: str = field(default="default", metadata={"help": "Where unset values come from: 'default' or 'paper'."})
+    preset: str = field(
+        default="default", metadata={"help": "Where unset values come from: 'default', 'paper' or 'ml-decoder'."}
+    )
 
-    learning_rate: float | None = _preset_field("Initial learning rate.")
-    lr_scheduler_type: str | None = _preset_field("Learning-rate schedule.")
-    optim: str | None = _preset_field("Optimiser.")
+    learning_rate: float | None = _preset_field("Initial learning rate; the highest of a one_cycle schedule.")
+    lr_scheduler_type: str | None = _preset_field("Learning-rate schedule: one of transformers', or 'one_cycle'.")
+    warmup_steps: float | None = _preset_field(
+        "Steps in which the learning rate rises; below 1, their share of all steps."
+    )
+    optim: str | None = _preset_field("Optimiser: one of transformers', or 'adam' (weight decay in the gradient).")
     optim_args: str | None = _preset_field("Arguments of the optimiser, such as 'momentum=0.9'.")
     weight_decay: float | None = _preset_field("Weight decay.")
+    decay_vectors: bool | None = _preset_field(
+        "Weight decay also on the weights of batch norm and other one-dimensional parameters, as Trainer does."
+    )
+    ema_decay: float | None = _preset_field(
+        "Evaluate and save an exponential moving average of the weights with this decay in [0, 1); 0: none. As "
+        "published it has no warm-up: after far fewer than 1 / (1 - decay) steps it is close to the weights of the "
+        "start, so lower it for short runs."
+    )
     max_grad_norm: float | None = _preset_field("Gradient norm to clip at; 0 does not clip.")
     num_train_epochs: float | None = _preset_field("Epochs. 20 where no preset says.")
     per_device_train_batch_size: int | None = field(
@@ -93,6 +152,12 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     image_size: int | None = field(
         default=None, metadata={"help": "Side in pixels that images are squashed to. Default: the image processor's."}
+    )
+    normalise: bool | None = _preset_field(
+        "Normalise images as the image processor says; False: pixels in [0, 1], which is then saved too."
+    )
+    cutout: float | None = _preset_field(
+        "Side of the square cut out of each training view before RandAugment, as a share of the image's; 0: none."
     )
     channels_last: bool = field(
         default=False, metadata={"help": "Memory format of convolutional networks; often much faster."}
@@ -115,6 +180,8 @@ class MultiLabelTrainingArguments(TrainingArguments):
         values = {"num_train_epochs": 20.0, "global_batch_size": 64} | self.PRESETS[self.preset]
         if "optim_args" in values and self.optim is not None and self.optim != values["optim"]:
             del values["optim_args"]  # SGD's momentum means nothing to the optimiser that was asked for
+        if self.lr_scheduler_type is not None and self.lr_scheduler_type != values["lr_scheduler_type"]:
+            values["warmup_steps"] = 0  # a share of one cycle means nothing to the schedule that was asked for
         asked = self.global_batch_size
         # Not a field: scripts that know the noise may still choose for what the user left open.
         self.unset = frozenset(name for name in values if getattr(self, name) is None)
@@ -124,9 +191,18 @@ class MultiLabelTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns is True, which would drop the image column; leave it out.")
         if self.many_shot < self.few_shot:
             raise ValueError(f"many_shot ({self.many_shot}) must not be smaller than few_shot ({self.few_shot}).")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1), and 0 averages nothing.")
+        if not 0 <= self.cutout <= 1:
+            raise ValueError(f"cutout is {self.cutout}; it must be a share of the image's side, in [0, 1].")
         given = self.per_device_train_batch_size
         self.per_device_train_batch_size = given or 1
+        own = {name: new for name, (new, _) in self._OWN_NAMES.items() if getattr(self, name) == new}
+        for name in own:
+            setattr(self, name, self._OWN_NAMES[name][1])
         super().__post_init__()
+        for name, new in own.items():
+            setattr(self, name, new)
         shares = max(self.world_size, 1) * self.gradient_accumulation_steps
         if given is None:
             if self.global_batch_size % shares:
@@ -164,6 +240,7 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": MultiLabelTrainingArguments.PRESETS["default"] | _METHOD | _OURS,
         "paper": MultiLabelTrainingArguments.PRESETS["paper"] | _METHOD | _PRINTED,
+        "ml-decoder": MultiLabelTrainingArguments.PRESETS["ml-decoder"] | _METHOD | _OURS,
     }
 
     label_warmup_epochs: int | None = _preset_field("Epochs before label-wise management begins.")

@@ -42,6 +42,9 @@ HOOKS = {
     # public, but their signatures are ours too
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "create_scheduler": ["num_training_steps", "optimizer"],
+    "get_decay_parameter_names": ["model"],
+    "get_optimizer_cls_and_kwargs": ["args", "model"],
     "init_hf_repo": ["token", "private"],
     "push_to_hub": ["commit_message", "blocking", "token", "revision", "private"],
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_resume import final, run
 
 FLAGS = ("--arch", "vit", "--dropout", "0", "--instances", "32", "--epochs", "2", "--clip", "0")
@@ -36,3 +37,27 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path):
 
     assert torch.allclose(one["parameters"], ranks[0]["parameters"], atol=1e-5, rtol=0)
     assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])
+
+
+@pytest.mark.dist
+def test_two_ranks_have_the_average_of_one_process(tmp_path):
+    flags = (*FLAGS, "--ema", "0.8", "--save_steps", "3")
+    run(tmp_path / "one", *flags, "--batch", "8")
+    run(tmp_path / "two", *flags, "--batch", "4", ranks=2)
+    one, ranks = final(tmp_path / "one"), [final(tmp_path / "two", rank) for rank in (0, 1)]
+    # After training the model has the average, on every rank.
+    assert torch.allclose(one["parameters"], ranks[0]["parameters"], atol=1e-5, rtol=0)
+    assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])
+    for step in (3, 6):
+        files = {}
+        for name in ("model", "ema"):
+            folders = (tmp_path / ranks / f"checkpoint-{step}" for ranks in ("one", "two"))
+            files[name], two = (load_file(folder / f"{name}.safetensors") for folder in folders)
+            assert files[name].keys() == two.keys()
+            assert all(torch.allclose(value, two[key], atol=1e-5, rtol=0) for key, value in files[name].items())
+        apart = (files["model"]["classifier.weight"] - files["ema"]["classifier.weight"]).abs().max()
+        assert apart > 1e-3
+    figures = [[line["eval_mAP"] for line in end["log"] if "eval_mAP" in line] for end in (one, *ranks)]
+    assert len(figures[0]) == 2
+    assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+    assert figures[0] == pytest.approx(figures[2], abs=1e-6)

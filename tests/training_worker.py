@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--save_steps", type=int, default=2)
     parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill")
     parser.add_argument("--kill_rank", type=int, default=0)
@@ -111,6 +112,7 @@ def main() -> None:
         eval_strategy="epoch",
         save_total_limit=3,
         max_grad_norm=options.clip,
+        ema_decay=options.ema,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
         **({"ddp_backend": "gloo"} if ranks > 1 else {}),

@@ -158,6 +158,8 @@ def cache_features(
         "num_views": num_views,
         "normalisation": [list(map(float, mean)), list(map(float, std))],
     }
+    if views.cutout:  # caches without it were made before it was there
+        facts["cutout"] = views.cutout
     name = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
     cache = Path(folder).expanduser() / f"features-{name}"
     num_rows = len(train) * (1 + num_views) + len(evaluation)

@@ -106,10 +106,18 @@ class ViewMaker:
         resample: PIL resampling filter, as the image processor names it.
         num_ops: RandAugment operations a view.
         magnitude: RandAugment magnitude, 0 to 30.
+        cutout: Side of the square that is cut out before RandAugment, as a share of S in [0, 1]; see :func:`cut_out`.
     """
 
     def __init__(
-        self, image_size: int, seed: int, *, resample: int = BICUBIC, num_ops: int = 2, magnitude: int = 9
+        self,
+        image_size: int,
+        seed: int,
+        *,
+        resample: int = BICUBIC,
+        num_ops: int = 2,
+        magnitude: int = 9,
+        cutout: float = 0.0,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be a positive number of pixels.")
@@ -118,7 +126,9 @@ class ViewMaker:
                 f"RandAugment is given {num_ops} operations of magnitude {magnitude}; needed: 0 or more operations, "
                 "magnitude 0 to 30. Change randaugment_num_ops or randaugment_magnitude."
             )
-        self.image_size, self.seed, self.resample = image_size, seed, resample
+        if not 0 <= cutout <= 1:
+            raise ValueError(f"cutout is {cutout}; it must be a share of the image's side, in [0, 1].")
+        self.image_size, self.seed, self.resample, self.cutout = image_size, seed, resample, cutout
         # On PIL images: several times faster on a CPU than on tensors. It draws from torch's global generator only.
         self.augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
 
@@ -135,13 +145,31 @@ class ViewMaker:
         return to_tensor(self.squash(image))
 
     def augmented(self, image: Any, *key: int | str, num_views: int) -> list[Tensor]:
-        """RandAugment views of one image, each `(3, S, S)` uint8, a pure function of the image, the seed and `key`."""
+        """Views of one image by cutout and RandAugment, each `(3, S, S)` uint8.
+
+        They are a pure function of the image, the seed and `key`.
+        """
         squashed = self.squash(image)
         views = []
         for view in range(num_views):
             with keyed_rng(self.seed, *key, view):
-                views.append(to_tensor(self.augment(squashed)))
+                cut = cut_out(squashed, self.cutout) if self.cutout else squashed
+                views.append(to_tensor(self.augment(cut)))
         return views
+
+
+def cut_out(image: Image.Image, share: float) -> Image.Image:
+    """A copy with a square of one random colour, drawn from torch's global generator, as ASL was trained with.
+
+    Its side is `share` times the image's, its centre any pixel; what lies outside the image is lost. Cutout (DeVries
+    and Taylor, 2017) itself cuts out in grey.
+    """
+    side = int(share * image.width + 0.5)
+    left, top = (int(torch.randint(size, ())) - side // 2 for size in image.size)
+    colour = tuple(torch.randint(256, (3,)).tolist())
+    cut = image.copy()
+    cut.paste(colour, (max(left, 0), max(top, 0), min(left + side, image.width), min(top + side, image.height)))
+    return cut
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

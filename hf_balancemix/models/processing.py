@@ -12,13 +12,16 @@ from hf_balancemix.data.views import BICUBIC, BILINEAR
 _TIMM_INTERPOLATION = {"bicubic": BICUBIC, "bilinear": BILINEAR}
 
 
-def squash_processor(processor: Any | None = None, image_size: int | None = None) -> ViTImageProcessor:
+def squash_processor(
+    processor: Any | None = None, image_size: int | None = None, normalise: bool = True
+) -> ViTImageProcessor:
     """An image processor that squashes to S x S and normalises as `processor` does.
 
     Args:
         processor: Any image processor of transformers, timm's wrapper included; None: ImageNet's mean and standard
             deviation.
         image_size: S; by default the size of `processor`.
+        normalise: False: mean 0 and standard deviation 1, that is pixels in [0, 1].
 
     Returns:
         A processor that `AutoImageProcessor.from_pretrained` loads and pipelines use.
@@ -38,6 +41,8 @@ def squash_processor(processor: Any | None = None, image_size: int | None = None
         resample = getattr(processor, "resample", None)
         resample = BICUBIC if resample is None else int(resample)
         size = _side(getattr(processor, "crop_size", None)) or _side(getattr(processor, "size", None))
+    if not normalise:
+        mean, std = [0.0] * 3, [1.0] * 3
     size = image_size or size
     if not size:
         raise ValueError("no image size is known: pass image_size (--image_size), the pixels a side of the squash.")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import NAMES, make_dataset
 from scipy.stats import pearsonr, rankdata
 from sklearn.metrics import average_precision_score
@@ -118,6 +119,60 @@ def test_settings_of_the_paper_by_data_set_and_noise(tmp_path):
     coco = args("flip", "coco", num_train_epochs=7)
     assert (coco.num_train_epochs, coco.label_warmup_epochs, coco.global_batch_size) == (7, 10, 64)
     assert args("single-positive", cell=[("relabel_threshold", 0.7)], relabel_threshold=0.6).relabel_threshold == 0.7
+
+
+def test_table_6_is_trained_with_the_recipe_unless_the_grid_says_otherwise(tmp_path):
+    cells = cells_of([TABLES[6]], "coco2014", [0])
+    assert len(cells) == 10
+    assert max(len(cell.name) for cell in cells) < 200  # a file name
+
+    def args(cell: Cell, **settings):
+        return arguments_of(cell, Setup("coco2014", settings={"use_cpu": True} | settings), tmp_path)
+
+    for cell in cells:
+        a = args(cell)
+        assert (a.preset, a.optim, a.lr_scheduler_type, a.warmup_steps) == ("ml-decoder", "adam", "one_cycle", 0.2)
+        assert (a.learning_rate, a.weight_decay, a.decay_vectors, a.optim_args) == (1e-4, 1e-4, False, None)
+        assert (a.ema_decay, a.normalise, a.cutout) == (0.9997, False, 0.5)
+        assert (a.num_train_epochs, a.global_batch_size, a.label_warmup_epochs) == (40, 56, 10)
+        assert (a.trust_positives, a.image_size) == (True, dict(cell.model)["image_size"])
+    # What the grid is told holds for its cells, and is part of no name.
+    own = {"num_train_epochs": 2, "global_batch_size": 8, "ema_decay": 0.5}
+    (cell,) = cells_of([TABLES[6]], "coco2014", [0], ["ml-decoder, resnet101@448"], own)
+    assert cell.settings == (("preset", "ml-decoder"),)
+    a = args(cell, **own)
+    assert (a.num_train_epochs, a.global_batch_size, a.ema_decay, a.cutout) == (2, 8, 0.5, 0.5)
+    (cell,) = cells_of([TABLES[6]], "coco2014", [0], ["ml-decoder, resnet101@448"], {"preset": "paper"})
+    assert args(cell, preset="paper").optim == "sgd"
+    # All other tables' cells are as they were.
+    others = cells_of([table for n, table in TABLES.items() if n != 6], "coco", [0])
+    assert {name for cell in others for name, _ in cell.settings} == {"relabel_threshold", "mixup_alpha"}
+    usual = arguments_of(others[0], Setup("coco", settings={"use_cpu": True}), tmp_path)
+    assert (usual.optim, usual.ema_decay, usual.normalise, usual.cutout) == ("sgd", 0.0, True, 0.0)
+
+
+def test_a_cell_of_table_6_runs_and_is_judged_by_the_average(tmp_path, monkeypatch):
+    setup, data = tiny_setup(monkeypatch, tmp_path)
+    row = TABLES[6].rows[1]
+    cell = cell_of(row, CLEAN, "sample", 0, {"num_train_epochs": 1, "global_batch_size": 8, "ema_decay": 0.5})
+    cell = replace(cell, model=(("model_name_or_path", "test_resnet"), ("image_size", 32), ("head", "linear")))
+    setup = replace(setup, settings={"use_cpu": True, "global_batch_size": 8, "num_train_epochs": 2, "ema_decay": 0.5})
+    made, make = [], cell_module.trainer_for
+
+    def trainer_for(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(cell_module, "trainer_for", trainer_for)
+    run_cell(cell, setup, data, tmp_path / "work", tmp_path / "cell.json")
+    (trainer,) = made
+    stored = json.loads((tmp_path / "cell.json").read_text())
+    assert (stored["settings"]["optim"], stored["settings"]["ema_decay"]) == ("adam", 0.5)
+    average = trainer._average.state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in trainer.model.state_dict().items())
+    prediction = trainer.predict(data.evaluation)
+    ap = [average_precision_score(prediction.label_ids[:, k], prediction.predictions[:, k]) for k in range(5)]
+    assert stored["per_class_ap"] == pytest.approx(ap)
 
 
 # ---- means, standard errors, ranks ----

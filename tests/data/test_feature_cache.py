@@ -35,9 +35,11 @@ class Backbone:
         return torch.cat([means, means.prod(1, keepdim=True)], 1)
 
 
-def cache(folder: Path, train, val, backbone=None, *, digest: str = "one", seed: int = 0, num_views: int = 3, size=16):
+def cache(
+    folder: Path, train, val, backbone=None, *, digest: str = "one", seed=0, num_views=3, size=16, **of_views
+):  # fmt: skip
     backbone = backbone or Backbone()
-    views = ViewMaker(size, seed)
+    views = ViewMaker(size, seed, **of_views)
     return cache_features(folder, backbone, digest, train, val, views, MEAN, STD, num_views=num_views, batch_size=10)
 
 
@@ -125,7 +127,9 @@ def test_the_cache_is_made_once_and_anew_when_anything_changes(tmp_path, parts):
     assert torch.equal(again, features)
     cache(tmp_path, marked, val, second)  # a data set that has the column already
     assert second.calls == 0
-    for change in ({"digest": "two"}, {"seed": 1}, {"num_views": 2}, {"size": 20}):
+    cache(tmp_path, train, val, second, cutout=0.0)
+    assert second.calls == 0
+    for change in ({"digest": "two"}, {"seed": 1}, {"num_views": 2}, {"size": 20}, {"cutout": 0.5}, {"cutout": 0.25}):
         other = Backbone()
         cache(tmp_path, train, val, other, **change)
         assert other.calls > 0, change

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 from transformers import AutoImageProcessor
 
+from hf_balancemix.core.keys import keyed_rng
 from hf_balancemix.data import decode
-from hf_balancemix.data.views import BICUBIC, BILINEAR, ViewMaker, normalise
+from hf_balancemix.data.views import BICUBIC, BILINEAR, ViewMaker, cut_out, normalise, to_tensor
 from hf_balancemix.models import squash_processor
 
 ORIENTATION = 0x0112
@@ -200,26 +202,28 @@ def test_plain_views_of_the_size_of_the_image_are_the_image():
 KEYS = [(0, 7, "random"), (1, 7, "random"), (0, 8, "random"), (0, 7, "minority")]
 
 
-def test_views_differ_by_epoch_index_role_view_and_seed_and_by_nothing_else():
-    views, image = ViewMaker(24, seed=5), picture()
+@pytest.mark.parametrize("cutout", [0.0, 0.5])
+def test_views_differ_by_epoch_index_role_view_and_seed_and_by_nothing_else(cutout):
+    views, image = ViewMaker(24, seed=5, cutout=cutout), picture()
     drawn = {key: views.augmented(image, *key, num_views=2) for key in KEYS}
     distinct = [view for pair in drawn.values() for view in pair]
-    distinct += ViewMaker(24, seed=6).augmented(image, *KEYS[0], num_views=2)
+    distinct += ViewMaker(24, seed=6, cutout=cutout).augmented(image, *KEYS[0], num_views=2)
     for i, one in enumerate(distinct):
         for other in distinct[:i]:
             assert not torch.equal(one, other)
     # Again in another order, from another object, after other draws, one view instead of two.
     torch.rand(3)
-    again = ViewMaker(24, seed=5)
+    again = ViewMaker(24, seed=5, cutout=cutout)
     for key in reversed(KEYS):
         assert torch.equal(again.augmented(image, *key, num_views=1)[0], drawn[key][0])
 
 
-def test_views_leave_the_global_generators_alone():
+@pytest.mark.parametrize("cutout", [0.0, 0.5])
+def test_views_leave_the_global_generators_alone(cutout):
     torch.manual_seed(11)
     expected = torch.rand(4)
     torch.manual_seed(11)
-    ViewMaker(24, seed=0).augmented(picture(), 0, 1, "random", num_views=2)
+    ViewMaker(24, seed=0, cutout=cutout).augmented(picture(), 0, 1, "random", num_views=2)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -228,8 +232,85 @@ def test_a_view_maker_refuses_what_randaugment_would_fail_on_later():
         ViewMaker(0, seed=0)
     with pytest.raises(ValueError, match=r"magnitude 31.*0 to 30"):
         ViewMaker(8, seed=0, magnitude=31)
+    with pytest.raises(ValueError, match=r"cutout is 16; it must be a share of the image's side"):
+        ViewMaker(8, seed=0, cutout=16)
     for magnitude in (0, 30):
         ViewMaker(8, seed=0, magnitude=magnitude).augmented(picture(), 0, num_views=3)
+
+
+# ---- cutout ----
+
+
+def cut_of(before: np.ndarray, after: np.ndarray) -> tuple[int, int, int, int, tuple[int, ...]]:
+    """Left, top, right, bottom and colour of what differs, which is one rectangle of one colour."""
+    rows, columns = np.nonzero((before != after).any(-1))
+    left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    inside = after[top:bottom, left:right].reshape(-1, 3)
+    assert (inside == inside[0]).all()
+    outside = before.copy()
+    outside[top:bottom, left:right] = inside[0]
+    assert np.array_equal(outside, after)
+    return left, top, right, bottom, tuple(inside[0].tolist())
+
+
+@pytest.mark.parametrize(("share", "side"), [(0.5, 10), (0.25, 5), (0.06, 1), (1.0, 20)])
+def test_a_square_of_one_random_colour_is_cut_out_anywhere(share, side):
+    size, draws = 20, 1500
+    black = np.zeros((size, size, 3), np.uint8)  # one of 2^24 colours would not be seen
+    image = Image.fromarray(black)
+    torch.manual_seed(0)
+    cuts = [cut_of(black, np.asarray(cut_out(image, share))) for _ in range(draws)]
+    assert np.array_equal(np.asarray(image), black)  # a copy was cut
+    left, top, right, bottom = np.array([cut[:4] for cut in cuts]).T
+    colours = np.array([cut[4] for cut in cuts])
+
+    # The centre is any pixel; of a square over the edge only its inside is there.
+    spans = [(max(c - side // 2, 0), min(c - side // 2 + side, size)) for c in range(size)]
+    covered = np.mean([[a <= x < b for x in range(size)] for a, b in spans], axis=0)
+    tolerance = 5 * np.sqrt(covered * (1 - covered) / draws) + 1e-12
+    for first, last in ((left, right), (top, bottom)):
+        assert set(zip(first.tolist(), last.tolist(), strict=True)) == set(spans)
+        share_of = np.mean((first[:, None] <= np.arange(size)) & (np.arange(size) < last[:, None]), axis=0)
+        assert (np.abs(share_of - covered) <= tolerance).all()
+    whole = (right - left == side) & (bottom - top == side)
+    expected = np.mean([b - a == side for a, b in spans]) ** 2  # both sides independently
+    assert abs(whole.mean() - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)
+    # Three independent values of 0 to 255.
+    assert colours.min() < 5
+    assert colours.max() > 250
+    assert np.abs(colours.mean(0) - 127.5).max() < 5 * 73.9 / np.sqrt(draws)
+    assert np.abs(np.corrcoef(np.vstack([colours.T, left, top])) - np.eye(5)).max() < 5 / np.sqrt(draws)
+
+
+def test_a_share_of_less_than_half_a_pixel_cuts_nothing():
+    image = picture(20, 20)
+    for _ in range(50):
+        assert np.array_equal(np.asarray(cut_out(image, 0.02)), np.asarray(image))
+
+
+def test_the_square_is_cut_out_of_the_squashed_image_before_randaugment():
+    image, key = picture(40, 60), (3, 7, "minority")
+    bare = ViewMaker(24, seed=5, num_ops=0, cutout=0.5)
+    plain = bare.plain(image).permute(1, 2, 0).numpy()
+    assert torch.equal(bare.plain(image), ViewMaker(24, seed=5).plain(image))
+    cuts = [cut_of(plain, view.permute(1, 2, 0).numpy()) for view in bare.augmented(image, *key, num_views=4)]
+    assert len(set(cuts)) == 4
+    for view, augmented in enumerate(ViewMaker(24, seed=5, cutout=0.5).augmented(image, *key, num_views=2)):
+        with keyed_rng(5, *key, view):
+            left, top, colour = torch.randint(24, ()) - 6, torch.randint(24, ()) - 6, torch.randint(256, (3,))
+            cut = plain.copy()
+            cut[max(top, 0) : max(top + 12, 0), max(left, 0) : max(left + 12, 0)] = colour
+            expected = v2.RandAugment(num_ops=2, magnitude=9)(Image.fromarray(cut))
+        assert torch.equal(augmented, to_tensor(expected))
+
+
+def test_without_cutout_a_view_is_randaugments_alone_as_it_always_was():
+    image, key = picture(24, 24), (1, 2, "random")
+    for maker in (ViewMaker(24, seed=9), ViewMaker(24, seed=9, cutout=0.0)):
+        for view, augmented in enumerate(maker.augmented(image, *key, num_views=3)):
+            with keyed_rng(9, *key, view):
+                expected = v2.RandAugment(num_ops=2, magnitude=9)(image)
+            assert torch.equal(augmented, to_tensor(expected))
 
 
 # ---- what the saved processor does ----
