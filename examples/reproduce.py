@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +26,13 @@ from hf_balancemix import BalanceMixTrainingArguments
 from hf_balancemix.cli import parse_arguments, run
 from hf_balancemix.comparison import METHODS
 from hf_balancemix.comparison.cell import SOURCES, GridData, Setup
+from hf_balancemix.comparison.frozen import FrozenArguments
 from hf_balancemix.comparison.grid import Jobs, in_this_process, launched, render, run_cells
 from hf_balancemix.comparison.tables import FIGURES, TABLES, cells_of
 
 
 @dataclass
-class GridArguments:
+class GridArguments(FrozenArguments):
     """What to reproduce, on which data and with which network."""
 
     table: list[int] | None = field(default=None, metadata={"help": "Tables of the paper, 1 to 15."})
@@ -65,14 +65,6 @@ class GridArguments:
     from_scratch: bool = field(default=False, metadata={"help": "Draw the weights anew."})
     model_kwargs: str | None = field(default=None, metadata={"help": "JSON with arguments of timm.create_model."})
     image_size: int = field(default=448, metadata={"help": "Images are squashed to so many pixels a side."})
-    frozen_backbone: bool = field(
-        default=False, metadata={"help": "Train a head on cached features: seconds a run, on any machine."}
-    )
-    num_views: int = field(default=6, metadata={"help": "Cached RandAugment views of a training image."})
-    hidden_size: int = field(default=256, metadata={"help": "Hidden units of the head on cached features; 0: linear."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where features are kept. Default: ~/.cache/hf_balancemix/features."}
-    )
 
     preset: str = field(default="default", metadata={"choices": [*BalanceMixTrainingArguments.PRESETS]})
     set: list[str] | None = field(
@@ -86,6 +78,7 @@ class GridArguments:
     eval_classes: list[str] | None = field(default=None, metadata={"help": "Instead: mAP counts these classes."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, numbers, known in (("table", self.table, TABLES), ("figure", self.figure, FIGURES)):
             unknown = [n for n in numbers or () if n not in known]
             if unknown:
@@ -168,9 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     counts, failed = None, False
     if not asked.render_only:
         data_dir = asked.data_dir and str(Path(asked.data_dir).expanduser().absolute())
-        cache_dir = asked.cache_dir or os.path.join(
-            os.environ.get("HF_BALANCEMIX_CACHE") or os.path.expanduser("~/.cache/hf_balancemix"), "features"
-        )
+        cache_dir = str(asked.features_folder)
         data = GridData(setup, data_dir, cache_dir)  # says which files are absent, before anything runs
         counts = data.class_counts().tolist()
         data.eval_classes()

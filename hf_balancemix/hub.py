@@ -505,6 +505,12 @@ class HubTrainer(Trainer):
             return None
         return job.result()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md into `output_dir`, on rank 0; a failure is logged. Trainer's arguments have no effect: the
+        card is written from what was recorded."""
+        if self.is_world_process_zero():
+            self._try_card(Path(self.args.output_dir))
+
     def _announce_push(self) -> None:
         try:
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -521,7 +527,7 @@ class HubTrainer(Trainer):
         message = f"Training in progress, {message}"
         with repository.reported(message):
             folder = repository.new_folder(message)
-            set_aside(checkpoint, folder, skip=self._not_pushed, link=True)
+            self._set_model_aside(checkpoint, folder)
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 set_aside(checkpoint, folder / (LAST_CHECKPOINT if is_last else checkpoint.name), link=True)
@@ -531,6 +537,10 @@ class HubTrainer(Trainer):
                 repository.unpushed = folder
             else:
                 repository.push(folder, message)
+
+    def _set_model_aside(self, checkpoint: Path, folder: Path) -> None:
+        """Called on rank 0 only: put the model of a checkpoint into the folder of a push."""
+        set_aside(checkpoint, folder, skip=self._not_pushed, link=True)
 
     def _finish_current_push(self) -> None:
         if self._repository is not None:
@@ -551,7 +561,7 @@ class HubTrainer(Trainer):
         try:
             self._write_card(folder)
         except Exception:
-            logger.warning("The model card could not be written; the push goes on without a new one.", exc_info=True)
+            logger.warning("The model card could not be written; an earlier one stays.", exc_info=True)
 
     def _write_card(self, folder: Path) -> None:
         """Called on rank 0 only, before each push: write README.md, and what it shows, into a folder.

@@ -6,8 +6,9 @@ import json
 
 import pytest
 from conftest import arguments, make_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_balancemix import BalanceMixTrainingArguments
+from hf_balancemix import BalanceMixTrainingArguments, MultiLabelTrainer
 from hf_balancemix.comparison import ModelArguments, NoiseArguments, run_methods
 from hf_balancemix.comparison.experiment import add_noise, prepare, with_settings_for
 from hf_balancemix.data import NoiseMap
@@ -43,10 +44,11 @@ def test_a_saved_noise_map_gives_the_very_same_labels(tmp_path):
 
 def test_limits_take_a_seeded_part(tmp_path):
     data = make_dataset(tmp_path / "t", 24)
-    first, again, other = (prepare(data, NoiseArguments(), 7, seed) for seed in (0, 0, 1))
+    first, again, other = (prepare(data, NoiseArguments(), 7, seed)[0] for seed in (0, 0, 1))
     assert len(first) == 7
     assert first["image_id"] == again["image_id"] != other["image_id"]
-    assert len(prepare(data, NoiseArguments(), 1000, 0)) == 24
+    whole, skipped = prepare(data, NoiseArguments(), 1000, 0)
+    assert (len(whole), skipped) == (24, 0)
 
 
 def test_unknown_methods_and_bad_json_are_refused():
@@ -80,3 +82,34 @@ def test_images_that_cannot_be_read_are_counted_at_the_end(tmp_path, capsys):
     model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce"])
     run_methods(lambda: [train, val], NoiseArguments(on_bad_image="skip"), model, args)
     assert "Left out because they cannot be read: 1 training and 0 evaluation images.\n" in capsys.readouterr().out
+
+
+def test_co_teaching_and_an_average_are_refused_before_anything_is_trained(tmp_path):
+    args = arguments(tmp_path, preset="ml-decoder")
+    model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce", "co-teaching"])
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.9997, but co-teaching .* set ema_decay to 0"):
+        run_methods(lambda: pytest.fail("was loaded"), NoiseArguments(), model, args)
+
+
+def test_a_frozen_backbone_keeps_its_normalisation_under_the_ml_decoder_recipe(tmp_path):
+    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
+    model = ModelArguments(
+        model_name_or_path="test_resnet", from_scratch=True, method=["asl"], frozen_backbone=True, num_views=2,
+        hidden_size=0, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    scores = []
+    for decay in (0.5, 0.0):
+        recipe = {"preset": "ml-decoder", "ema_decay": decay, "learning_rate": 0.01}
+        args = arguments(tmp_path / str(decay), image_size=32, num_train_epochs=1, **recipe)
+        results = run_methods(lambda: [train, val], NoiseArguments(), model, args)
+        scores.append(results["asl"]["eval_loss"])
+        folder = tmp_path / str(decay) / "asl"
+        assert AutoImageProcessor.from_pretrained(folder).image_mean[0] > 0
+        saved = AutoModelForImageClassification.from_pretrained(folder)
+        trainer = MultiLabelTrainer(
+            model=saved, args=arguments(tmp_path / "e", image_size=32), eval_dataset=val,
+            processing_class=AutoImageProcessor.from_pretrained(folder),
+        )  # fmt: skip
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[-1], rel=1e-4)
+    assert scores[0] != scores[1]
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1

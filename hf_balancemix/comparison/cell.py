@@ -32,11 +32,11 @@ from transformers import PrinterCallback, set_seed
 
 import hf_balancemix
 from hf_balancemix.comparison.experiment import NoiseArguments, add_noise
+from hf_balancemix.comparison.frozen import FrozenBackbone
 from hf_balancemix.comparison.methods import trainer_for
 from hf_balancemix.comparison.tables import SETTINGS_BY_NOISE, Cell
 from hf_balancemix.core.sampling import class_confidences
 from hf_balancemix.data import (
-    ViewMaker,
     class_names,
     given_labels,
     label_matrix,
@@ -45,10 +45,8 @@ from hf_balancemix.data import (
     load_voc,
     make_scenes,
 )
-from hf_balancemix.data.feature_cache import CachedViews, cache_features
 from hf_balancemix.metrics import class_groups, mean_average_precision
 from hf_balancemix.models import load_model
-from hf_balancemix.models.frozen import FeatureClassifier, FeatureClassifierConfig, backbone_digest, pooled_features
 from hf_balancemix.training_args import BalanceMixTrainingArguments
 
 try:
@@ -185,7 +183,7 @@ class GridData:
         if data_dir is None and setup.dataset != "sample":
             raise ValueError(f"--data_dir is not given; {setup.dataset} needs a folder with {source.needs}.")
         self.train, self.evaluation = source.load(data_dir)
-        self._frozen: tuple[torch.Tensor, Any] | None = None
+        self._frozen: FrozenBackbone | None = None
 
     def class_counts(self) -> np.ndarray:
         """`(K,)` positive labels of each class in the training set, without noise."""
@@ -211,18 +209,19 @@ class GridData:
             set_seed(cell.seed)
             model, processor = self._load_model(**dict(cell.model))
             return {"model": model, "processing_class": processor}
-        features, processor = self._features(args.device)
-        set_seed(cell.seed)  # after the backbone, which is drawn or loaded for the first cell only
-        names = class_names(self.train)
-        config = FeatureClassifierConfig(
-            feature_size=features.shape[1],
-            hidden_size=self.setup.hidden_size,
-            id2label=dict(enumerate(names)),
-            label2id={name: k for k, name in enumerate(names)},
-            problem_type="multi_label_classification",
-        )
-        views = CachedViews(features, self.setup.num_views, cell.seed, processor.size["height"])
-        return {"model": FeatureClassifier(config), "processing_class": processor, "views": views}
+        if self._frozen is None:
+            set_seed(0)  # the same backbone in every sitting, even one from scratch
+            self._frozen = FrozenBackbone(
+                *self._load_model(),
+                self.train,
+                self.evaluation,
+                args,
+                self.cache_dir,
+                num_views=self.setup.num_views,
+                hidden_size=self.setup.hidden_size,
+            )
+            self.train, self.evaluation = self._frozen.train, self._frozen.evaluation
+        return self._frozen.draw(args)
 
     def _load_model(self, **changes: Any) -> tuple[Any, Any]:
         s = self.setup
@@ -237,26 +236,6 @@ class GridData:
             model_kwargs=dict(s.model_kwargs) or None,
             head=None if options["head"] == "linear" or s.frozen_backbone else options["head"],
         )
-
-    def _features(self, device: torch.device) -> tuple[torch.Tensor, Any]:
-        if self._frozen is None:
-            set_seed(0)  # the same backbone in every sitting, even one from scratch
-            model, processor = self._load_model()
-            model.to(device)
-            features, self.train, self.evaluation = cache_features(
-                self.cache_dir,
-                pooled_features(model),
-                backbone_digest(model),
-                self.train,
-                self.evaluation,
-                ViewMaker(processor.size["height"], 0, resample=int(processor.resample)),
-                processor.image_mean,
-                processor.image_std,
-                num_views=self.setup.num_views,
-                device=device,
-            )
-            self._frozen = features, processor
-        return self._frozen
 
 
 def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> BalanceMixTrainingArguments:

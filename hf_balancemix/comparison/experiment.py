@@ -12,7 +12,9 @@ from typing import Any
 
 import datasets
 from transformers import set_seed
+from transformers.trainer_utils import HubStrategy
 
+from hf_balancemix.comparison.frozen import FrozenArguments, FrozenBackbone
 from hf_balancemix.comparison.methods import METHODS, trainer_for
 from hf_balancemix.data import (
     Mislabel,
@@ -71,7 +73,7 @@ class NoiseArguments:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(FrozenArguments):
     """Which model and which methods."""
 
     model_name_or_path: str | None = field(
@@ -91,7 +93,7 @@ class ModelArguments:
     head: str | None = field(
         default=None,
         metadata={
-            "help": "linear (the plain model), ml_decoder or q2l. Default: linear, or what a saved model has.",
+            "help": "linear (the plain model), mlp, ml_decoder or q2l. Default: linear, or what a saved model has.",
             "choices": list(HEADS),
         },
     )
@@ -107,6 +109,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = sorted(set(self.method or []) - set(METHODS))
         if unknown:
             raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
@@ -117,13 +120,25 @@ class ModelArguments:
                     json.loads(value)
                 except ValueError as error:
                     raise ValueError(f"{name} is {value!r}, which is no JSON ({error}).") from None
+        if self.frozen_backbone and (self.head is not None or self.head_args is not None):
+            raise ValueError(
+                f"head is {self.head!r}, and frozen_backbone brings a head of its own, of hidden_size "
+                f"({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
+            )
 
 
-def prepare(dataset: datasets.Dataset, noise: NoiseArguments, limit: int | None, seed: int) -> datasets.Dataset:
-    """The first `limit` instances in a seeded order, without undecodable images if these are to be skipped."""
+def prepare(
+    dataset: datasets.Dataset, noise: NoiseArguments, limit: int | None, seed: int
+) -> tuple[datasets.Dataset, int]:
+    """The first `limit` instances in a seeded order, without undecodable images if these are to be skipped.
+
+    Returns:
+        The data set, and how many instances were left out because they cannot be decoded.
+    """
     if limit is not None:
         dataset = dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
-    return drop_bad_images(dataset) if noise.on_bad_image == "skip" else dataset
+    kept = drop_bad_images(dataset) if noise.on_bad_image == "skip" else dataset
+    return kept, len(dataset) - len(kept)
 
 
 def with_settings_for(noise: NoiseArguments, args: BalanceMixTrainingArguments) -> BalanceMixTrainingArguments:
@@ -164,15 +179,18 @@ def run_methods(
     Returns:
         Figures by method, also written to `output_dir/results.json`.
     """
+    if args.ema_decay and "co-teaching" in (model_args.method or ()):  # not only once the others are trained
+        raise ValueError(
+            f"ema_decay is {args.ema_decay}, but co-teaching trains two networks, and only one is averaged; leave out "
+            "co-teaching, or set ema_decay to 0."
+        )
     main_process = args.process_index == 0
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
     say: Callable[[str], None] = print if main_process else (lambda text: None)
     with args.main_process_first():  # the other ranks then find what rank 0 made
-        loaded = load()
-        limits = (noise.max_train_samples, noise.max_eval_samples)
-        train, val = (prepare(data, noise, limit, args.seed) for data, limit in zip(loaded, limits, strict=True))
-        wanted = (min(len(data), limit or len(data)) for data, limit in zip(loaded, limits, strict=True))
-        skipped = [number - len(data) for number, data in zip(wanted, (train, val), strict=True)]
+        train, val = load()
+        train, skipped_train = prepare(train, noise, noise.max_train_samples, args.seed)
+        val, skipped_val = prepare(val, noise, noise.max_eval_samples, args.seed)
         train = add_noise(train, noise)
     args = with_settings_for(noise, args)
     described = noise.noise_map or noise.noise or "none"
@@ -180,6 +198,10 @@ def run_methods(
         described += f" {noise.noise_rate:g}"
     say(f"{len(train):,} training and {len(val):,} evaluation images, {len(class_names(train))} classes, "
         f"noise: {described}.")  # fmt: skip
+
+    head, head_args = model_args.head, json.loads(model_args.head_args or "{}")
+    if model_args.frozen_backbone and model_args.hidden_size:
+        head, head_args = "mlp", {"hidden_size": model_args.hidden_size}
 
     def draw_model(seed: int) -> tuple[Any, Any]:
         set_seed(seed)
@@ -190,9 +212,26 @@ def run_methods(
             backbone_weights=model_args.backbone_weights,
             pretrained=not model_args.from_scratch,
             model_kwargs=json.loads(model_args.model_kwargs or "{}"),
-            head=model_args.head,
-            head_args=json.loads(model_args.head_args or "{}"),
+            head=head,
+            head_args=head_args,
         )
+
+    frozen: FrozenBackbone | None = None
+    if model_args.frozen_backbone:
+        if model_args.from_scratch:
+            logger.warning("--from_scratch draws the frozen backbone's weights too: its features mean little.")
+        frozen = FrozenBackbone(
+            *draw_model(args.seed),
+            train,
+            val,
+            args,
+            model_args.features_folder,
+            num_views=model_args.num_views,
+            hidden_size=model_args.hidden_size,
+        )
+        train, val = frozen.train, frozen.evaluation
+        frozen.image_model(frozen.draw(args)["model"])  # what cannot be saved is to be refused before the training
+        args = _for_features(args)
 
     results: dict[str, dict[str, float]] = {}
     methods = model_args.method or ["balancemix"]
@@ -201,28 +240,41 @@ def run_methods(
         own.output_dir = str(Path(args.output_dir, method))
         if args.hub_model_id and len(methods) > 1:  # a repository each
             own.hub_model_id = f"{args.hub_model_id}-{method.lstrip('+')}"
-        # Networks from scratch share no pretrained backbone, so that co-teaching's second one is another draw.
-        second = method == "co-teaching" and model_args.from_scratch
-        peer = {"peer": draw_model(args.seed + 1)[0]} if second else {}
-        model, processor = draw_model(args.seed)
+        given: dict[str, Any] = {}
+        if frozen is not None:
+            given = frozen.draw(args)
+        else:
+            # Networks from scratch share no pretrained backbone, so that co-teaching's second one is another draw.
+            if method == "co-teaching" and model_args.from_scratch:
+                given["peer"] = draw_model(args.seed + 1)[0]
+            given["model"], given["processing_class"] = draw_model(args.seed)
         say(f"\n== {method}: {METHODS[method]}")
-        trainer = trainer_for(
-            method, own, model=model, train_dataset=train, eval_dataset=val, processing_class=processor, **peer
-        )
+        trainer = trainer_for(method, own, train_dataset=train, eval_dataset=val, **given)
         output = trainer.train(_RESUME.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint))
         metrics = trainer.evaluate()
+        if frozen is not None:  # what is saved takes images
+            trainer.model = frozen.image_model(trainer.model)
         trainer.save_model()
-        if main_process:
-            trainer._try_card(Path(own.output_dir))
+        trainer.create_model_card()
         results[method] = {"seconds": output.metrics["train_runtime"]} | metrics | _last_label_figures(trainer)
     if main_process:
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(render(results, args))
-        if any(skipped):
+        if skipped_train or skipped_val:
             print(
-                f"Left out because they cannot be read: {skipped[0]:,} training and {skipped[1]:,} evaluation images."
+                f"Left out because they cannot be read: {skipped_train:,} training and {skipped_val:,} evaluation "
+                "images."
             )
     return results
+
+
+def _for_features(args: BalanceMixTrainingArguments) -> BalanceMixTrainingArguments:
+    """`args` for heads on cached features: nothing is pushed before the whole model is there, and passes over the data
+    take large batches, which change nothing and cost no memory."""
+    args = copy.copy(args)
+    args.hub_strategy = HubStrategy.END
+    args.per_device_eval_batch_size = max(args.per_device_eval_batch_size, 512)
+    return args
 
 
 def _last_label_figures(trainer: Any) -> dict[str, float]:

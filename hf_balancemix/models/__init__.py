@@ -1,11 +1,13 @@
 """Image backbones with a multi-label head, and the image processors saved with them.
 
-Importing this package lets `AutoModelForImageClassification` load BalanceMix models.
+Importing this package lets `AutoModelForImageClassification` load BalanceMix models, and the heads on cached features
+that checkpoints of a frozen backbone hold.
 """
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig
+from hf_balancemix.models.frozen import FeatureClassifier, FeatureClassifierConfig
 from hf_balancemix.models.heads import MLDecoderHead, Query2LabelHead
 from hf_balancemix.models.loading import check_image_size, load_model, load_trained
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification, code_files
@@ -18,8 +20,12 @@ from hf_balancemix.models.thresholds import (
     tune_thresholds,
 )
 
-AutoConfig.register(BalanceMixConfig.model_type, BalanceMixConfig, exist_ok=True)
-AutoModelForImageClassification.register(BalanceMixConfig, BalanceMixForImageClassification, exist_ok=True)
+for _config, _model in (
+    (BalanceMixConfig, BalanceMixForImageClassification),
+    (FeatureClassifierConfig, FeatureClassifier),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "BalanceMixConfig",

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-HEADS = ("linear", "ml_decoder", "q2l")
+POOLED_HEADS = ("linear", "mlp")
+HEADS = (*POOLED_HEADS, "ml_decoder", "q2l")
 _LARGEST = 1_000_000  # no width, resolution or number of classes of an image model comes near
 _DEEPEST = 1_000
 # Arguments with which timm.create_model would read or fetch another file than the repository's own.
@@ -20,8 +21,8 @@ class BalanceMixConfig(PreTrainedConfig):
     Args:
         backbone_config: Config of the backbone, any that `AutoModel` builds an image model from (timm's as
             `TimmWrapperConfig`), or that config as a dict.
-        in_channels: Channels of the backbone's features (its pooled output for the linear head).
-        head: `"linear"`, `"ml_decoder"` or `"q2l"`.
+        in_channels: Channels of the backbone's features (its pooled output for the heads linear and mlp).
+        head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
         head_args: Arguments of the head's class beyond `in_channels` and `num_labels`.
         thresholds: K probabilities; a class is predicted where its probability is above. None: 0.5 each.
 

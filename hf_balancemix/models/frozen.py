@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_balancemix.models.configuration_balancemix import POOLED_HEADS
+from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 
 
 class FeatureClassifierConfig(PreTrainedConfig):
@@ -30,7 +34,8 @@ class FeatureClassifierConfig(PreTrainedConfig):
 class FeatureClassifier(PreTrainedModel):
     """Feature vectors to K logits by a hidden layer with ReLU: what is trained on cached features.
 
-    An ordinary model: it is saved, loaded and trained as an image classifier, but for `pixel_values` `(B, D)`.
+    An ordinary model: it is saved, loaded and trained as an image classifier, but for `pixel_values` `(B, D)`. With
+    :func:`with_head` it becomes one that takes images.
     """
 
     config_class = FeatureClassifierConfig
@@ -50,60 +55,105 @@ class FeatureClassifier(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
         """Logits `(B, K)` of features `(B, D)`."""
+        if pixel_values.ndim != 2:
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; this head takes feature vectors (B, "
+                f"{self.config.feature_size}), no images. Use the whole model, which lies beside its checkpoints."
+            )
         return ImageClassifierOutput(logits=self.head(pixel_values))
 
 
-AutoConfig.register(FeatureClassifierConfig.model_type, FeatureClassifierConfig)
-AutoModelForImageClassification.register(FeatureClassifierConfig, FeatureClassifier)
+def _classifier(model: nn.Module) -> nn.Module:
+    """What makes logits of pooled features: the head of a model of ours, else the last linear layer with K outputs."""
+    if isinstance(model, BalanceMixForImageClassification):
+        layers = [model.head] if model.config.head in POOLED_HEADS else []
+    else:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs on pooled features, "
+            "so there are none to cache; choose a backbone with a linear classifier."
+        )
+    return layers[-1]
 
 
 def pooled_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The features that an image classifier's last linear layer sees, in evaluation mode and without gradients.
 
     Args:
-        model: An image classifier of transformers with K labels whose logits come from a linear layer on one feature
-            vector an image (ResNet, ConvNeXt, ViT, Swin, DINOv2, most of timm).
+        model: An image classifier of transformers with K labels whose logits are a linear layer's (ResNet, ConvNeXt,
+            ViT, Swin, DINOv2, most of timm), or one of ours with the head linear or mlp; on one vector an image.
 
     Returns:
         A function from normalised images `(B, 3, S, S)` to features `(B, D)`.
 
     Raises:
-        ValueError: The model has no such layer (such as a transformer decoder's head).
+        ValueError: The model has no such layer (such as a transformer decoder's head); from the function: its logits
+            are not that layer's alone.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs, so there are no "
-            "pooled features to cache; choose a backbone with a linear classifier."
-        )
-    classifier = layers[-1]
+    classifier = _classifier(model)
     model.eval()
 
     def features(images: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        hook = classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = classifier.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
         try:
             with torch.no_grad():
-                model(pixel_values=images)
+                logits = model(pixel_values=images).logits
         finally:
             hook.remove()
-        if len(seen) != 1 or seen[0].ndim != 2:
-            shapes = [tuple(x.shape) for x in seen]
+        if len(seen) != 1 or seen[0][0].ndim != 2:
+            shapes = [tuple(x.shape) for x, _ in seen]
             raise ValueError(
                 f"the classifier of {type(model).__name__} sees inputs of shape {shapes}; needed is one feature "
                 "vector an image, (B, D). Choose a backbone with a linear classifier on pooled features."
             )
-        return seen[0]
+        pooled, output = seen[0]
+        if not torch.equal(output, logits):
+            raise ValueError(
+                f"the logits of {type(model).__name__} are not those of its last linear layer alone (it may have two "
+                "classifiers, as distilled models do); choose another backbone."
+            )
+        return pooled
 
     return features
 
 
+def with_head(model: nn.Module, trained: FeatureClassifier) -> nn.Module:
+    """A copy of an image classifier in which a head trained on its cached features takes the place of its own.
+
+    Args:
+        model: What :func:`pooled_features` gave the features of: with the head mlp of the same size for a hidden
+            layer, with a linear classifier for none.
+        trained: The trained head.
+
+    Returns:
+        A model of `model`'s class that gives images the logits that `trained` gives their features.
+
+    Raises:
+        ValueError: `model` has a classifier of another kind or size.
+    """
+    composed = copy.deepcopy(model)
+    classifier = _classifier(composed)
+    head = trained.head if trained.config.hidden_size else trained.head[0]
+    own, state = classifier.state_dict(), head.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
+        layers = " and ".join(f"{tuple(value.shape)}" for value in own.values())
+        raise ValueError(
+            f"a head of {trained.config.hidden_size} hidden units cannot take the place of the classifier of "
+            f"{type(model).__name__} ({layers}); load the model with head='mlp' for a hidden layer, or choose a "
+            "backbone with a linear classifier for none."
+        )
+    classifier.load_state_dict(state)
+    return composed
+
+
 def backbone_digest(model: nn.Module) -> str:
     """A digest of a classifier's architecture and of all weights but those of its last linear layer."""
-    classifier = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    head = {id(p) for p in classifier[-1].parameters()} if classifier else set()
+    head = {id(p) for p in _classifier(model).parameters()}
+    config = getattr(model.config, "backbone_config", model.config)
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{type(model).__name__} {getattr(model.config, 'architecture', '')}".encode())
+    digest.update(f"{type(model).__name__} {getattr(config, 'architecture', '')}".encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in head:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())

@@ -1,7 +1,8 @@
-"""Decoder heads on feature maps: ML-Decoder and Query2Label. Shipped with remote code: torch only.
+"""A hidden layer on pooled features, and decoder heads on feature maps: ML-Decoder and Query2Label. Shipped with
+remote code: torch only.
 
-Submodules are named as in the references, so that published state dicts load by their own key names. Attention is
-written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
+The decoders' submodules are named as in the references, so that published state dicts load by their own key names.
+Attention is written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,31 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class MLPHead(nn.Sequential):
+    """A hidden layer with ReLU on pooled features, and a linear layer on it.
+
+    Args:
+        in_channels: C, channels of the features.
+        num_labels: K.
+        hidden_size: Units of the hidden layer, 1 or more.
+
+    Shapes: `(N, C)` -> logits `(N, K)`.
+
+    Raises:
+        ValueError: `hidden_size` is less than 1.
+    """
+
+    def __init__(self, in_channels: int, num_labels: int, hidden_size: int = 256) -> None:
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size is {hidden_size}; it must be 1 or more. Without a layer: the head linear.")
+        super().__init__(nn.Linear(in_channels, hidden_size), nn.ReLU(), nn.Linear(hidden_size, num_labels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights as torch does."""
+        _reset_layers(self)
 
 
 class _Attention(nn.Module):

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_sizes
+from hf_balancemix.models.frozen import FeatureClassifierConfig
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
     backbone_features,
@@ -64,8 +65,9 @@ def load_model(
             another number of classes are left out; any other mismatch is an error.
         pretrained: False draws the weights anew.
         model_kwargs: Arguments of `timm.create_model`, for timm architectures.
-        head: `"ml_decoder"` or `"q2l"` puts that head on the backbone, see :class:`BalanceMixForImageClassification`;
-            `"linear"` is the plain model. None: plain, or the head that a saved BalanceMix model has.
+        head: `"mlp"`, `"ml_decoder"` or `"q2l"` puts that head on the backbone, see
+            :class:`BalanceMixForImageClassification`; `"linear"` is the plain model. None: plain, or the head that a
+            saved BalanceMix model has.
         head_args: Arguments of the head's class.
 
     Returns:
@@ -270,7 +272,13 @@ def _loading(name: str) -> AbstractContextManager[None]:
 
 def _checked_config(name: str) -> PreTrainedConfig:
     """A stored config, after a look at its numbers: some configs are big already before any weight is made."""
-    check_sizes(PreTrainedConfig.get_config_dict(name)[0])
+    values = PreTrainedConfig.get_config_dict(name)[0]
+    check_sizes(values)
+    if values.get("model_type") == FeatureClassifierConfig.model_type:
+        raise ValueError(
+            "it is a head on cached features, as checkpoints of --frozen_backbone are, and takes no images; the "
+            "folder that the checkpoints are in holds the whole model once the run is over"
+        )
     return AutoConfig.from_pretrained(name)
 
 

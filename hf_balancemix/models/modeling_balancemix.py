@@ -1,4 +1,4 @@
-"""Any image backbone with a linear, ML-Decoder or Query2Label head. Shipped with remote code, hence siblings only."""
+"""Any image backbone with a linear, MLP, ML-Decoder or Query2Label head. Shipped with remote code: siblings only."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_balancemix import BalanceMixConfig
-from .heads import MLDecoderHead, Query2LabelHead
+from .configuration_balancemix import POOLED_HEADS, BalanceMixConfig
+from .heads import MLDecoderHead, MLPHead, Query2LabelHead
 
 
 class BalanceMixForImageClassification(PreTrainedModel):
     """A backbone of transformers or timm with a multi-label head.
 
-    The linear head stands on the backbone's own pooling (its class token where it has no pooling). ML-Decoder sees
+    The heads linear and mlp stand on the backbone's own pooling (its class token where it has none). ML-Decoder sees
     all features, class token included; Query2Label the feature map alone.
 
     Attributes:
         backbone: As `AutoModel` builds it, without a random pooler.
-        head: `nn.Linear`, :class:`MLDecoderHead` or :class:`Query2LabelHead`.
+        head: `nn.Linear`, :class:`MLPHead`, :class:`MLDecoderHead` or :class:`Query2LabelHead`.
         include_code: Whether `save_pretrained` puts the code beside the weights, for `trust_remote_code=True`.
     """
 
@@ -45,13 +45,13 @@ class BalanceMixForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.backbone = build_backbone(config.backbone_config)
-        heads = {"linear": nn.Linear, "ml_decoder": MLDecoderHead, "q2l": Query2LabelHead}
+        heads = {"linear": nn.Linear, "mlp": MLPHead, "ml_decoder": MLDecoderHead, "q2l": Query2LabelHead}
         self.head = heads[config.head](config.in_channels, config.num_labels, **config.head_args)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MLDecoderHead | Query2LabelHead):
+        if isinstance(module, MLPHead | MLDecoderHead | Query2LabelHead):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -79,7 +79,7 @@ class BalanceMixForImageClassification(PreTrainedModel):
             name_or_config: A folder or Hub name of any image model; with `weights` or `pretrained=False` a timm
                 architecture (`resnet101`, `tresnet_v2_l`, ...); or a config of transformers.
             id2label: Names of the K classes.
-            head: `"linear"`, `"ml_decoder"` or `"q2l"`.
+            head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
             head_args: Arguments of the head's class, such as `{"num_groups": 20}`.
             weights: State dict of the backbone, `.safetensors`, `.pth` or `.pt`; or a published checkpoint of
                 ML-Decoder or Query2Label, whose head is taken too where it is of the same kind and K.
@@ -162,14 +162,14 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor) -> Tensor:
-    """What the head is given: `(N, C)` pooled for the linear one, else a map `(N, C, H, W)` or a sequence `(N, T, C)`.
+    """What the head is given: `(N, C)` pooled for linear and mlp, else a map `(N, C, H, W)` or a sequence `(N, T, C)`.
 
     Raises:
         ValueError: Query2Label needs a map, and the backbone's sequence cannot be made one.
     """
     output = backbone(pixel_values=pixel_values)
     features = output.last_hidden_state
-    if head == "linear":
+    if head in POOLED_HEADS:
         pooled = getattr(output, "pooler_output", None)
         return (features[:, 0] if pooled is None else pooled).flatten(1)
     timm_model = getattr(backbone, "timm_model", None)

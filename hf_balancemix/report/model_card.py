@@ -28,6 +28,7 @@ from markupsafe import Markup
 from transformers import Trainer, TrainingArguments
 
 from hf_balancemix import __version__
+from hf_balancemix.data.feature_cache import CachedViews
 from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
 from hf_balancemix.metrics import class_groups
 from hf_balancemix.report.figures import (
@@ -184,6 +185,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "figures_note": trainer.figures_note,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "image_size": trainer.views.image_size,
+        "cached_views": trainer.views.num_views if isinstance(trainer.views, CachedViews) else None,
         "class_names": names,
         "thresholds": _thresholds(model.config, names),
         "train": _describe(trainer.train_dataset, trainer.train_labels, trainer.clean_labels),
@@ -435,12 +437,14 @@ def _method(trainer: Trainer) -> dict[str, Any]:
     state = getattr(trainer, "balance_mix", None)
     settings = state.settings if state is not None else None
     citation = getattr(trainer, "citation", None)
+    name = getattr(trainer, "method_name", None)
     return {
         "trainer": type(trainer).__name__,
-        "name": getattr(trainer, "method_name", None),
+        "name": name,
+        "mixes": name != "bce" and getattr(trainer.args, "mixup_alpha", 0) > 0,
         "citation": Markup(citation.replace("```", "")) if citation else None,
         "settings": None if settings is None else dataclasses.asdict(settings),
-        "is_balancemix": getattr(trainer, "method_name", None) in _BALANCEMIX,
+        "is_balancemix": name in _BALANCEMIX,
     }
 
 

@@ -469,8 +469,8 @@ def test_a_backbone_of_weights_of_another_size_is_resized(tmp_path):
 
 
 def test_bad_arguments_are_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="head is 'mlp'; it must be one of linear, ml_decoder, q2l"):
-        load_model("test_resnet", CLASSES, pretrained=False, head="mlp")
+    with pytest.raises(ValueError, match="head is 'conv'; it must be one of linear, mlp, ml_decoder, q2l"):
+        load_model("test_resnet", CLASSES, pretrained=False, head="conv")
     with pytest.raises(ValueError, match=r"head ml_decoder cannot be built with {'width': 3}: .*'width'"):
         load_model("test_resnet", CLASSES, pretrained=False, head="ml_decoder", head_args={"width": 3})
     with pytest.raises(ValueError, match="the plain linear head takes none"):
