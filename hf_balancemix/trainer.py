@@ -473,7 +473,7 @@ class BalanceMixTrainer(MultiLabelTrainer):
             self.train_labels,
             self.views,
             clean_labels=self.clean_labels,
-            two_views_from=max(settings.label_warmup_epochs, 1) if settings.select_clean else None,
+            two_views_from=max(settings.label_warmup_epochs, 1) if self._predicts_in_steps else None,
             mixup_alpha=settings.mixup_alpha,
         )
 
@@ -492,7 +492,7 @@ class BalanceMixTrainer(MultiLabelTrainer):
             inputs["pixel_values"], inputs["minority_pixel_values"], inputs["labels"], inputs["minority_labels"], lam
         )
         weight = None
-        if "second_view" in inputs:
+        if self.balance_mix.settings.manages_labels(self.balance_mix.epoch):
             random = self._refine(inputs, "")
             minority = self._refine(inputs, "minority_")
             if "clean_labels" in inputs:
@@ -502,15 +502,23 @@ class BalanceMixTrainer(MultiLabelTrainer):
         loss = self.balance_mix.loss(outputs.logits, targets, weight)
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _predicts_in_steps(self) -> bool:
+        settings = self.balance_mix.settings
+        return settings.select_clean and settings.prediction_source == "views"
+
     def _refine(self, inputs: dict[str, Tensor], prefix: str) -> RefinedLabels:
+        probabilities = self._of_two_views(inputs, prefix) if self._predicts_in_steps else None
+        return self.balance_mix.refine(inputs[f"{prefix}index"], inputs[f"{prefix}labels"], probabilities)
+
+    def _of_two_views(self, inputs: dict[str, Tensor], prefix: str) -> Tensor:
         # self.model, as Trainer evaluates with: under DDP the bare module, so no reducer and no broadcast of buffers.
         with torch.no_grad(), evaluation_mode(self.model):
             views = (
                 self.model(pixel_values=inputs[f"{prefix}{name}"]).logits.float().sigmoid()
                 for name in ("pixel_values", "second_view")
             )
-            probabilities = sum(views) / 2
-        return self.balance_mix.refine(inputs[f"{prefix}index"], inputs[f"{prefix}labels"], probabilities)
+            return sum(views) / 2
 
     def _count_quality(self, inputs: dict[str, Tensor], refined: RefinedLabels) -> None:
         # An unknown label counts as a given negative one, which is what it would be without the mark.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from hf_balancemix.core import MIXTURE_PRESETS, BalanceMixSettings
-from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES
+from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES, PREDICTION_SOURCES
 from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.core.sampling import MINORITY_SCORES
 
@@ -235,8 +235,18 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "relabel_threshold": 0.975,
         "mixup_alpha": 4.0,
     }
-    _OURS: ClassVar[dict[str, Any]] = {"mixture_preset": "dividemix", "monotone": True, "partner_reliability": True}
-    _PRINTED: ClassVar[dict[str, Any]] = {"mixture_preset": "sklearn", "monotone": False, "partner_reliability": False}
+    _OURS: ClassVar[dict[str, Any]] = {
+        "mixture_preset": "dividemix",
+        "monotone": True,
+        "partner_reliability": True,
+        "prediction_source": "views",
+    }
+    _PRINTED: ClassVar[dict[str, Any]] = {
+        "mixture_preset": "sklearn",
+        "monotone": False,
+        "partner_reliability": False,
+        "prediction_source": "views",
+    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": MultiLabelTrainingArguments.PRESETS["default"] | _METHOD | _OURS,
         "paper": MultiLabelTrainingArguments.PRESETS["paper"] | _METHOD | _PRINTED,
@@ -279,6 +289,11 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
             "data sets where N x K does not fit in memory.",
             "choices": [*CLEAN_PROBABILITY_SOURCES],
         },
+    )
+    prediction_source: str | None = _preset_field(
+        "f(x) of Eq. 9: 'views' predicts two RandAugment views in every step, as printed; 'scan' takes what the last "
+        "pass over the training set predicted, which costs nothing.",
+        choices=[*PREDICTION_SOURCES],
     )
     co_teaching_scored: str = field(
         default="first",

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Co
 
 from hf_balancemix import BalanceMixTrainer, BalanceMixTrainingArguments, Mislabel, MultiLabelTrainer, RandomFlip
 from hf_balancemix.comparison import METHODS, trainer_for
-from hf_balancemix.core import BalanceMixSettings
+from hf_balancemix.core import BalanceMixSettings, PairKey, Reliability
 
 
 def noisy_version(dataset, rate=0.4):
@@ -143,6 +143,26 @@ def test_lambda_per_batch_uses_one_lambda(dataset, tmp_path):
     lam = batch["lam"][0]
     assert batch["lam"].unique().numel() == len(batch["lam"])
     assert torch.allclose(targets[0], lam * batch["labels"] + (1 - lam) * batch["minority_labels"])
+
+
+def test_with_the_scans_predictions_a_step_is_one_pass_through_the_network(dataset, tmp_path):
+    args = arguments(tmp_path, prediction_source="scan", num_train_epochs=3)
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=noisy_version(dataset))
+    passes = {True: 0, False: 0}  # in training mode, in evaluation mode
+
+    def count(module, inputs):
+        passes[module.training] += 1
+
+    trainer.model.register_forward_pre_hook(count)
+    codes = []
+    refine = trainer.balance_mix.refine
+    trainer.balance_mix.refine = lambda *given: (codes.append(refine(*given)), codes[-1])[1]
+    assert "second_view" not in trainer.get_train_dataloader().dataset[PairKey(2, 0, 1)]
+    trainer.train()
+    # 24 instances in batches of 4; scans in batches of 8 before the epochs 1 and 2 and after the last.
+    assert passes == {True: 3 * 6, False: 3 * 3}
+    assert len(codes) == 2 * 2 * 6  # both batches of a step, from the second epoch on
+    assert any((refined.reliability == Reliability.RELABELED).any() for refined in codes)
 
 
 def test_predict_needs_no_labels(dataset, tmp_path):

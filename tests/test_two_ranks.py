@@ -11,9 +11,11 @@ FLAGS = ("--arch", "vit", "--dropout", "0", "--instances", "32", "--epochs", "2"
 
 
 @pytest.mark.dist
-def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path):
-    run(tmp_path / "one", *FLAGS, "--batch", "8")
-    run(tmp_path / "two", *FLAGS, "--batch", "4", ranks=2)
+@pytest.mark.parametrize("predictions", ["views", "scan"])
+def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, predictions):
+    flags = (*FLAGS, "--predictions", predictions)
+    run(tmp_path / "one", *flags, "--batch", "8")
+    run(tmp_path / "two", *flags, "--batch", "4", ranks=2)
     one, ranks = final(tmp_path / "one"), [final(tmp_path / "two", rank) for rank in (0, 1)]
     assert one["world"] == 1
     assert ranks[0]["world"] == 2

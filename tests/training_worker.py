@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--save_steps", type=int, default=2)
     parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--predictions", choices=["views", "scan"], default="views")
     parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill")
@@ -113,6 +114,7 @@ def main() -> None:
         save_total_limit=3,
         max_grad_norm=options.clip,
         ema_decay=options.ema,
+        prediction_source=options.predictions,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
         **({"ddp_backend": "gloo"} if ranks > 1 else {}),
@@ -122,7 +124,7 @@ def main() -> None:
     trace: list[dict[str, torch.Tensor]] = []
     refine, loss = trainer.balance_mix.refine, trainer.balance_mix.loss
 
-    def traced_refine(index, labels, probabilities):
+    def traced_refine(index, labels, probabilities=None):
         refined = refine(index, labels, probabilities)
         trace.append({"index": index.clone(), "reliability": refined.reliability, "labels": refined.labels})
         return refined

@@ -43,6 +43,7 @@ from hf_balancemix.core.sampling import (
 )
 
 CLEAN_PROBABILITY_SOURCES = ("scan", "views")
+PREDICTION_SOURCES = ("views", "scan")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class BalanceMixSettings:
         monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
         clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, kept as
             N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory.
+        prediction_source: f(x) of Eq. 9. `"views"`: the mean over two RandAugment views, predicted in every step, as
+            printed; `"scan"`: of the un-augmented instance, as the last scan saw it, kept as N x K half precision.
+            This needs neither second views nor predictions in a step.
     """
 
     label_warmup_epochs: int = 5
@@ -81,6 +85,7 @@ class BalanceMixSettings:
     mixture_preset: str = "dividemix"
     monotone: bool = True
     clean_probability_source: str = "scan"
+    prediction_source: str = "views"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -88,6 +93,7 @@ class BalanceMixSettings:
             ("loss_reduction", LOSS_REDUCTIONS),
             ("mixture_preset", tuple(MIXTURE_PRESETS)),
             ("clean_probability_source", CLEAN_PROBABILITY_SOURCES),
+            ("prediction_source", PREDICTION_SOURCES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
@@ -95,6 +101,11 @@ class BalanceMixSettings:
             raise ValueError(f"relabel_threshold is {self.relabel_threshold}; it must lie in [0.5, 1].")
         if not self.mixup_alpha >= 0:
             raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
+        if self.clean_probability_source == "views" and self.prediction_source == "scan":
+            raise ValueError(
+                'clean_probability_source is "views", but with prediction_source "scan" nothing is predicted in a '
+                "step; set either of them to the other's value."
+            )
         if self.label_warmup_epochs < 0:
             raise ValueError(f"label_warmup_epochs is {self.label_warmup_epochs}; it must be 0 or more.")
 
@@ -124,6 +135,8 @@ class BalanceMix:
         positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
         mixtures: :class:`LossMixtures` or None before the first :meth:`end_epoch`.
         clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
+        scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. Empty, `(0, K)`, unless
+            `prediction_source` is `"scan"`.
     """
 
     def __init__(self, labels: Tensor, settings: BalanceMixSettings | None = None) -> None:
@@ -142,6 +155,7 @@ class BalanceMix:
         self.negative_confidence = torch.ones(k, dtype=torch.float64)
         self.mixtures: LossMixtures | None = None
         self.clean_probability = torch.ones(n if self._keeps_table else 0, k, dtype=torch.float16)
+        self.scan_probability = torch.full((n if self._keeps_predictions else 0, k), 0.5, dtype=torch.float16)
         self.loss_histogram: LossHistogram | None = None
         self._begin_observing()
 
@@ -149,13 +163,17 @@ class BalanceMix:
     def _keeps_table(self) -> bool:
         return self.settings.select_clean and self.settings.clean_probability_source == "scan"
 
+    @property
+    def _keeps_predictions(self) -> bool:
+        return self.settings.select_clean and self.settings.prediction_source == "scan"
+
     def _begin_observing(self) -> None:
         n, k = self.labels.shape
         self._histogram = LossHistogram(k)
         self._sums = torch.zeros(2, k, dtype=torch.int64)
         self._counts = torch.zeros(2, k, dtype=torch.int64)
         self._seen = torch.zeros(n, dtype=torch.int32)
-        self._observed: list[tuple[Tensor, Tensor]] = []
+        self._observed: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def observe(self, index: Tensor, logits: Tensor) -> None:
@@ -169,13 +187,14 @@ class BalanceMix:
         labels = self.labels[index]
         given = labels.clamp(min=0)
         losses = label_losses(logits, given).masked_fill(labels < 0, float("nan"))  # left out of the histograms
-        sums, counts = confidence_sums(torch.nan_to_num(logits).double().sigmoid(), labels)
+        probabilities = torch.nan_to_num(logits).double().sigmoid()
+        sums, counts = confidence_sums(probabilities, labels)
         self._sums += sums
         self._counts += counts
         self._histogram.update(losses, given)
         self._seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
         if self._keeps_table:
-            self._observed.append((index, losses))
+            self._observed.append((index, losses, probabilities.half()))
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> None:
@@ -207,28 +226,43 @@ class BalanceMix:
         if self.settings.select_clean:
             self.mixtures = self._histogram.fit(self.settings.mixture_preset)
         if self._keeps_table:
-            table = torch.zeros(self.labels.shape, dtype=torch.float32)
-            for index, losses in self._observed:
+            clean, predicted = torch.zeros(2, *self.labels.shape)
+            for index, losses, probabilities in self._observed:
                 given = self.labels[index].clamp(min=0)
-                table[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
-            self.clean_probability = all_reduce_sum(table).half()
+                clean[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
+                predicted[index] = probabilities.float()
+            self.clean_probability = all_reduce_sum(clean).half()
+            if self._keeps_predictions:
+                self.scan_probability = all_reduce_sum(predicted).half()
         self.epoch = epoch
         self.loss_histogram = self._histogram
         self._begin_observing()
 
     @torch.no_grad()
-    def refine(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> RefinedLabels:
+    def refine(self, index: Tensor, labels: Tensor, probabilities: Tensor | None = None) -> RefinedLabels:
         """Eq. 8-9 for a batch: labels, reliabilities and weights. Outside the warm-up only.
 
         Args:
             index: `(B,)` int64 indices into the training set.
             labels: `(B, K)` given labels in {0, 1}, or -1 where unknown.
-            probabilities: `(B, K)` in [0, 1], the mean of f over two views.
+            probabilities: `(B, K)` in [0, 1], the mean of f over two views, on the device of `labels`. Left out where
+                `prediction_source` is `"scan"`.
 
         Returns:
-            :class:`RefinedLabels` on the device of `probabilities`.
+            :class:`RefinedLabels` on the device of `labels`.
+
+        Raises:
+            ValueError: `probabilities` are absent although they are needed, or given although they are not.
         """
         s = self.settings
+        if (probabilities is None) != (s.prediction_source == "scan"):
+            raise ValueError(
+                f"probabilities are {'absent' if probabilities is None else 'given'}, and prediction_source is "
+                f'"{s.prediction_source}"; pass them for "views" only.'
+            )
+        if probabilities is None:
+            self.scan_probability = self.scan_probability.to(labels.device)
+            probabilities = self.scan_probability[index.to(labels.device)].float()
         return refine_labels(
             labels,
             self._p_clean(index, labels, probabilities),
@@ -243,8 +277,7 @@ class BalanceMix:
         if self.mixtures is None:
             return torch.ones_like(probabilities)
         if self._keeps_table:
-            if self.clean_probability.device != probabilities.device:
-                self.clean_probability = self.clean_probability.to(probabilities.device)
+            self.clean_probability = self.clean_probability.to(probabilities.device)
             return self.clean_probability[index.to(probabilities.device)].float()
         given = labels.clamp(min=0)
         losses = label_losses(torch.logit(probabilities.float(), 1e-6), given)
@@ -267,6 +300,7 @@ class BalanceMix:
             "positive_confidence": self.positive_confidence,
             "negative_confidence": self.negative_confidence,
             "clean_probability": self.clean_probability.cpu(),
+            "scan_probability": self.scan_probability.cpu(),
         }
         if self.mixtures is not None:
             state |= {f"mixtures.{name}": value for name, value in self.mixtures.state_dict().items()}
@@ -278,7 +312,7 @@ class BalanceMix:
         Raises:
             ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
         """
-        for name in ("weights", "positive_confidence", "clean_probability"):
+        for name in ("weights", "positive_confidence", "clean_probability", "scan_probability"):
             if name not in state or state[name].shape != getattr(self, name).shape:
                 found = "absent" if name not in state else f"of shape {tuple(state[name].shape)}"
                 raise ValueError(
@@ -288,5 +322,7 @@ class BalanceMix:
         mixtures = {name.removeprefix("mixtures."): v for name, v in state.items() if name.startswith("mixtures.")}
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
         self.epoch = int(state["epoch"])
-        for name in ("weights", "positive_confidence", "negative_confidence", "clean_probability"):
+        for name in (
+            "weights", "positive_confidence", "negative_confidence", "clean_probability", "scan_probability"
+        ):  # fmt: skip
             setattr(self, name, state[name].clone())

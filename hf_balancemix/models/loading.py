@@ -435,7 +435,7 @@ def _draw_as_timm(model: nn.Module, config: TimmWrapperConfig, num_classes: int)
 
 def _draw_classifier(model: nn.Module) -> None:
     # As torch draws linear layers and timm's `reset_classifier` leaves them. The initialisation of whole networks can
-    # be far larger (EfficientNet's and MobileNet's by K: logits beyond 10), and its gradients would spoil the backbone.
+    # be far larger (EfficientNet's and MobileNet's by K: logits beyond 10); its gradients would spoil the backbone.
     for module in model.get_classifier().modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()

@@ -114,6 +114,38 @@ def test_before_the_first_scan_everything_is_uniform_and_clean():
     assert refined.weight.eq(1).all()
 
 
+def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
+    logits, given, _ = case()
+    kept = observed(BalanceMix(given, BalanceMixSettings(prediction_source="scan")), logits)
+    step = observed(BalanceMix(given), logits)
+    for state in (kept, step):
+        state.end_epoch(1)
+    index = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:50]
+    one = kept.refine(index, given[index])
+    two = step.refine(index, given[index], logits[index].sigmoid().half().float())
+    assert (one.reliability == Reliability.RELABELED).any()
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+    assert len(step.scan_probability) == 0
+    other = BalanceMix(given, kept.settings)
+    other.load_state_dict(kept.state_dict())
+    assert torch.equal(other.scan_probability, logits.double().sigmoid().half())
+    with pytest.raises(ValueError, match="scan_probability is of shape"):
+        BalanceMix(given).load_state_dict(kept.state_dict())
+
+
+def test_predictions_must_come_from_where_the_settings_say():
+    _, given, _ = case()
+    labels = given[:5]
+    with pytest.raises(ValueError, match='probabilities are absent, and prediction_source is "views"'):
+        BalanceMix(given).refine(torch.arange(5), labels)
+    scan = BalanceMix(given, BalanceMixSettings(prediction_source="scan"))
+    with pytest.raises(ValueError, match='probabilities are given, and prediction_source is "scan"'):
+        scan.refine(torch.arange(5), labels, torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="nothing is predicted in a step"):
+        BalanceMixSettings(prediction_source="scan", clean_probability_source="views")
+
+
 def test_p_clean_from_views_needs_no_table_and_agrees_on_the_same_losses():
     logits, given, _ = case()
     table = observed(BalanceMix(given), logits)
