@@ -20,8 +20,8 @@ def make_data(n, noise, seed):
     return 2 * spots + torch.randn(n, 1, 12, 12, generator=g), given, clean
 
 
-def views(x):  # your augmentation
-    return x + 0.3 * torch.randn_like(x), x + 0.3 * torch.randn_like(x)
+def augmented(x):  # your augmentation
+    return x + 0.3 * torch.randn_like(x)
 
 
 torch.manual_seed(0)
@@ -43,15 +43,11 @@ for epoch in range(EPOCHS):
     for start in range(0, N, BATCH):
         batch = keys[start : start + BATCH]
         r, m = (torch.tensor([key[i] for key in batch]) for i in (1, 2))
-        (r1, r2), (m1, m2) = views(images[r]), views(images[m])
         lam = torch.tensor([mixing_coefficient(4.0, 0, epoch, key.random) for key in batch])
-        mixed, targets = minority_mixup(r1, m1, given[r], given[m], lam)
+        mixed, targets = minority_mixup(augmented(images[r]), augmented(images[m]), given[r], given[m], lam)
         weight = None
         if state.settings.manages_labels(epoch):
-            with torch.no_grad():
-                random = state.refine(r, given[r], (model(r1).sigmoid() + model(r2).sigmoid()) / 2)
-                minority = state.refine(m, given[m], (model(m1).sigmoid() + model(m2).sigmoid()) / 2)
-            targets, weight = state.mix_labels(random, minority, lam)
+            targets, weight = state.mix_labels(state.refine(r, given[r]), state.refine(m, given[m]), lam)
         optimizer.zero_grad()
         state.loss(model(mixed), targets, weight).backward()
         optimizer.step()

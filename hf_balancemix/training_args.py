@@ -239,7 +239,7 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "mixture_preset": "dividemix",
         "monotone": True,
         "partner_reliability": True,
-        "prediction_source": "views",
+        "prediction_source": "scan",
     }
     _PRINTED: ClassVar[dict[str, Any]] = {
         "mixture_preset": "sklearn",
@@ -291,8 +291,8 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         },
     )
     prediction_source: str | None = _preset_field(
-        "f(x) of Eq. 9: 'views' predicts two RandAugment views in every step, as printed; 'scan' takes what the last "
-        "pass over the training set predicted, which costs nothing.",
+        "f(x) of Eq. 9: 'scan' takes what the last pass over the training set predicted, which costs nothing; 'views' "
+        "predicts two RandAugment views in every step, as printed.",
         choices=[*PREDICTION_SOURCES],
     )
     co_teaching_scored: str = field(

@@ -8,8 +8,8 @@ A training loop calls, in this order:
                 state.observe(index, model(images))
             state.end_epoch(epoch)
         for each pair of batches:
-            random = state.refine(index_R, labels_R, probabilities_R)     # mean of two views, no gradient
-            minority = state.refine(index_M, labels_M, probabilities_M)
+            random = state.refine(index_R, labels_R)
+            minority = state.refine(index_M, labels_M)
             images, _ = minority_mixup(images_R, images_M, labels_R, labels_M, lam)
             targets, weight = state.mix_labels(random, minority, lam)
             loss = state.loss(model(images), targets, weight)
@@ -43,7 +43,7 @@ from hf_balancemix.core.sampling import (
 )
 
 CLEAN_PROBABILITY_SOURCES = ("scan", "views")
-PREDICTION_SOURCES = ("views", "scan")
+PREDICTION_SOURCES = ("scan", "views")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class BalanceMixSettings:
         monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
         clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, kept as
             N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory.
-        prediction_source: f(x) of Eq. 9. `"views"`: the mean over two RandAugment views, predicted in every step, as
-            printed; `"scan"`: of the un-augmented instance, as the last scan saw it, kept as N x K half precision.
-            This needs neither second views nor predictions in a step.
+        prediction_source: f(x) of Eq. 9. `"scan"`: of the un-augmented instance, as the last scan saw it, kept as
+            N x K half precision; it needs neither second views nor predictions in a step. `"views"`: the mean over
+            two RandAugment views that the step predicts, as printed.
     """
 
     label_warmup_epochs: int = 5
@@ -85,7 +85,7 @@ class BalanceMixSettings:
     mixture_preset: str = "dividemix"
     monotone: bool = True
     clean_probability_source: str = "scan"
-    prediction_source: str = "views"
+    prediction_source: str = "scan"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -245,8 +245,8 @@ class BalanceMix:
         Args:
             index: `(B,)` int64 indices into the training set.
             labels: `(B, K)` given labels in {0, 1}, or -1 where unknown.
-            probabilities: `(B, K)` in [0, 1], the mean of f over two views, on the device of `labels`. Left out where
-                `prediction_source` is `"scan"`.
+            probabilities: `(B, K)` in [0, 1], the mean of f over two views, on the device of `labels`, where
+                `prediction_source` is `"views"`; else left out.
 
         Returns:
             :class:`RefinedLabels` on the device of `labels`.

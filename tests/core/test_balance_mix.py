@@ -27,6 +27,9 @@ def case(n=400, k=3, seed=0):
     return logits, torch.where(flipped, 1 - clean, clean), clean
 
 
+VIEWS = BalanceMixSettings(prediction_source="views")
+
+
 def observed(state, logits, order=None, batch=64):
     order = torch.arange(len(logits)) if order is None else order
     for index in order.split(batch):
@@ -52,7 +55,7 @@ def test_wrong_labels_are_found_and_repaired():
     logits, given, clean = case()
     state = observed(BalanceMix(given), logits)
     state.end_epoch(1)
-    refined = state.refine(torch.arange(400), given.float(), logits.sigmoid())
+    refined = state.refine(torch.arange(400), given.float())
     wrong = given != clean
     trusted = refined.reliability == Reliability.CLEAN
     assert (given == clean)[trusted].float().mean() > 0.99
@@ -90,7 +93,7 @@ def test_state_comes_back_and_goes_on_the_same():
     for name, value in state.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     index = torch.tensor([3, 77, 399])
-    for a, b in zip(*(s.refine(index, given[index], logits[index].sigmoid()) for s in (state, other)), strict=True):
+    for a, b in zip(*(s.refine(index, given[index]) for s in (state, other)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -108,7 +111,7 @@ def test_before_the_first_scan_everything_is_uniform_and_clean():
     _, given, _ = case()
     state = BalanceMix(given)
     assert torch.equal(state.weights, torch.full((400,), 1 / 400, dtype=torch.float64))
-    refined = state.refine(torch.arange(5), given[:5], torch.full((5, 3), 0.01))
+    refined = state.refine(torch.arange(5), given[:5])
     assert (refined.reliability == Reliability.CLEAN).all()
     assert torch.equal(refined.labels, given[:5].float())
     assert refined.weight.eq(1).all()
@@ -116,8 +119,8 @@ def test_before_the_first_scan_everything_is_uniform_and_clean():
 
 def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
     logits, given, _ = case()
-    kept = observed(BalanceMix(given, BalanceMixSettings(prediction_source="scan")), logits)
-    step = observed(BalanceMix(given), logits)
+    kept = observed(BalanceMix(given), logits)
+    step = observed(BalanceMix(given, VIEWS), logits)
     for state in (kept, step):
         state.end_epoch(1)
     index = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:50]
@@ -131,25 +134,25 @@ def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
     other.load_state_dict(kept.state_dict())
     assert torch.equal(other.scan_probability, logits.double().sigmoid().half())
     with pytest.raises(ValueError, match="scan_probability is of shape"):
-        BalanceMix(given).load_state_dict(kept.state_dict())
+        BalanceMix(given, VIEWS).load_state_dict(kept.state_dict())
 
 
 def test_predictions_must_come_from_where_the_settings_say():
     _, given, _ = case()
     labels = given[:5]
     with pytest.raises(ValueError, match='probabilities are absent, and prediction_source is "views"'):
-        BalanceMix(given).refine(torch.arange(5), labels)
-    scan = BalanceMix(given, BalanceMixSettings(prediction_source="scan"))
+        BalanceMix(given, VIEWS).refine(torch.arange(5), labels)
+    scan = BalanceMix(given)
     with pytest.raises(ValueError, match='probabilities are given, and prediction_source is "scan"'):
         scan.refine(torch.arange(5), labels, torch.zeros(5, 3))
     with pytest.raises(ValueError, match="nothing is predicted in a step"):
-        BalanceMixSettings(prediction_source="scan", clean_probability_source="views")
+        BalanceMixSettings(clean_probability_source="views")
 
 
 def test_p_clean_from_views_needs_no_table_and_agrees_on_the_same_losses():
     logits, given, _ = case()
-    table = observed(BalanceMix(given), logits)
-    views = observed(BalanceMix(given, BalanceMixSettings(clean_probability_source="views")), logits)
+    table = observed(BalanceMix(given, VIEWS), logits)
+    views = observed(BalanceMix(given, dataclasses.replace(VIEWS, clean_probability_source="views")), logits)
     for state in (table, views):
         state.end_epoch(1)
     assert len(views.clean_probability) == 0
@@ -206,7 +209,7 @@ def test_unknown_labels_change_nothing_that_is_known():
 
 
 def test_an_unknown_label_is_set_where_the_model_is_confident_and_ignored_elsewhere():
-    state = BalanceMix(torch.tensor([[-1, -1, -1]]))
+    state = BalanceMix(torch.tensor([[-1, -1, -1]]), VIEWS)
     state.mixtures = object()  # past the first scan
     state.clean_probability = torch.zeros(1, 3, dtype=torch.float16)
     refined = state.refine(torch.tensor([0]), torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[0.99, 0.01, 0.5]]))
