@@ -33,8 +33,12 @@ METHOD = {
     "label_warmup_epochs": 5, "minority_score": "paper", "trust_positives": False, "relabel_threshold": 0.975,
     "mixup_alpha": 4.0,
 }  # fmt: skip
-OURS = {"mixture_preset": "dividemix", "monotone": True, "partner_reliability": True}
-PRINTED = {"mixture_preset": "sklearn", "monotone": False, "partner_reliability": False}
+OURS = {
+    "mixture_preset": "dividemix", "monotone": True, "partner_reliability": True, "prediction_source": "scan",
+}  # fmt: skip
+PRINTED = {
+    "mixture_preset": "sklearn", "monotone": False, "partner_reliability": False, "prediction_source": "views",
+}  # fmt: skip
 # Ridnik et al., WACV 2023, and its published training code.
 RECIPE = {
     "learning_rate": 1e-4, "lr_scheduler_type": "one_cycle", "warmup_steps": 0.2, "optim": "adam", "optim_args": None,
@@ -73,13 +77,16 @@ OTHER = {
     "loss_reduction": "mean", "ema_decay": 0.5, "normalise": None, "cutout": 0.25, "num_train_epochs": 3,
     "global_batch_size": 8, "label_warmup_epochs": 2, "minority_score": "uniform", "trust_positives": True,
     "relabel_threshold": 0.6, "mixup_alpha": 1.0, "mixture_preset": None, "monotone": None,
-    "partner_reliability": None,
+    "partner_reliability": None, "prediction_source": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", EXPECTED)
 def test_every_flag_wins_over_every_preset(preset, tmp_path):
-    flipped = {"mixture_preset": {"sklearn": "dividemix", "dividemix": "sklearn"}}
+    flipped = {
+        "mixture_preset": {"sklearn": "dividemix", "dividemix": "sklearn"},
+        "prediction_source": {"scan": "views", "views": "scan"},
+    }
     for name, expected in EXPECTED[preset].items():
         value = OTHER[name]
         if value is None:

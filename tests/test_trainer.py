@@ -165,6 +165,49 @@ def test_with_the_scans_predictions_a_step_is_one_pass_through_the_network(datas
     assert any((refined.reliability == Reliability.RELABELED).any() for refined in codes)
 
 
+def test_with_preset_paper_a_step_is_eq_5_9_and_10_written_out(dataset, tmp_path):
+    args = arguments(tmp_path, preset="paper", mixture_preset=None, num_train_epochs=3)
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=noisy_version(dataset))
+    state, compute_loss, seen = trainer.balance_mix, trainer.compute_loss, []
+    end_epoch, g = state.end_epoch, torch.Generator().manual_seed(0)
+
+    def end_epoch_with_p_of_every_kind(epoch):
+        end_epoch(epoch)
+        state.clean_probability = torch.rand(state.labels.shape, generator=g).half()
+
+    def compared(model, inputs, *more, **named):
+        loss = compute_loss(model, inputs, *more, **named)
+        if state.epoch == 0:  # warm-up
+            return loss
+
+        def f(images):
+            with torch.no_grad():
+                return 1 / (1 + np.exp(-model(pixel_values=images).logits.double().numpy()))
+
+        def refined(prefix):
+            p = state.clean_probability[inputs[f"{prefix}index"]].double().numpy()
+            given = inputs[f"{prefix}labels"].numpy()
+            q = (f(inputs[f"{prefix}pixel_values"]) + f(inputs[f"{prefix}second_view"])) / 2
+            clean, one, zero = p > 0.5, q > 0.6, q < 0.4
+            labels = np.where(clean, given, np.where(one, 1, np.where(zero, 0, given)))
+            return labels, np.where(clean | one | zero, 1, p), clean, ~clean & (one | zero)
+
+        (labels, weight, clean, relabeled), (other, *_) = refined(""), refined("minority_")
+        lam = inputs["lam"].double().numpy()[:, None]
+        by_image = inputs["lam"].view(-1, 1, 1, 1)
+        mixed = f(by_image * inputs["pixel_values"] + (1 - by_image) * inputs["minority_pixel_values"])
+        t = lam * labels + (1 - lam) * other
+        bce = -(t * np.log(mixed) + (1 - t) * np.log(1 - mixed))
+        assert loss.item() == pytest.approx((weight * bce).sum(1).mean(), rel=1e-4)
+        seen.append((clean.sum(), relabeled.sum(), (~clean & ~relabeled).sum()))
+        return loss
+
+    state.end_epoch, trainer.compute_loss = end_epoch_with_p_of_every_kind, compared
+    trainer.train()
+    assert len(seen) == 2 * 6
+    assert all(sum(kind) > 0 for kind in zip(*seen, strict=True))  # clean, re-labelled and ambiguous ones
+
+
 def test_predict_needs_no_labels(dataset, tmp_path):
     trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path), train_dataset=dataset)
     output = trainer.predict(dataset.remove_columns("labels"))
