@@ -94,6 +94,9 @@ VARIANTS: dict[str, Variant] = {
     "bce": Variant(method="bce"),
     "mixup": Variant(method="mixup"),
     "reliability of the random instance": Variant({"partner_reliability": False}),
+    "reliability of the random instance, predictions of the scan": Variant(
+        {"partner_reliability": False, "prediction_source": "scan"}
+    ),
     "score: uniform": Variant({"minority_score": "uniform"}),
     "score: positive": Variant({"minority_score": "positive"}),
     "score: class, power 0.25": Variant(score="class", power=0.25),
@@ -109,8 +112,26 @@ VARIANTS: dict[str, Variant] = {
     "class eps": Variant(class_eps=1.0),
     "eps 0.9": Variant({"relabel_threshold": 0.9}),
     "eps 0.8": Variant({"relabel_threshold": 0.8}),
+    "eps 0.85": Variant({"relabel_threshold": 0.85}),
+    "eps 0.85, weight average 0.998": Variant({"relabel_threshold": 0.85}, weight_average=0.998),
+    "eps 0.85, weight average 0.998, class power 0.25": Variant(
+        {"relabel_threshold": 0.85}, weight_average=0.998, score="class", power=0.25
+    ),
+    "eps 0.85, weight average 0.998, loss beside 0.5": Variant(
+        {"relabel_threshold": 0.85}, weight_average=0.998, beside=0.5
+    ),
+    "eps 0.85, weight average 0.998, loss beside 1": Variant(
+        {"relabel_threshold": 0.85}, weight_average=0.998, beside=1.0
+    ),
+    "eps 0.85, weight average 0.998, loss beside 1, without ambiguous": Variant(
+        {"relabel_threshold": 0.85, "ambiguous": False}, weight_average=0.998, beside=1.0
+    ),
+    "eps 0.85, weight average 0.998, without ambiguous": Variant(
+        {"relabel_threshold": 0.85, "ambiguous": False}, weight_average=0.998
+    ),
     "pooled mixtures": Variant(pooled=50.0),
-    "loss beside": Variant(beside=1.0),
+    "loss beside 0.5": Variant(beside=0.5),
+    "loss beside 1": Variant(beside=1.0),
     "mixtures: sklearn": Variant({"mixture_preset": "sklearn"}),
     "predictions of the scan": Variant({"prediction_source": "scan"}),
     "p_G at the views' losses": Variant({"clean_probability_source": "views"}),
