@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     setup, jobs = setup_of(asked), Jobs(asked.jobs_dir)
     tables = [TABLES[n] for n in asked.table or ()]
     figures = [FIGURES[n] for n in asked.figure or ()]
-    cells = cells_of(tables, setup.dataset, range(asked.seeds), asked.methods, setup.settings)
+    cells = cells_of(tables, setup.dataset, range(asked.seeds), asked.methods, setup.own_settings)
     for cell in cells_of(figures, setup.dataset, range(asked.seeds)):
         if cell not in cells and (not asked.methods or cell.method in asked.methods):
             cells.append(cell)

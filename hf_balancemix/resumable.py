@@ -147,6 +147,9 @@ class ResumableTrainer(HubTrainer):
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
         pass
 
+    def _reset_run_state(self) -> None:
+        """Called on every rank before the first step of a training, which may not be the trainer's first: forget."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights = self._load_weights(resume_from_checkpoint, model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)

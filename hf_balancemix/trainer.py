@@ -282,6 +282,8 @@ class MultiLabelTrainer(ResumableTrainer):
     # ---- training and evaluation ----
 
     def _begin_epoch(self, epoch: int) -> None:
+        if self.state.global_step == 0:  # also where auto_find_batch_size begins again
+            self._reset_run_state()
         # Trainer's own set_epoch does not reach the sampler after resuming in mid-epoch on several ranks.
         self.train_sampler.set_epoch(epoch)
 
@@ -576,6 +578,10 @@ class BalanceMixTrainer(MultiLabelTrainer):
     def _run_state(self) -> dict[str, Tensor]:
         self.quality.reduce()
         return self.balance_mix.state_dict() | {f"quality.{k}": v for k, v in self.quality.state_dict().items()}
+
+    def _reset_run_state(self) -> None:
+        self.balance_mix.reset()
+        self.quality.reset()
 
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
         quality = {k.removeprefix("quality."): v for k, v in state.items() if k.startswith("quality.")}

@@ -286,7 +286,7 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         default="scan",
         metadata={
             "help": "'scan' keeps p_G as N x K half precision; 'views' computes it from the step's own losses, for "
-            "data sets where N x K does not fit in memory.",
+            "data sets where N x K does not fit in memory; prediction_source is then 'views', too.",
             "choices": [*CLEAN_PROBABILITY_SOURCES],
         },
     )
@@ -345,6 +345,8 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.clean_probability_source == "views" and self.prediction_source is None:
+            self.prediction_source = "views"  # nothing else predicts the views
         super().__post_init__()
         self.balance_mix_settings()  # raises on bad values
 

@@ -258,3 +258,9 @@ def test_a_trainer_makes_views_by_the_preset(tmp_path):
     one, two = batches.values()
     assert torch.equal(one["index"], two["index"])
     assert not torch.equal(one["pixel_values"], two["pixel_values"])
+
+
+def test_p_clean_of_the_views_brings_predictions_of_the_views(tmp_path):
+    assert made(tmp_path, clean_probability_source="views").prediction_source == "views"
+    with pytest.raises(ValueError, match="nothing is predicted in a step"):
+        made(tmp_path, clean_probability_source="views", prediction_source="scan")

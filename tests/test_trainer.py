@@ -208,6 +208,26 @@ def test_with_preset_paper_a_step_is_eq_5_9_and_10_written_out(dataset, tmp_path
     assert all(sum(kind) > 0 for kind in zip(*seen, strict=True))  # clean, re-labelled and ambiguous ones
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("method", ["balancemix", "t-estimator", "co-teaching", "ll-cp"])
+def test_a_second_training_is_like_the_first(method, preset, dataset, tmp_path):
+    # Without momentum: Trainer keeps its optimiser.
+    args = arguments(
+        tmp_path, preset=preset, optim="sgd", optim_args="momentum=0.0", num_train_epochs=3, large_loss_delta=10.0
+    )
+    trainer = trainer_for(method, args, model=tiny_vit(), train_dataset=noisy_version(dataset))
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    ends = []
+    for _ in range(2):
+        trainer.model.load_state_dict(start)
+        trainer.train()
+        ends.append((flat(trainer.model), trainer._run_state()))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1].keys() == ends[1][1].keys()
+    for name, value in ends[0][1].items():
+        assert torch.equal(value, ends[1][1][name]), name
+
+
 def test_predict_needs_no_labels(dataset, tmp_path):
     trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path), train_dataset=dataset)
     output = trainer.predict(dataset.remove_columns("labels"))

@@ -154,6 +154,11 @@ class Setup:
     eval_classes: tuple[str, ...] | None = None
     """Instead: their names."""
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """Training arguments that were chosen for the grid; a table's own give way to them."""
+        return ({} if self.preset == "default" else {"preset": self.preset}) | dict(self.settings)
+
     def facts(self) -> dict[str, Any]:
         """What defines the numbers: everything, but with the weights' content instead of their place."""
         facts = asdict(self)

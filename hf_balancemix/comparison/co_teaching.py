@@ -263,6 +263,10 @@ class CoTeachingTrainer(ScanningMixupTrainer):
     def _run_state(self) -> dict[str, Tensor]:
         return {"epoch": torch.tensor(self.statistics_epoch), "clean": self.clean}
 
+    def _reset_run_state(self) -> None:
+        super()._reset_run_state()
+        self.clean = torch.ones_like(self.clean)
+
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
         self.statistics_epoch, self.clean = int(state["epoch"]), state["clean"]
 

@@ -221,7 +221,7 @@ def render(
     own = [result for cell, result in results.items() if cell.dataset == setup.dataset]
     for number in tables:
         table = TABLES[number]
-        entries = entries_of(table, setup.dataset, results, methods, setup.settings)
+        entries = entries_of(table, setup.dataset, results, methods, setup.own_settings)
         quoted = "" if setup.dataset in table.datasets else f" ({table.datasets[0]})"
         note = " ".join(filter(None, [_conditions(setup, own), table.note]))
         text = markdown(f"Table {number}: {table.title}", entries, note, f"paper{quoted}")

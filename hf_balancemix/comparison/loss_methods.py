@@ -170,6 +170,10 @@ class LargeLossTrainer(MixupTrainer):
     def _run_state(self) -> dict[str, Tensor]:
         return {"corrected": self.corrected} if self.mode == "permanent" else {}
 
+    def _reset_run_state(self) -> None:
+        super()._reset_run_state()
+        self.corrected.zero_()
+
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
         if self.mode == "permanent":
             self.corrected = state["corrected"].clone()

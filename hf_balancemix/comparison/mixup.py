@@ -103,6 +103,10 @@ class ScanningMixupTrainer(MixupTrainer):
         """`args.label_warmup_epochs` on the given labels; at least 1, because nothing is known before."""
         return max(self.args.label_warmup_epochs, 1)
 
+    def _reset_run_state(self) -> None:
+        super()._reset_run_state()
+        self.statistics_epoch = 0
+
     def _begin_epoch(self, epoch: int) -> None:
         super()._begin_epoch(epoch)
         # After resuming in the middle of an epoch its statistics are there already; made again they would differ.

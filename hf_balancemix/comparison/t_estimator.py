@@ -237,6 +237,9 @@ class TEstimatorTrainer(ScanningMixupTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._forget()
+
+    def _forget(self) -> None:
         n, k = (0, 0) if self.train_labels is None else self.train_labels.shape
         self.matrices = torch.eye(2, dtype=torch.float64).repeat(k, 1, 1)
         self._recorded = torch.zeros(n, k)  # sum of scaled losses; empty once the matrices are estimated
@@ -268,6 +271,10 @@ class TEstimatorTrainer(ScanningMixupTrainer):
         return {
             "epoch": torch.tensor(self.statistics_epoch), "matrices": self.matrices, "recorded_losses": self._recorded,
         }  # fmt: skip
+
+    def _reset_run_state(self) -> None:
+        super()._reset_run_state()
+        self._forget()
 
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
         self.statistics_epoch, self.matrices = int(state["epoch"]), state["matrices"]

@@ -148,7 +148,11 @@ class BalanceMix:
             )
         self.settings = settings or BalanceMixSettings()
         self.labels = labels.to("cpu", torch.int8)
-        n, k = labels.shape
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was learned: everything is as before the first epoch."""
+        n, k = self.labels.shape
         self.epoch = 0
         self.weights = torch.full((n,), 1 / n, dtype=torch.float64)
         self.positive_confidence = torch.ones(k, dtype=torch.float64)
@@ -173,7 +177,7 @@ class BalanceMix:
         self._sums = torch.zeros(2, k, dtype=torch.int64)
         self._counts = torch.zeros(2, k, dtype=torch.int64)
         self._seen = torch.zeros(n, dtype=torch.int32)
-        self._observed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._observed: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     @torch.no_grad()
     def observe(self, index: Tensor, logits: Tensor) -> None:
@@ -194,7 +198,7 @@ class BalanceMix:
         self._histogram.update(losses, given)
         self._seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
         if self._keeps_table:
-            self._observed.append((index, losses, probabilities.half()))
+            self._observed.append((index, losses, probabilities.half() if self._keeps_predictions else None))
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> None:
@@ -226,14 +230,16 @@ class BalanceMix:
         if self.settings.select_clean:
             self.mixtures = self._histogram.fit(self.settings.mixture_preset)
         if self._keeps_table:
-            clean, predicted = torch.zeros(2, *self.labels.shape)
-            for index, losses, probabilities in self._observed:
+            table = torch.zeros(self.labels.shape)
+            for index, losses, _ in self._observed:
                 given = self.labels[index].clamp(min=0)
-                clean[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
-                predicted[index] = probabilities.float()
-            self.clean_probability = all_reduce_sum(clean).half()
-            if self._keeps_predictions:
-                self.scan_probability = all_reduce_sum(predicted).half()
+                table[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
+            self.clean_probability = all_reduce_sum(table).half()
+        if self._keeps_predictions:
+            table = torch.zeros(self.labels.shape)
+            for index, _, probabilities in self._observed:
+                table[index] = probabilities.float()
+            self.scan_probability = all_reduce_sum(table).half()
         self.epoch = epoch
         self.loss_histogram = self._histogram
         self._begin_observing()
@@ -252,9 +258,15 @@ class BalanceMix:
             :class:`RefinedLabels` on the device of `labels`.
 
         Raises:
-            ValueError: `probabilities` are absent although they are needed, or given although they are not.
+            ValueError: `probabilities` are absent although they are needed, or given although they are not; or labels
+                are not managed at all.
         """
         s = self.settings
+        if not s.select_clean:
+            raise ValueError(
+                "select_clean is False, so no label is refined; train on the given labels, and ask "
+                "settings.manages_labels(epoch) first."
+            )
         if (probabilities is None) != (s.prediction_source == "scan"):
             raise ValueError(
                 f"probabilities are {'absent' if probabilities is None else 'given'}, and prediction_source is "
@@ -312,12 +324,15 @@ class BalanceMix:
         Raises:
             ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
         """
+        k = self.labels.shape[1]
+        state = {"scan_probability": torch.zeros(0, k, dtype=torch.float16)} | state  # older ones do not have it
         for name in ("weights", "positive_confidence", "clean_probability", "scan_probability"):
             if name not in state or state[name].shape != getattr(self, name).shape:
                 found = "absent" if name not in state else f"of shape {tuple(state[name].shape)}"
                 raise ValueError(
                     f"the saved state's {name} is {found}; this run (N, K = {tuple(self.labels.shape)}) needs "
-                    f"{tuple(getattr(self, name).shape)}. Resume with the data set and settings of the checkpoint."
+                    f"{tuple(getattr(self, name).shape)}. Resume with the data set and settings of the checkpoint "
+                    "(prediction_source and clean_probability_source among them)."
                 )
         mixtures = {name.removeprefix("mixtures."): v for name, v in state.items() if name.startswith("mixtures.")}
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None

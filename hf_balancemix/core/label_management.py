@@ -40,9 +40,9 @@ def refine_labels(
 ) -> RefinedLabels:
     """Eq. 9 and the weights of Eq. 10, label by label.
 
-    A label with p_clean > 0.5 is CLEAN and kept. Otherwise the model's mean probability q over two views decides: q >
-    threshold makes it 1, q < 1 - threshold makes it 0, and it is RELABELED. The rest are AMBIGUOUS: unchanged, with
-    weight p_clean.
+    A label with p_clean > 0.5 is CLEAN and kept. Otherwise the model's probability q (as printed, the mean over two
+    views) decides: q > threshold makes it 1, q < 1 - threshold makes it 0, and it is RELABELED. The rest are
+    AMBIGUOUS: unchanged, with weight p_clean.
 
     Args:
         labels: `(B, K)` given labels in {0, 1}, or -1 where unknown. An unknown label has p_clean 0: it is set where

@@ -41,7 +41,8 @@ def minority_mixup(
     Args:
         random_images: `(B, C, H, W)` float, normalised.
         minority_images: The same shape.
-        random_labels: `(B, K)` float in [0, 1], refined; -1 where unknown.
+        random_labels: `(B, K)` float in [0, 1]; -1 where unknown. Refined ones are mixed by
+            :func:`mix_refined_labels`.
         minority_labels: The same shape.
         lam: `(B,)` float in [0.5, 1].
 
@@ -69,7 +70,8 @@ def minority_mixup(
 
 def _mixed_labels(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
     labels = torch.lerp(minority, random, lam.to(random.dtype).view(-1, 1))
-    return labels.masked_fill((random < 0) | (minority < 0), -1)
+    # At lambda = 1 the minority instance is not there.
+    return labels.masked_fill((random < 0) | ((minority < 0) & (lam.view(-1, 1) < 1)), -1)
 
 
 def mix_refined_labels(

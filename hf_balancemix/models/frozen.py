@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_balancemix.models.configuration_balancemix import POOLED_HEADS
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
+
+_NOT_OF_THE_BACKBONE = {
+    "id2label", "label2id", "num_labels", "problem_type", "architectures", "dtype", "transformers_version",
+    "_name_or_path", "thresholds",
+}  # fmt: skip
 
 
 class FeatureClassifierConfig(PreTrainedConfig):
@@ -149,11 +155,17 @@ def with_head(model: nn.Module, trained: FeatureClassifier) -> nn.Module:
 
 
 def backbone_digest(model: nn.Module) -> str:
-    """A digest of a classifier's architecture and of all weights but those of its last linear layer."""
+    """A digest of a classifier's config (label names apart) and of all weights but those of its last linear layer."""
     head = {id(p) for p in _classifier(model).parameters()}
     config = getattr(model.config, "backbone_config", model.config)
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(model).__name__} {getattr(config, 'architecture', '')}".encode())
+    if isinstance(config, TimmWrapperConfig):
+        settings = config.model_args or {}  # caches without any were made before they counted
+    else:
+        settings = {k: v for k, v in config.to_diff_dict().items() if k not in _NOT_OF_THE_BACKBONE}
+    if settings:
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in head:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())

@@ -436,9 +436,11 @@ def _draw_as_timm(model: nn.Module, config: TimmWrapperConfig, num_classes: int)
 def _draw_classifier(model: nn.Module) -> None:
     # As torch draws linear layers and timm's `reset_classifier` leaves them. The initialisation of whole networks can
     # be far larger (EfficientNet's and MobileNet's by K: logits beyond 10); its gradients would spoil the backbone.
-    for module in model.get_classifier().modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    classifiers = model.get_classifier()  # distilled models have two
+    for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+        for module in classifier.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
 
 
 class _TimmDefaults:

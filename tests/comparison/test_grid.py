@@ -142,7 +142,10 @@ def test_table_6_is_trained_with_the_recipe_unless_the_grid_says_otherwise(tmp_p
     assert cell.settings == (("preset", "ml-decoder"),)
     a = args(cell, **own)
     assert (a.num_train_epochs, a.global_batch_size, a.ema_decay, a.cutout) == (2, 8, 0.5, 0.5)
-    (cell,) = cells_of([TABLES[6]], "coco2014", [0], ["ml-decoder, resnet101@448"], {"preset": "paper"})
+    assert Setup("coco2014").own_settings == {}
+    own = Setup("coco2014", preset="paper", settings={"bf16": True}).own_settings  # `reproduce.py --preset paper`
+    assert own == {"preset": "paper", "bf16": True}
+    (cell,) = cells_of([TABLES[6]], "coco2014", [0], ["ml-decoder, resnet101@448"], own)
     assert args(cell, preset="paper").optim == "sgd"
     # All other tables' cells are as they were.
     others = cells_of([table for n, table in TABLES.items() if n != 6], "coco", [0])

@@ -149,6 +149,23 @@ def test_predictions_must_come_from_where_the_settings_say():
         BalanceMixSettings(clean_probability_source="views")
 
 
+def test_without_label_management_there_is_nothing_to_refine():
+    _, given, _ = case()
+    with pytest.raises(ValueError, match="select_clean is False, so no label is refined"):
+        BalanceMix(given, BalanceMixSettings(select_clean=False)).refine(torch.arange(5), given[:5])
+
+
+def test_reset_forgets_everything():
+    logits, given, _ = case()
+    state = observed(BalanceMix(given), logits)
+    state.end_epoch(2)
+    state.observe(torch.arange(3), logits[:3])
+    state.reset()
+    for (name, a), b in zip(state.state_dict().items(), BalanceMix(given).state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    observed(state, logits).end_epoch(1)  # the three are not counted
+
+
 def test_p_clean_from_views_needs_no_table_and_agrees_on_the_same_losses():
     logits, given, _ = case()
     table = observed(BalanceMix(given, VIEWS), logits)

@@ -151,3 +151,13 @@ def test_a_known_label_is_learned_though_its_partners_is_unknown():
     assert weight.tolist() == [[0.25, 0.75, 0.0]]
     labels, _ = mix_refined_labels(random, minority, torch.tensor([0.75]), partner_reliability=False)
     assert labels.tolist() == [[-1.0, -1.0, -1.0]]
+
+
+def test_at_lambda_one_an_unknown_label_of_the_partner_takes_nothing_away():
+    images, random, minority = (
+        torch.zeros(2, 1, 1, 1),
+        torch.tensor([[1.0, -1.0]] * 2),
+        torch.tensor([[-1.0, 0.0]] * 2),
+    )
+    _, labels = minority_mixup(images, images, random, minority, torch.tensor([1.0, 0.9]))
+    assert labels.tolist() == [[1.0, -1.0], [-1.0, -1.0]]

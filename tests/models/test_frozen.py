@@ -91,6 +91,21 @@ def test_a_hidden_layer_on_its_backbone_is_a_model_of_ours(architecture, tmp_pat
     assert torch.equal(again.head[2].weight, last.weight)
 
 
+def test_settings_without_weights_are_other_features():
+    def digest(**kwargs):
+        torch.manual_seed(0)
+        return backbone_digest(load_model("test_resnet", NAMES, pretrained=False, **kwargs)[0])
+
+    assert digest() == digest() != digest(model_kwargs={"global_pool": "max"})
+    one, other = tiny_resnet(), tiny_resnet()
+    assert backbone_digest(one) == backbone_digest(other)
+    other.config.hidden_act = "gelu"
+    assert backbone_digest(one) != backbone_digest(other)
+    other = tiny_resnet()
+    other.config.id2label = {k: name.upper() for k, name in other.config.id2label.items()}
+    assert backbone_digest(one) == backbone_digest(other)
+
+
 def test_a_head_of_another_kind_is_refused():
     model = tiny_resnet()
     with pytest.raises(ValueError, match="load the model with head='mlp'"):

@@ -145,6 +145,13 @@ def test_a_new_head_on_backbone_weights_starts_small(tmp_path):
     assert head.weight.std().item() == pytest.approx((3 * head.in_features) ** -0.5, rel=0.1)
 
 
+def test_both_heads_of_a_distilled_model_are_new(tmp_path):
+    name = "deit_tiny_distilled_patch16_224"
+    torch.save(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "w.pt")
+    model = load_model(name, CLASSES, backbone_weights=tmp_path / "w.pt")[0].timm_model
+    assert all(head.weight.abs().max() > 0.06 for head in model.get_classifier())  # timm's are drawn with 0.02
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pth", "pth under state_dict", "headless", "without counters"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
 def test_backbone_weights_arrive_down_to_the_batch_norm_statistics(name, form, tmp_path):
