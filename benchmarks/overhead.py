@@ -4,9 +4,9 @@
 
 All methods run in one process, one epoch after the other in turns, on the same model, images and batch size; the
 table shows medians over the rounds and the ratio to BCE. BalanceMix is measured after its warm-up. Parts:
-data: waiting for the loader (without workers: decoding, resizing, RandAugment); views: the forward passes of
-label-wise management; step: the rest of a training step; scan: the pass over the training set; mixture fit: Eq. 2-8
-from the scan.
+data: waiting for the loader (without workers: decoding, resizing, RandAugment); views: label-wise management, with
+the forward passes of two views where it has them (`--prediction_source views`); step: the rest of a training step;
+scan: the pass over the training set; mixture fit: Eq. 2-8 from the scan.
 """
 
 from __future__ import annotations
@@ -99,9 +99,15 @@ def main() -> None:
             per_device_eval_batch_size=64,
         )  # fmt: skip
         results: dict[str, list[dict[str, float]]] = defaultdict(list)
-        turns = [method for _ in range(options.rounds) for method in ("bce", "mixup", "balancemix")]
-        for method in tqdm(turns, desc="Epochs"):
-            results[method].append(one_epoch(method, replace(args), options.network, train))
+        rows = {
+            "bce": ("bce", args),
+            "mixup": ("mixup", args),
+            "balancemix": ("balancemix", args),
+            "balancemix, two views": ("balancemix", replace(args, prediction_source="views")),
+        }
+        for name in tqdm([*rows] * options.rounds, desc="Epochs"):
+            method, own = rows[name]
+            results[name].append(one_epoch(method, replace(own), options.network, train))
 
     names = (*PARTS, "epoch")
     medians = {m: {p: statistics.median(r[p] for r in rows) for p in names} for m, rows in results.items()}

@@ -63,7 +63,7 @@ def test_table_marks_what_a_method_does_not_have():
     assert table.splitlines()[2:] == ["| a      |  50.0 |    - |", "| bb     | 100.0 | 25.0 |"]
 
 
-def test_single_positive_labels_bring_the_papers_settings_unless_the_user_has_chosen(tmp_path):
+def test_single_positive_labels_bring_settings_of_their_own_unless_the_user_has_chosen(tmp_path):
     def settings(noise: str, **given):
         given = {"use_cpu": True, "preset": "paper", "save_strategy": "no"} | given
         args = with_settings_for(NoiseArguments(noise=noise), BalanceMixTrainingArguments(str(tmp_path), **given))
@@ -72,6 +72,7 @@ def test_single_positive_labels_bring_the_papers_settings_unless_the_user_has_ch
     assert settings("single_positive") == (True, 0.55)
     assert settings("single_positive", relabel_threshold=0.8) == (True, 0.8)
     assert settings("single_positive", trust_positives=False) == (False, 0.55)
+    assert settings("single_positive", preset="default") == (True, 0.9)
     assert settings("mislabel") == (False, 0.975)
 
 

@@ -34,7 +34,7 @@ import hf_balancemix
 from hf_balancemix.comparison.experiment import NoiseArguments, add_noise
 from hf_balancemix.comparison.frozen import FrozenBackbone
 from hf_balancemix.comparison.methods import trainer_for
-from hf_balancemix.comparison.tables import SETTINGS_BY_NOISE, Cell
+from hf_balancemix.comparison.tables import Cell, settings_by_noise
 from hf_balancemix.core.sampling import class_confidences
 from hf_balancemix.data import (
     class_names,
@@ -263,9 +263,9 @@ def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> Ba
     if setup.frozen_backbone:  # done in seconds: a killed cell begins again
         values |= {"save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 512}
     values |= SOURCES[setup.dataset].settings
-    values |= SETTINGS_BY_NOISE.get(cell.noise, {})
-    values |= setup.settings
-    values |= dict(cell.settings)
+    chosen = dict(setup.settings) | dict(cell.settings)
+    values |= settings_by_noise(cell.noise, chosen.get("preset", setup.preset))
+    values |= chosen
     return BalanceMixTrainingArguments(**values)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hf_balancemix.comparison.experiment import SINGLE_POSITIVE_SETTINGS
+from hf_balancemix.comparison.experiment import single_positive_settings
 from hf_balancemix.comparison.methods import METHODS
 from hf_balancemix.report.reproduction import Entry, mean_and_error, ranks, read_paper_numbers
 from hf_balancemix.report.reproduction_figures import (
@@ -34,10 +34,6 @@ FLIP: tuple[Noise, ...] = (("flip", 0.2), ("flip", 0.4))
 SINGLE: Noise = ("single-positive", 0.0)
 REAL: Noise = ("real-world", 0.0)  # the labels as published
 GROUPS = ("all", "many", "medium", "few")
-SETTINGS_BY_NOISE: dict[str, dict[str, Any]] = {  # the paper's, for BalanceMix
-    "clean": {"trust_positives": True},
-    "single-positive": SINGLE_POSITIVE_SETTINGS,
-}
 _DEFAULTS = {"relabel_threshold": 0.975, "mixup_alpha": 4.0}
 _QUALITY = {
     "clean precision": "clean_precision",
@@ -72,6 +68,13 @@ class Cell:
         extra = [f"{k}-{str(v).rpartition('/')[2]}" for k, v in (*self.settings, *self.model)]
         parts = (self.noise_name, self.method, *extra, f"seed{self.seed}")
         return "_".join(re.sub(r"[^\w.+-]", "-", part) for part in parts)
+
+
+def settings_by_noise(noise: str, preset: str) -> dict[str, Any]:
+    """Training arguments of BalanceMix for a kind of noise, with a preset."""
+    if noise == "single-positive":
+        return single_positive_settings(preset)
+    return {"trust_positives": True} if noise == "clean" else {}
 
 
 @dataclass(frozen=True)
@@ -291,7 +294,8 @@ def cells_of(
 
 def cell_of(row: Row, noise: Noise, dataset: str, seed: int, own_settings: Mapping[str, Any] | None = None) -> Cell:
     """The run of a row with a noise and a seed."""
-    usual = _DEFAULTS | SETTINGS_BY_NOISE.get(noise[0], {}) | dict(own_settings or {})
+    own = dict(own_settings or {})
+    usual = _DEFAULTS | settings_by_noise(noise[0], own.get("preset", "default")) | own
     settings = {name: value for name, value in row.recipe.items() if name not in (own_settings or {})}
     settings |= {name: value for name, value in row.settings.items() if usual.get(name) != value}
     return Cell(dataset, *noise, row.method or "", seed, tuple(settings.items()), tuple(row.model.items()))

@@ -85,7 +85,7 @@ def test_cells_are_shared_between_tables_and_have_names_of_their_own():
     search = cells_of([TABLES[7]], "coco", [0])
     assert len(search) == 12
     assert len(set(search) & set(usual)) == 2  # eps=0.975 at both rates
-    assert sum(dict(c.settings) == {} for c in search) == 3  # and eps=0.55 with single positive labels
+    assert sum(dict(c.settings) == {} for c in search) == 3  # and eps=0.9 with single positive labels
     # where the whole grid runs with another alpha, 4 is no longer the usual one
     assert len(set(cells_of([TABLES[8]], "coco", [0], None, {"mixup_alpha": 8.0})) & set(usual)) == 1
     assert [c.seed for c in cells_of([TABLES[8]], "coco", range(2))] == [0] * 4 + [1] * 4
@@ -112,7 +112,11 @@ def test_settings_of_the_paper_by_data_set_and_noise(tmp_path):
     assert args("clean").trust_positives
     assert args("clean").relabel_threshold == 0.975
     assert args("single-positive").trust_positives
-    assert args("single-positive").relabel_threshold == 0.55
+    assert args("single-positive").relabel_threshold == 0.9
+    assert args("single-positive", preset="paper").relabel_threshold == 0.55
+    paper = Setup("voc", preset="paper", settings={"use_cpu": True})
+    cell = Cell("voc", "single-positive", 0.0, "balancemix", 0)
+    assert arguments_of(cell, paper, tmp_path).relabel_threshold == 0.55
     assert not args("real-world", "deepfashion").trust_positives
     fashion = args("flip", "deepfashion")
     assert (fashion.num_train_epochs, fashion.label_warmup_epochs, fashion.global_batch_size) == (40, 5, 64)
