@@ -60,7 +60,8 @@ NOISES: dict[str, Callable[[float, int], Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the reference: the trainers' defaults, with two views predicted in each step as printed.
+    """What differs from the reference: the trainers' defaults, but as printed with two views predicted in each step
+    and with p_G deciding over hard negative labels, too.
 
     `settings` are those of the trainers; the rest is tried here only.
     """
@@ -86,6 +87,9 @@ class Variant:
     """Positive labels weigh (max n / n_k)^boost in the loss: rare classes without drawing them more often."""
     beside: float = 0.0
     """To a positive label's loss is added the largest negative one of its instance: a wrong label beside a missing."""
+    agreed: str = ""
+    """Labels that count as clean whatever p_G says: `"negative"`: negative ones with f < 0.5 (`keep_hard_negatives`
+    has P(k) for 0.5), `"both"`: also positive ones with f > 0.5."""
     lambda_per_batch: bool = False
 
 
@@ -143,6 +147,11 @@ VARIANTS: dict[str, Variant] = {
     "clean alone": Variant({"relabel": False, "ambiguous": False}),
     "minority sampler alone": Variant({"select_clean": False}),
     "trusting positives": Variant({"trust_positives": True}),
+    "hard negatives kept": Variant({"keep_hard_negatives": True}),
+    "hard negatives kept, eps 0.9": Variant({"keep_hard_negatives": True, "relabel_threshold": 0.9}),
+    "negatives below 0.5 kept": Variant(agreed="negative"),
+    "negatives below 0.5 kept, eps 0.9": Variant({"relabel_threshold": 0.9}, agreed="negative"),
+    "negatives below 0.5, positives above kept": Variant(agreed="both"),
 }
 
 
@@ -273,7 +282,8 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
 def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[str, float]:
     """One training run on the given labels `y`: mAP by class group, and what became of the positive labels."""
     (N, K), given = y.shape, y.float()
-    settings = task.usual | {"prediction_source": "views", "trust_positives": noise in ("clean", "single")}
+    settings = task.usual | {"prediction_source": "views", "keep_hard_negatives": False}
+    settings |= {"trust_positives": noise in ("clean", "single")}
     settings |= {"relabel_threshold": 0.55} if noise == "single" else {}
     s = BalanceMixSettings(**settings | variant.settings)
     torch.manual_seed(seed)
@@ -306,9 +316,14 @@ def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[
         p = p_clean[index]
         if s.clean_probability_source == "views":
             p = mixtures.clean_probability(label_losses(torch.logit(q, 1e-6), y[index]), y[index])
+        if variant.agreed:
+            agrees = (y[index] == 0) & (q < 0.5)
+            if variant.agreed == "both":
+                agrees |= (y[index] == 1) & (q > 0.5)
+            p = p.masked_fill(agrees, 1.0)
         refined = refine_labels(
             given[index], p, q, s.relabel_threshold, relabel=s.relabel, ambiguous=s.ambiguous,
-            trust_positives=s.trust_positives,
+            trust_positives=s.trust_positives, confidence=P if s.keep_hard_negatives else None,
         )  # fmt: skip
         if variant.class_eps:
             extra = (refined.reliability == Reliability.AMBIGUOUS.value) & (q > eps)

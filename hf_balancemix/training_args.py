@@ -239,12 +239,14 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "mixture_preset": "dividemix",
         "monotone": True,
         "partner_reliability": True,
+        "keep_hard_negatives": True,
         "prediction_source": "scan",
     }
     _PRINTED: ClassVar[dict[str, Any]] = {
         "mixture_preset": "sklearn",
         "monotone": False,
         "partner_reliability": False,
+        "keep_hard_negatives": False,
         "prediction_source": "views",
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -267,6 +269,9 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     )
     trust_positives: bool | None = _preset_field(
         "All positive labels count as clean (noise-free and single-positive data)."
+    )
+    keep_hard_negatives: bool | None = _preset_field(
+        "Negative labels of which the model is less sure than P(k) count as clean; as printed p_G alone decides."
     )
     relabel_threshold: float | None = _preset_field(
         "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."

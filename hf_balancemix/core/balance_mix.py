@@ -58,6 +58,8 @@ class BalanceMixSettings:
         relabel: Re-label confident labels that are not clean (Eq. 9).
         ambiguous: Weigh ambiguous labels by p_G; False leaves them out.
         trust_positives: Every positive label counts as clean.
+        keep_hard_negatives: A negative label with f(x)_k < P(k) counts as clean, whatever p_G says; False is Eq. 8
+            as printed.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
         partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
@@ -78,6 +80,7 @@ class BalanceMixSettings:
     relabel: bool = True
     ambiguous: bool = True
     trust_positives: bool = False
+    keep_hard_negatives: bool = True
     relabel_threshold: float = 0.975
     mixup_alpha: float = 4.0
     partner_reliability: bool = True
@@ -283,6 +286,7 @@ class BalanceMix:
             relabel=s.relabel,
             ambiguous=s.ambiguous,
             trust_positives=s.trust_positives,
+            confidence=self.positive_confidence if s.keep_hard_negatives else None,
         )
 
     def _p_clean(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:

@@ -107,6 +107,29 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing():
     assert state.epoch == 0
 
 
+def test_a_hard_negative_label_is_kept_and_a_missing_one_is_not():
+    torch.manual_seed(0)
+    given = torch.zeros(300, 2, dtype=torch.int8)
+    given[:100, 0] = 1
+    logits = torch.where(given == 1, 3.0, -5.0) + 0.5 * torch.randn(300, 2)
+    logits[100:120, 0], logits[120:125, 0] = 2.0, 4.0  # hard (f = 0.88), and missing (f = 0.98); P(0) is about 0.95
+    found = {}
+    for keep in (True, False):
+        state = BalanceMix(given, BalanceMixSettings(keep_hard_negatives=keep))
+        state.observe(torch.arange(300), logits)
+        state.end_epoch(1)
+        found[keep] = state.refine(torch.arange(300), given.float())
+    assert 0.9 < state.positive_confidence[0] < 0.97
+    reliability = {keep: refined.reliability[100:125, 0].tolist() for keep, refined in found.items()}
+    assert reliability == {
+        True: 20 * [Reliability.CLEAN] + 5 * [Reliability.RELABELED],
+        False: 20 * [Reliability.AMBIGUOUS] + 5 * [Reliability.RELABELED],
+    }
+    assert all(refined.labels[120:125, 0].eq(1).all() for refined in found.values())
+    assert found[True].weight[100:120, 0].eq(1).all()
+    assert found[False].weight[100:120, 0].lt(0.5).all()
+
+
 def test_before_the_first_scan_everything_is_uniform_and_clean():
     _, given, _ = case()
     state = BalanceMix(given)
