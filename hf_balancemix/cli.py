@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -68,16 +69,28 @@ def parse_arguments(
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; bad input ends it with one line on stderr, `error: ...`, and exit status 2.
 
-    Only this package's own messages are shown like that. Any other exception keeps its traceback.
+    Only this package's own messages are shown like that. Any other exception keeps its traceback. After `main`, a rank
+    of several leaves the process group.
     """
     try:
         main()
+        leave_process_group()
     except (ValueError, TypeError, FileNotFoundError) as error:
         message = _own_message(error)
         if message is None:
             raise
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
         sys.exit(2)
+
+
+def leave_process_group() -> None:
+    """The last thing a rank of several does; without it the process may abort at its exit.
+
+    Gloo's threads may still hold tensors then, and cannot release them once the interpreter is being taken down
+    (https://github.com/pytorch/pytorch/pull/179291). Not after an exception: the other ranks are waiting elsewhere.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _own_message(error: Exception) -> str | None:

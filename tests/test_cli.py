@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch.distributed as dist
 import yaml
 from conftest import make_dataset
 from torch.utils.data import DataLoader
@@ -293,3 +294,20 @@ def test_run_shows_the_message_of_a_data_loaders_worker(tmp_path, capsys):
 
     with pytest.raises(ValueError, match="Traceback"):
         run(lambda: list(DataLoader(instances, 2, num_workers=1, collate_fn=foreign)))
+
+
+def test_a_script_that_ends_well_leaves_its_process_group_and_one_that_fails_does_not_wait(tmp_path):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(fail)
+        assert dist.is_initialized()
+        run(lambda: None)
+        assert not dist.is_initialized()
+        run(lambda: None)  # a script of one process
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -21,6 +21,7 @@ from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from transformers import TrainerCallback
 
 from hf_balancemix import BalanceMixTrainer, Mislabel, checkpoints
+from hf_balancemix.cli import leave_process_group
 
 
 def die() -> None:
@@ -156,6 +157,7 @@ def main() -> None:
         },
         options.folder / f"final-{rank}.pt",
     )
+    leave_process_group()
 
 
 if __name__ == "__main__":

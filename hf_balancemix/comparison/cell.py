@@ -31,6 +31,7 @@ import transformers
 from transformers import PrinterCallback, set_seed
 
 import hf_balancemix
+from hf_balancemix.cli import leave_process_group
 from hf_balancemix.comparison.experiment import NoiseArguments, add_noise
 from hf_balancemix.comparison.frozen import FrozenBackbone
 from hf_balancemix.comparison.methods import trainer_for
@@ -441,6 +442,7 @@ def main(argv: list[str]) -> None:
         run_cell(cell, setup, GridData(setup, job["data_dir"], job["cache_dir"]), job["folder"], job["out"])
     except BlockingIOError:
         sys.exit(BUSY)
+    leave_process_group()
 
 
 if __name__ == "__main__":

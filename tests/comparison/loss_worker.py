@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from conftest import arguments, flat, make_dataset, tiny_vit
 
+from hf_balancemix.cli import leave_process_group
 from hf_balancemix.comparison import trainer_for
 
 
@@ -44,3 +45,4 @@ def main(folder: Path, batch: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave_process_group()

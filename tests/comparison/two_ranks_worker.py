@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import arguments, flat, tiny_vit
 from test_t_estimator import correlated_data
 
+from hf_balancemix.cli import leave_process_group
 from hf_balancemix.comparison import trainer_for
 
 
@@ -58,3 +59,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.save(train_both(options.folder, options.batch), options.folder / f"final-{os.environ.get('RANK', 0)}.pt")
+    leave_process_group()
