@@ -149,6 +149,19 @@ VARIANTS: dict[str, Variant] = {
     "trusting positives": Variant({"trust_positives": True}),
     "hard negatives kept": Variant({"keep_hard_negatives": True}),
     "hard negatives kept, eps 0.9": Variant({"keep_hard_negatives": True, "relabel_threshold": 0.9}),
+    "hard negatives kept, predictions of the scan": Variant(
+        {"keep_hard_negatives": True, "prediction_source": "scan"}
+    ),
+    "hard negatives kept, score: uniform": Variant({"keep_hard_negatives": True, "minority_score": "uniform"}),
+    "hard negatives kept, class power 0.25": Variant({"keep_hard_negatives": True}, score="class", power=0.25),
+    "hard negatives kept, weight average 0.998": Variant({"keep_hard_negatives": True}, weight_average=0.998),
+    "hard negatives kept, loss beside 0.5": Variant({"keep_hard_negatives": True}, beside=0.5),
+    "hard negatives kept, eps 0.85, weight average 0.998": Variant(
+        {"keep_hard_negatives": True, "relabel_threshold": 0.85}, weight_average=0.998
+    ),
+    "hard negatives kept, eps 0.85, weight average 0.998, loss beside 0.5": Variant(
+        {"keep_hard_negatives": True, "relabel_threshold": 0.85}, weight_average=0.998, beside=0.5
+    ),
     "negatives below 0.5 kept": Variant(agreed="negative"),
     "negatives below 0.5 kept, eps 0.9": Variant({"relabel_threshold": 0.9}, agreed="negative"),
     "negatives below 0.5, positives above kept": Variant(agreed="both"),
