@@ -61,7 +61,7 @@ NOISES: dict[str, Callable[[float, int], Any]] = {
 @dataclass(frozen=True)
 class Variant:
     """What differs from the reference: the trainers' defaults, but as printed with two views predicted in each step
-    and with p_G deciding over hard negative labels, too.
+    and without a limit to the labels that may be missing.
 
     `settings` are those of the trainers; the rest is tried here only.
     """
@@ -88,8 +88,10 @@ class Variant:
     beside: float = 0.0
     """To a positive label's loss is added the largest negative one of its instance: a wrong label beside a missing."""
     agreed: str = ""
-    """Labels that count as clean whatever p_G says: `"negative"`: negative ones with f < 0.5 (`keep_hard_negatives`
-    has P(k) for 0.5), `"both"`: also positive ones with f > 0.5."""
+    """Labels that count as clean whatever p_G says: `"negative"`: negative ones with f < 0.5, `"both"`: also positive
+    ones with f > 0.5, `"confidence"`: negative ones with f < P(k), the threshold of confident learning."""
+    doubt: bool = False
+    """Ambiguous negative labels weigh 1 - f where that is more than p_G."""
     lambda_per_batch: bool = False
 
 
@@ -147,24 +149,27 @@ VARIANTS: dict[str, Variant] = {
     "clean alone": Variant({"relabel": False, "ambiguous": False}),
     "minority sampler alone": Variant({"select_clean": False}),
     "trusting positives": Variant({"trust_positives": True}),
-    "hard negatives kept": Variant({"keep_hard_negatives": True}),
-    "hard negatives kept, eps 0.9": Variant({"keep_hard_negatives": True, "relabel_threshold": 0.9}),
-    "hard negatives kept, predictions of the scan": Variant(
-        {"keep_hard_negatives": True, "prediction_source": "scan"}
-    ),
-    "hard negatives kept, score: uniform": Variant({"keep_hard_negatives": True, "minority_score": "uniform"}),
-    "hard negatives kept, class power 0.25": Variant({"keep_hard_negatives": True}, score="class", power=0.25),
-    "hard negatives kept, weight average 0.998": Variant({"keep_hard_negatives": True}, weight_average=0.998),
-    "hard negatives kept, loss beside 0.5": Variant({"keep_hard_negatives": True}, beside=0.5),
-    "hard negatives kept, eps 0.85, weight average 0.998": Variant(
-        {"keep_hard_negatives": True, "relabel_threshold": 0.85}, weight_average=0.998
-    ),
-    "hard negatives kept, eps 0.85, weight average 0.998, loss beside 0.5": Variant(
-        {"keep_hard_negatives": True, "relabel_threshold": 0.85}, weight_average=0.998, beside=0.5
-    ),
+    "negatives below P(k) kept": Variant(agreed="confidence"),
+    "negatives below P(k) kept, eps 0.9": Variant({"relabel_threshold": 0.9}, agreed="confidence"),
     "negatives below 0.5 kept": Variant(agreed="negative"),
     "negatives below 0.5 kept, eps 0.9": Variant({"relabel_threshold": 0.9}, agreed="negative"),
     "negatives below 0.5, positives above kept": Variant(agreed="both"),
+    "negatives weigh 1 - f": Variant(doubt=True),
+    "at most 0.25 n missing": Variant({"max_missing": 0.25}),
+    "at most 0.5 n missing": Variant({"max_missing": 0.5}),
+    "at most 1 n missing": Variant({"max_missing": 1.0}),
+    "at most 0.25 n missing, eps 0.9": Variant({"max_missing": 0.25, "relabel_threshold": 0.9}),
+    "at most 0.5 n missing, eps 0.9": Variant({"max_missing": 0.5, "relabel_threshold": 0.9}),
+    "at most 0.5 n missing, predictions of the scan": Variant({"max_missing": 0.5, "prediction_source": "scan"}),
+    "at most 0.5 n missing, weight average 0.998": Variant({"max_missing": 0.5}, weight_average=0.998),
+    "at most 0.5 n missing, loss beside 0.5": Variant({"max_missing": 0.5}, beside=0.5),
+    "at most 0.5 n missing, class power 0.25": Variant({"max_missing": 0.5}, score="class", power=0.25),
+    "at most 0.5 n missing, eps 0.85, weight average 0.998": Variant(
+        {"max_missing": 0.5, "relabel_threshold": 0.85}, weight_average=0.998
+    ),
+    "at most 0.5 n missing, eps 0.85, weight average 0.998, loss beside 0.5": Variant(
+        {"max_missing": 0.5, "relabel_threshold": 0.85}, weight_average=0.998, beside=0.5
+    ),
 }
 
 
@@ -289,13 +294,18 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
         pooled = pool.clean_probability(losses.reshape(-1, 1), torch.ones(losses.numel(), 1)).view_as(p)
         share = (n := positive.sum(0).float()) / (n + variant.pooled)
         p = torch.where(positive, share * p + (1 - share) * pooled, p)
+    if s.max_missing:
+        histogram = LossHistogram(losses.shape[1])
+        histogram.update(losses, y)
+        least = histogram.tail(0, (s.max_missing * positive.sum(0)).ceil())
+        p = p.masked_fill(~positive & (losses < least), 1.0)
     return p, mixtures
 
 
 def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[str, float]:
     """One training run on the given labels `y`: mAP by class group, and what became of the positive labels."""
     (N, K), given = y.shape, y.float()
-    settings = task.usual | {"prediction_source": "views", "keep_hard_negatives": False}
+    settings = task.usual | {"prediction_source": "views", "max_missing": 0.0}
     settings |= {"trust_positives": noise in ("clean", "single")}
     settings |= {"relabel_threshold": 0.55} if noise == "single" else {}
     s = BalanceMixSettings(**settings | variant.settings)
@@ -330,14 +340,19 @@ def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[
         if s.clean_probability_source == "views":
             p = mixtures.clean_probability(label_losses(torch.logit(q, 1e-6), y[index]), y[index])
         if variant.agreed:
-            agrees = (y[index] == 0) & (q < 0.5)
+            agrees = (y[index] == 0) & (q < (P if variant.agreed == "confidence" else 0.5))
             if variant.agreed == "both":
                 agrees |= (y[index] == 1) & (q > 0.5)
             p = p.masked_fill(agrees, 1.0)
         refined = refine_labels(
             given[index], p, q, s.relabel_threshold, relabel=s.relabel, ambiguous=s.ambiguous,
-            trust_positives=s.trust_positives, confidence=P if s.keep_hard_negatives else None,
+            trust_positives=s.trust_positives,
         )  # fmt: skip
+        if variant.doubt:
+            doubtful = (refined.reliability == Reliability.AMBIGUOUS.value) & (y[index] == 0)
+            refined = refined._replace(
+                weight=torch.where(doubtful, torch.maximum(refined.weight, 1 - q), refined.weight)
+            )
         if variant.class_eps:
             extra = (refined.reliability == Reliability.AMBIGUOUS.value) & (q > eps)
             refined = refined._replace(

@@ -238,15 +238,15 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     _OURS: ClassVar[dict[str, Any]] = {
         "mixture_preset": "dividemix",
         "monotone": True,
+        "max_missing": 0.5,
         "partner_reliability": True,
-        "keep_hard_negatives": True,
         "prediction_source": "scan",
     }
     _PRINTED: ClassVar[dict[str, Any]] = {
         "mixture_preset": "sklearn",
         "monotone": False,
+        "max_missing": 0.0,
         "partner_reliability": False,
-        "keep_hard_negatives": False,
         "prediction_source": "views",
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -270,8 +270,9 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     trust_positives: bool | None = _preset_field(
         "All positive labels count as clean (noise-free and single-positive data)."
     )
-    keep_hard_negatives: bool | None = _preset_field(
-        "Negative labels of which the model is less sure than P(k) count as clean; as printed p_G alone decides."
+    max_missing: float | None = _preset_field(
+        "At most this many times as many negative labels of a class as it has positive ones count as not clean; "
+        "0 sets no limit, as printed."
     )
     relabel_threshold: float | None = _preset_field(
         "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."

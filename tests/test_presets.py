@@ -35,11 +35,11 @@ METHOD = {
 }  # fmt: skip
 OURS = {
     "mixture_preset": "dividemix", "monotone": True, "partner_reliability": True, "prediction_source": "scan",
-    "keep_hard_negatives": True,
+    "max_missing": 0.5,
 }  # fmt: skip
 PRINTED = {
     "mixture_preset": "sklearn", "monotone": False, "partner_reliability": False, "prediction_source": "views",
-    "keep_hard_negatives": False,
+    "max_missing": 0.0,
 }  # fmt: skip
 # Ridnik et al., WACV 2023, and its published training code.
 RECIPE = {
@@ -79,7 +79,7 @@ OTHER = {
     "loss_reduction": "mean", "ema_decay": 0.5, "normalise": None, "cutout": 0.25, "num_train_epochs": 3,
     "global_batch_size": 8, "label_warmup_epochs": 2, "minority_score": "uniform", "trust_positives": True,
     "relabel_threshold": 0.6, "mixup_alpha": 1.0, "mixture_preset": None, "monotone": None,
-    "partner_reliability": None, "prediction_source": None, "keep_hard_negatives": None,
+    "partner_reliability": None, "prediction_source": None, "max_missing": None,
 }  # fmt: skip
 
 

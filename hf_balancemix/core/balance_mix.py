@@ -19,6 +19,7 @@ The caller runs the model and owns evaluation mode and autocast.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +59,9 @@ class BalanceMixSettings:
         relabel: Re-label confident labels that are not clean (Eq. 9).
         ambiguous: Weigh ambiguous labels by p_G; False leaves them out.
         trust_positives: Every positive label counts as clean.
-        keep_hard_negatives: A negative label with f(x)_k < P(k) counts as clean, whatever p_G says; False is Eq. 8
-            as printed.
+        max_missing: A class of n positive labels has at most `max_missing` n negative ones that are not clean, those
+            of the largest losses (to the width of a histogram's bin). The others count as clean whatever p_G says: a
+            class cannot lack many more labels than it has. 0 sets no limit, which is Eq. 8 as printed.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
         partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
@@ -80,7 +82,7 @@ class BalanceMixSettings:
     relabel: bool = True
     ambiguous: bool = True
     trust_positives: bool = False
-    keep_hard_negatives: bool = True
+    max_missing: float = 0.5
     relabel_threshold: float = 0.975
     mixup_alpha: float = 4.0
     partner_reliability: bool = True
@@ -102,6 +104,8 @@ class BalanceMixSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if not 0.5 <= self.relabel_threshold <= 1:
             raise ValueError(f"relabel_threshold is {self.relabel_threshold}; it must lie in [0.5, 1].")
+        if not 0 <= self.max_missing < math.inf:
+            raise ValueError(f"max_missing is {self.max_missing}; it must be 0 (no limit) or a positive number.")
         if not self.mixup_alpha >= 0:
             raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
         if self.clean_probability_source == "views" and self.prediction_source == "scan":
@@ -137,6 +141,7 @@ class BalanceMix:
         weights: `(N,)` float64 sampling probabilities (Eq. 4), uniform at first.
         positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
         mixtures: :class:`LossMixtures` or None before the first :meth:`end_epoch`.
+        least_missing_loss: `(K,)` float64, the loss from which on a negative label may be not clean; 0 at first.
         clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
         scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. Empty, `(0, K)`, unless
             `prediction_source` is `"scan"`.
@@ -161,6 +166,7 @@ class BalanceMix:
         self.positive_confidence = torch.ones(k, dtype=torch.float64)
         self.negative_confidence = torch.ones(k, dtype=torch.float64)
         self.mixtures: LossMixtures | None = None
+        self.least_missing_loss = torch.zeros(k, dtype=torch.float64)
         self.clean_probability = torch.ones(n if self._keeps_table else 0, k, dtype=torch.float16)
         self.scan_probability = torch.full((n if self._keeps_predictions else 0, k), 0.5, dtype=torch.float16)
         self.loss_histogram: LossHistogram | None = None
@@ -232,11 +238,14 @@ class BalanceMix:
         self._histogram.reduce()
         if self.settings.select_clean:
             self.mixtures = self._histogram.fit(self.settings.mixture_preset)
+            if self.settings.max_missing:
+                of_positives = self._histogram.num_values[1]
+                self.least_missing_loss = self._histogram.tail(0, (self.settings.max_missing * of_positives).ceil())
         if self._keeps_table:
             table = torch.zeros(self.labels.shape)
             for index, losses, _ in self._observed:
                 given = self.labels[index].clamp(min=0)
-                table[index] = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
+                table[index] = self._p_clean_at(losses, given)
             self.clean_probability = all_reduce_sum(table).half()
         if self._keeps_predictions:
             table = torch.zeros(self.labels.shape)
@@ -286,7 +295,6 @@ class BalanceMix:
             relabel=s.relabel,
             ambiguous=s.ambiguous,
             trust_positives=s.trust_positives,
-            confidence=self.positive_confidence if s.keep_hard_negatives else None,
         )
 
     def _p_clean(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
@@ -297,8 +305,11 @@ class BalanceMix:
             return self.clean_probability[index.to(probabilities.device)].float()
         given = labels.clamp(min=0)
         losses = label_losses(torch.logit(probabilities.float(), 1e-6), given)
-        p = self.mixtures.clean_probability(losses.cpu(), given.cpu(), monotone=self.settings.monotone)
-        return p.to(probabilities.device)
+        return self._p_clean_at(losses.cpu(), given.cpu()).to(probabilities.device)
+
+    def _p_clean_at(self, losses: Tensor, given: Tensor) -> Tensor:
+        p_clean = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
+        return p_clean.masked_fill((given == 0) & (losses < self.least_missing_loss), 1.0)
 
     def mix_labels(self, random: RefinedLabels, minority: RefinedLabels, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 for refined labels, and their weights; see :func:`~hf_balancemix.core.mixing.mix_refined_labels`."""
@@ -315,6 +326,7 @@ class BalanceMix:
             "weights": self.weights,
             "positive_confidence": self.positive_confidence,
             "negative_confidence": self.negative_confidence,
+            "least_missing_loss": self.least_missing_loss,
             "clean_probability": self.clean_probability.cpu(),
             "scan_probability": self.scan_probability.cpu(),
         }
@@ -329,7 +341,11 @@ class BalanceMix:
             ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
         """
         k = self.labels.shape[1]
-        state = {"scan_probability": torch.zeros(0, k, dtype=torch.float16)} | state  # older ones do not have it
+        older = {
+            "scan_probability": torch.zeros(0, k, dtype=torch.float16),
+            "least_missing_loss": torch.zeros(k, dtype=torch.float64),
+        }
+        state = older | state
         for name in ("weights", "positive_confidence", "clean_probability", "scan_probability"):
             if name not in state or state[name].shape != getattr(self, name).shape:
                 found = "absent" if name not in state else f"of shape {tuple(state[name].shape)}"
@@ -342,6 +358,7 @@ class BalanceMix:
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
         self.epoch = int(state["epoch"])
         for name in (
-            "weights", "positive_confidence", "negative_confidence", "clean_probability", "scan_probability"
+            "weights", "positive_confidence", "negative_confidence", "least_missing_loss", "clean_probability",
+            "scan_probability",
         ):  # fmt: skip
             setattr(self, name, state[name].clone())

@@ -37,7 +37,6 @@ def refine_labels(
     relabel: bool = True,
     ambiguous: bool = True,
     trust_positives: bool = False,
-    confidence: Tensor | None = None,
 ) -> RefinedLabels:
     """Eq. 9 and the weights of Eq. 10, label by label.
 
@@ -54,9 +53,6 @@ def refine_labels(
         relabel: False leaves labels that are not clean ambiguous (ablation).
         ambiguous: False gives ambiguous labels the weight 0 (ablation).
         trust_positives: Every positive label counts as clean (single-positive and noise-free data).
-        confidence: `(K,)` in [0, 1], P(k) of Eq. 2: a negative label with q < P(k), of which the model is less sure
-            than of an average given positive one, counts as clean: a hard negative rather than a missing label. It is
-            the threshold of confident learning (Northcutt et al., 2021). None: p_clean alone decides, as printed.
 
     Returns:
         :class:`RefinedLabels`.
@@ -75,10 +71,6 @@ def refine_labels(
             f"labels {tuple(labels.shape)}, p_clean {tuple(p_clean.shape)} and probabilities "
             f"{tuple(probabilities.shape)} must have the same shape (B, K)."
         )
-    if confidence is not None and confidence.shape != labels.shape[1:]:
-        raise ValueError(
-            f"confidence has shape {tuple(confidence.shape)}; it must be P(k) of the {labels.shape[1]} classes, (K,)."
-        )
     if not 0.5 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; it must lie in [0.5, 1] (the paper uses 0.975).")
     known = labels >= 0
@@ -86,8 +78,6 @@ def refine_labels(
     clean = p_clean > 0.5
     if trust_positives:
         clean = clean | (labels > 0.5)
-    if confidence is not None:
-        clean = clean | ((labels == 0) & (probabilities < confidence.to(probabilities)))
     confident = (probabilities > threshold) | (probabilities < 1 - threshold)
     relabeled = ~clean & confident if relabel else torch.zeros_like(clean)
     unsure = ~clean & ~relabeled

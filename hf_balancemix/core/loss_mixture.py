@@ -190,6 +190,29 @@ class LossHistogram:
             state[1] += packed & ((1 << 31) - 1)
             state[2] += squares.long()
 
+    def tail(self, polarity: int, counts: Tensor) -> Tensor:
+        """Where the largest losses of each class begin, to the width of a bin.
+
+        Args:
+            polarity: 0: of negative labels, 1: of positive ones.
+            counts: `(K,)` how many of each class's losses, at least 0.
+
+        Returns:
+            `(K,)` float64: the lower edge of the bin that holds the `counts`-th largest loss, so that at least as many
+            are not below it. inf where `counts` is 0; 0 where the set has no more than `counts`.
+
+        Example:
+            >>> histogram = LossHistogram(num_classes=1)
+            >>> histogram.update(torch.tensor([[0.5], [1.0], [2.0], [4.0]]), torch.zeros(4, 1))
+            >>> histogram.tail(0, torch.tensor([2]))
+            tensor([1.9999], dtype=torch.float64)
+        """
+        from_the_top = self._cells[0, :, polarity].flip(-1).cumsum(-1)
+        enough = _NUM_BINS - 1 - (from_the_top < counts.to(from_the_top)[:, None]).sum(-1)
+        bits = (enough.clamp(min=0).to(torch.int32) + _FIRST_BIN) << _OFFSET_BITS
+        edge = (bits.view(torch.float32).double() - _SHIFT).clamp(min=0)
+        return edge.masked_fill(enough < 0, 0.0).masked_fill(counts.to(edge) <= 0, math.inf).cpu()
+
     def reduce(self) -> None:
         """Sum the histograms of all ranks (must be called on every rank, once, after the last update).
 

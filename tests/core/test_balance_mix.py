@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def observed(state, logits, order=None, batch=64):
 
 def test_a_scan_gives_the_parts_own_results():
     logits, given, _ = case()
-    state = observed(BalanceMix(given), logits)
+    state = observed(BalanceMix(given, BalanceMixSettings(max_missing=0)), logits)
     state.end_epoch(1)
     P, A = class_confidences(logits.double().sigmoid(), given)
     assert torch.equal(state.positive_confidence, P)
@@ -107,27 +108,58 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing():
     assert state.epoch == 0
 
 
-def test_a_hard_negative_label_is_kept_and_a_missing_one_is_not():
-    torch.manual_seed(0)
-    given = torch.zeros(300, 2, dtype=torch.int8)
-    given[:100, 0] = 1
-    logits = torch.where(given == 1, 3.0, -5.0) + 0.5 * torch.randn(300, 2)
-    logits[100:120, 0], logits[120:125, 0] = 2.0, 4.0  # hard (f = 0.88), and missing (f = 0.98); P(0) is about 0.95
-    found = {}
-    for keep in (True, False):
-        state = BalanceMix(given, BalanceMixSettings(keep_hard_negatives=keep))
-        state.observe(torch.arange(300), logits)
-        state.end_epoch(1)
-        found[keep] = state.refine(torch.arange(300), given.float())
-    assert 0.9 < state.positive_confidence[0] < 0.97
-    reliability = {keep: refined.reliability[100:125, 0].tolist() for keep, refined in found.items()}
-    assert reliability == {
-        True: 20 * [Reliability.CLEAN] + 5 * [Reliability.RELABELED],
-        False: 20 * [Reliability.AMBIGUOUS] + 5 * [Reliability.RELABELED],
-    }
-    assert all(refined.labels[120:125, 0].eq(1).all() for refined in found.values())
-    assert found[True].weight[100:120, 0].eq(1).all()
-    assert found[False].weight[100:120, 0].lt(0.5).all()
+def hard_case(n=2000, k=3, seed=0):
+    """Few positive labels, some missing ones, and as usual far more hard negative ones than either."""
+    g = torch.Generator().manual_seed(seed)
+    given = (torch.rand(n, k, generator=g) < torch.tensor([0.02, 0.05, 0.1])).to(torch.int8)
+    hard = (given == 0) & (torch.rand(n, k, generator=g) < 0.2)
+    logits = torch.where(given == 1, 3.0, torch.where(hard, -1.0, -6.0)) + 0.5 * torch.randn(n, k, generator=g)
+    return logits, given
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("source", ["scan", "views"])
+def test_no_more_labels_of_a_class_are_called_missing_than_it_may_lack(source, ratio):
+    logits, given = hard_case()
+    given[:40, 1] = -1  # unknown labels are none of these
+    settings = BalanceMixSettings(max_missing=ratio, clean_probability_source=source, prediction_source="views")
+    limited, free = (BalanceMix(given, s) for s in (settings, dataclasses.replace(settings, max_missing=0)))
+    for state in (limited, free):
+        observed(state, logits).end_epoch(1)
+    index = torch.arange(len(given))
+    clean, printed = (s.refine(index, given.float(), logits.sigmoid()).reliability == 0 for s in (limited, free))
+    losses = label_losses(logits, given.clamp(min=0))
+    positive, negative = given == 1, given == 0
+    assert torch.equal(clean[positive], printed[positive])
+    for k in range(given.shape[1]):
+        allowed = math.ceil(ratio * int(positive[:, k].sum()))
+        left = negative[:, k] & ~clean[:, k]
+        assert allowed <= left.sum() <= 1.1 * allowed + 2 < 0.7 * (negative & ~printed)[:, k].sum()
+        assert losses[left, k].min() >= losses[negative[:, k] & clean[:, k], k].max() * (1 - 1 / 64)
+        assert (left & ~printed[:, k]).sum() == left.sum()
+
+
+def test_a_class_without_positive_labels_lacks_none():
+    logits, given = hard_case()
+    given[:, 0] = 0
+    state = observed(BalanceMix(given), logits)
+    state.end_epoch(1)
+    assert state.clean_probability[:, 0].eq(1).all()
+    assert not state.clean_probability[:, 1].eq(1).all()
+
+
+def test_the_limit_travels_in_the_state_and_older_states_have_none():
+    logits, given = hard_case()
+    settings = BalanceMixSettings(clean_probability_source="views", prediction_source="views")
+    state, other = BalanceMix(given, settings), BalanceMix(given, settings)
+    observed(state, logits).end_epoch(1)
+    assert (state.least_missing_loss > 0).all()
+    other.load_state_dict(state.state_dict())
+    index, p = torch.arange(len(given)), logits.sigmoid()
+    for a, b in zip(state.refine(index, given, p), other.refine(index, given, p), strict=True):
+        assert torch.equal(a, b)
+    other.load_state_dict({name: x for name, x in state.state_dict().items() if name != "least_missing_loss"})
+    assert other.least_missing_loss.eq(0).all()
 
 
 def test_before_the_first_scan_everything_is_uniform_and_clean():
@@ -214,6 +246,8 @@ def test_warm_up_and_the_first_epoch_manage_no_labels():
     [
         ({"relabel_threshold": 0.3}, r"relabel_threshold is 0.3"),
         ({"mixup_alpha": -1}, "mixup_alpha is -1"),
+        ({"max_missing": -0.5}, r"max_missing is -0.5; it must be 0 \(no limit\) or a positive number"),
+        ({"max_missing": float("inf")}, "max_missing is inf"),
         ({"minority_score": "x"}, "minority_score is 'x'"),
         ({"label_warmup_epochs": -1}, "label_warmup_epochs is -1"),
         ({"mixture_preset": "best"}, "mixture_preset is 'best'"),

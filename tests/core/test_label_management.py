@@ -10,9 +10,9 @@ import torch
 from hf_balancemix.core import Reliability, refine_labels
 
 
-def one(t, p, q, eps, relabel, ambiguous, trust, confidence=None):
+def one(t, p, q, eps, relabel, ambiguous, trust):
     """The rule in plain Python: (label, reliability, weight)."""
-    if p > 0.5 or (trust and t == 1) or (confidence is not None and t == 0 and q < confidence):
+    if p > 0.5 or (trust and t == 1):
         return t, Reliability.CLEAN, 1.0
     if relabel and q > eps:
         return 1, Reliability.RELABELED, 1.0
@@ -23,16 +23,13 @@ def one(t, p, q, eps, relabel, ambiguous, trust, confidence=None):
 
 @pytest.mark.parametrize(("relabel", "ambiguous", "trust"), itertools.product([True, False], repeat=3))
 @pytest.mark.parametrize("eps", [0.5, 0.55, 0.975, 1.0])
-@pytest.mark.parametrize("confidence", [None, (0.0, 0.5, 0.98)])
-def test_every_case_equals_the_rule(confidence, eps, relabel, ambiguous, trust):
+def test_every_case_equals_the_rule(eps, relabel, ambiguous, trust):
     values = (0.0, 0.02, 0.25, 0.46, 0.5, 0.54, 0.75, 0.98, 1.0)
     cases = [(t, p, q) for t in (0, 1) for p in values for q in values]
     t, p, q = (torch.tensor(column).float().view(-1, 3) for column in zip(*cases, strict=True))
-    P = confidence and torch.tensor(confidence)
-    got = refine_labels(t, p, q, eps, relabel=relabel, ambiguous=ambiguous, trust_positives=trust, confidence=P)
+    got = refine_labels(t, p, q, eps, relabel=relabel, ambiguous=ambiguous, trust_positives=trust)
     for i, case in enumerate(cases):
-        of_class = confidence and confidence[i % 3]
-        label, reliability, weight = one(*case, eps, relabel, ambiguous, trust, of_class)
+        label, reliability, weight = one(*case, eps, relabel, ambiguous, trust)
         assert got.labels.view(-1)[i] == label, case
         assert got.reliability.view(-1)[i] == reliability, case
         assert got.weight.view(-1)[i].item() == pytest.approx(weight), case
@@ -52,5 +49,3 @@ def test_bad_thresholds_and_shapes_are_refused():
         refine_labels(x, x, x, 0.4)
     with pytest.raises(ValueError, match="same shape"):
         refine_labels(x, x[:1], x)
-    with pytest.raises(ValueError, match=r"confidence has shape \(2,\); it must be P\(k\) of the 3 classes"):
-        refine_labels(x, x, x, confidence=x[:, 0])

@@ -306,6 +306,27 @@ def test_reduce_over_two_processes_equals_one_process(tmp_path):
         assert_same(LossMixtures.from_state_dict(state), want)
 
 
+@pytest.mark.parametrize("polarity", [0, 1])
+def test_the_tail_begins_at_the_largest_losses_to_the_width_of_a_bin(polarity):
+    losses = 3 * torch.rand(500, 4, generator=torch.Generator().manual_seed(0)) ** 3
+    losses[::50, 1] = float("nan")
+    losses[:300, 2], losses[300:310, 2] = 0.0, 100.0  # ties, and values beyond the last bin
+    labels = torch.full((500, 4), polarity)
+    labels[::3] = 1 - polarity
+    histogram = LossHistogram(4)
+    histogram.update(losses, labels)
+    of_set = [x[torch.isfinite(x)].sort(descending=True).values for x in losses[labels[:, 0] == polarity].t()]
+    for counts in ([1, 10, 5, 100], [50, 1, 150, 333]):
+        edges = histogram.tail(polarity, torch.tensor(counts)).tolist()
+        for values, count, edge in zip(of_set, counts, edges, strict=True):
+            largest = min(values[count - 1].item(), 16)
+            assert edge <= largest + 1e-6
+            assert largest < edge * (1 + 1 / 64) + 2e-6
+    most = [len(values) for values in of_set]
+    assert histogram.tail(polarity, torch.tensor([0, 0, 0, 0])).tolist() == 4 * [float("inf")]
+    assert histogram.tail(polarity, torch.tensor([n + 1 for n in most])).tolist() == 4 * [0.0]
+
+
 def test_reduce_without_processes_changes_nothing():
     histogram = LossHistogram(2)
     histogram.update(torch.rand(10, 2), torch.zeros(10, 2))
