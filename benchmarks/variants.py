@@ -297,7 +297,7 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
     if s.max_missing:
         histogram = LossHistogram(losses.shape[1])
         histogram.update(losses, y)
-        least = histogram.tail(0, (s.max_missing * positive.sum(0)).ceil())
+        least = histogram.tail(0, s.max_missing * positive.sum(0).double())
         p = p.masked_fill(~positive & (losses < least), 1.0)
     return p, mixtures
 

@@ -79,7 +79,7 @@ OTHER = {
     "loss_reduction": "mean", "ema_decay": 0.5, "normalise": None, "cutout": 0.25, "num_train_epochs": 3,
     "global_batch_size": 8, "label_warmup_epochs": 2, "minority_score": "uniform", "trust_positives": True,
     "relabel_threshold": 0.6, "mixup_alpha": 1.0, "mixture_preset": None, "monotone": None,
-    "partner_reliability": None, "prediction_source": None, "max_missing": None,
+    "partner_reliability": None, "prediction_source": None, "max_missing": 2.0,
 }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_every_flag_wins_over_every_preset(preset, tmp_path):
         assert getattr(args, name) == value, name
         assert name not in args.unset
     # A value that is also "nothing" is a value.
-    for name in ("ema_decay", "cutout", "weight_decay", "warmup_steps", "mixup_alpha"):
+    for name in ("ema_decay", "cutout", "weight_decay", "warmup_steps", "mixup_alpha", "max_missing"):
         assert getattr(made(tmp_path, preset=preset, **{name: 0}), name) == 0
 
 

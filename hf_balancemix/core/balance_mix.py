@@ -19,7 +19,6 @@ The caller runs the model and owns evaluation mode and autocast.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +60,8 @@ class BalanceMixSettings:
         trust_positives: Every positive label counts as clean.
         max_missing: A class of n positive labels has at most `max_missing` n negative ones that are not clean, those
             of the largest losses (to the width of a histogram's bin). The others count as clean whatever p_G says: a
-            class cannot lack many more labels than it has. 0 sets no limit, which is Eq. 8 as printed.
+            class cannot lack many more labels than it has. With `clean_probability_source` `"views"` a step's losses
+            are held against the scan's limit. 0 sets no limit, which is Eq. 8 as printed.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
         partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
@@ -104,8 +104,8 @@ class BalanceMixSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if not 0.5 <= self.relabel_threshold <= 1:
             raise ValueError(f"relabel_threshold is {self.relabel_threshold}; it must lie in [0.5, 1].")
-        if not 0 <= self.max_missing < math.inf:
-            raise ValueError(f"max_missing is {self.max_missing}; it must be 0 (no limit) or a positive number.")
+        if not 0 <= self.max_missing <= 1e6:
+            raise ValueError(f"max_missing is {self.max_missing}; it must lie in [0, 1e6] (0: no limit).")
         if not self.mixup_alpha >= 0:
             raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
         if self.clean_probability_source == "views" and self.prediction_source == "scan":
@@ -239,8 +239,10 @@ class BalanceMix:
         if self.settings.select_clean:
             self.mixtures = self._histogram.fit(self.settings.mixture_preset)
             if self.settings.max_missing:
-                of_positives = self._histogram.num_values[1]
-                self.least_missing_loss = self._histogram.tail(0, (self.settings.max_missing * of_positives).ceil())
+                of_positives = self._histogram.num_values[1].double()
+                self.least_missing_loss = self._histogram.tail(0, self.settings.max_missing * of_positives)
+            else:  # resumed with another setting
+                self.least_missing_loss = torch.zeros_like(self.least_missing_loss)
         if self._keeps_table:
             table = torch.zeros(self.labels.shape)
             for index, losses, _ in self._observed:

@@ -195,11 +195,11 @@ class LossHistogram:
 
         Args:
             polarity: 0: of negative labels, 1: of positive ones.
-            counts: `(K,)` how many of each class's losses, at least 0.
+            counts: `(K,)` how many of each class's losses, at least 0, any dtype; they need not be whole.
 
         Returns:
-            `(K,)` float64: the lower edge of the bin that holds the `counts`-th largest loss, so that at least as many
-            are not below it. inf where `counts` is 0; 0 where the set has no more than `counts`.
+            `(K,)` float64: the lower edge of the bin that holds the `counts`-th largest loss, so that about as many
+            are not below it. inf where `counts` is 0; 0 where the set has fewer.
 
         Example:
             >>> histogram = LossHistogram(num_classes=1)
@@ -208,10 +208,11 @@ class LossHistogram:
             tensor([1.9999], dtype=torch.float64)
         """
         from_the_top = self._cells[0, :, polarity].flip(-1).cumsum(-1)
-        enough = _NUM_BINS - 1 - (from_the_top < counts.to(from_the_top)[:, None]).sum(-1)
+        counts = counts.to(from_the_top.device, torch.float64)
+        enough = _NUM_BINS - 1 - (from_the_top < counts[:, None]).sum(-1)
         bits = (enough.clamp(min=0).to(torch.int32) + _FIRST_BIN) << _OFFSET_BITS
         edge = (bits.view(torch.float32).double() - _SHIFT).clamp(min=0)
-        return edge.masked_fill(enough < 0, 0.0).masked_fill(counts.to(edge) <= 0, math.inf).cpu()
+        return edge.masked_fill(enough < 0, 0.0).masked_fill(counts <= 0, math.inf).cpu()
 
     def reduce(self) -> None:
         """Sum the histograms of all ranks (must be called on every rank, once, after the last update).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def hard_case(n=2000, k=3, seed=0):
     return logits, given
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("ratio", [0.25, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("source", ["scan", "views"])
 def test_no_more_labels_of_a_class_are_called_missing_than_it_may_lack(source, ratio):
     logits, given = hard_case()
@@ -132,7 +133,7 @@ def test_no_more_labels_of_a_class_are_called_missing_than_it_may_lack(source, r
     positive, negative = given == 1, given == 0
     assert torch.equal(clean[positive], printed[positive])
     for k in range(given.shape[1]):
-        allowed = math.ceil(ratio * int(positive[:, k].sum()))
+        allowed = math.ceil(Fraction(str(ratio)) * int(positive[:, k].sum()))
         left = negative[:, k] & ~clean[:, k]
         assert allowed <= left.sum() <= 1.1 * allowed + 2 < 0.7 * (negative & ~printed)[:, k].sum()
         assert losses[left, k].min() >= losses[negative[:, k] & clean[:, k], k].max() * (1 - 1 / 64)
@@ -160,6 +161,19 @@ def test_the_limit_travels_in_the_state_and_older_states_have_none():
         assert torch.equal(a, b)
     other.load_state_dict({name: x for name, x in state.state_dict().items() if name != "least_missing_loss"})
     assert other.least_missing_loss.eq(0).all()
+
+
+def test_a_limit_beyond_all_labels_is_none_and_one_that_was_lifted_is_gone():
+    logits, given = hard_case()
+    free, wide, lifted = (BalanceMix(given, BalanceMixSettings(max_missing=m)) for m in (0, 1e6, 0))
+    limited = observed(BalanceMix(given), logits)
+    limited.end_epoch(1)
+    lifted.load_state_dict(limited.state_dict())  # a run that is resumed with another setting
+    for state in (free, wide, lifted):
+        observed(state, logits).end_epoch(2)
+    assert (free.clean_probability < 0.5).sum() > (limited.clean_probability < 0.5).sum()
+    assert torch.equal(free.clean_probability, wide.clean_probability)
+    assert torch.equal(free.clean_probability, lifted.clean_probability)
 
 
 def test_before_the_first_scan_everything_is_uniform_and_clean():
@@ -246,7 +260,7 @@ def test_warm_up_and_the_first_epoch_manage_no_labels():
     [
         ({"relabel_threshold": 0.3}, r"relabel_threshold is 0.3"),
         ({"mixup_alpha": -1}, "mixup_alpha is -1"),
-        ({"max_missing": -0.5}, r"max_missing is -0.5; it must be 0 \(no limit\) or a positive number"),
+        ({"max_missing": -0.5}, r"max_missing is -0.5; it must lie in \[0, 1e6\] \(0: no limit\)"),
         ({"max_missing": float("inf")}, "max_missing is inf"),
         ({"minority_score": "x"}, "minority_score is 'x'"),
         ({"label_warmup_epochs": -1}, "label_warmup_epochs is -1"),
