@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+from hf_balancemix.core.distributed import leave_process_group
 
 
 def parse_arguments(
@@ -81,16 +82,6 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
         sys.exit(2)
-
-
-def leave_process_group() -> None:
-    """The last thing a rank of several does; without it the process may abort at its exit.
-
-    Gloo's threads may still hold tensors then, and cannot release them once the interpreter is being taken down
-    (https://github.com/pytorch/pytorch/pull/179291). Not after an exception: the other ranks are waiting elsewhere.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _own_message(error: Exception) -> str | None:

@@ -31,7 +31,7 @@ from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from huggingface_hub import HfApi, snapshot_download
 
 from hf_balancemix import BalanceMixTrainer, hub
-from hf_balancemix.cli import leave_process_group
+from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 
 

@@ -21,7 +21,7 @@ from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from transformers import TrainerCallback
 
 from hf_balancemix import BalanceMixTrainer, Mislabel, checkpoints
-from hf_balancemix.cli import leave_process_group
+from hf_balancemix.core.distributed import leave_process_group
 
 
 def die() -> None:

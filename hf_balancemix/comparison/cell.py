@@ -31,11 +31,11 @@ import transformers
 from transformers import PrinterCallback, set_seed
 
 import hf_balancemix
-from hf_balancemix.cli import leave_process_group
 from hf_balancemix.comparison.experiment import NoiseArguments, add_noise
 from hf_balancemix.comparison.frozen import FrozenBackbone
 from hf_balancemix.comparison.methods import trainer_for
 from hf_balancemix.comparison.tables import Cell, settings_by_noise
+from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.core.sampling import class_confidences
 from hf_balancemix.data import (
     class_names,

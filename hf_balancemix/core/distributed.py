@@ -1,4 +1,4 @@
-"""The two collectives that the method needs. Both do nothing where torch.distributed is not initialised."""
+"""The two collectives that the method needs, and their end. Nothing is done where torch.distributed is not in use."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     moved = _device_of_backend(tensor.clone())
     dist.broadcast(moved, 0)
     return moved.to(tensor.device)
+
+
+def leave_process_group() -> None:
+    """The last thing a rank of several does; without it the process may abort at its exit.
+
+    Gloo's threads may still hold tensors then, and cannot release them once the interpreter is being taken down
+    (https://github.com/pytorch/pytorch/pull/179291). Not after an exception: the other ranks are waiting elsewhere.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

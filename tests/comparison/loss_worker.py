@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from conftest import arguments, flat, make_dataset, tiny_vit
 
-from hf_balancemix.cli import leave_process_group
 from hf_balancemix.comparison import trainer_for
+from hf_balancemix.core.distributed import leave_process_group
 
 
 def main(folder: Path, batch: int) -> None:

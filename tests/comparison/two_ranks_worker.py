@@ -20,8 +20,8 @@ import torch.distributed as dist
 from conftest import arguments, flat, tiny_vit
 from test_t_estimator import correlated_data
 
-from hf_balancemix.cli import leave_process_group
 from hf_balancemix.comparison import trainer_for
+from hf_balancemix.core.distributed import leave_process_group
 
 
 def train_both(folder: Path, batch: int) -> dict[str, dict]:
