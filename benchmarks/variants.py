@@ -160,13 +160,6 @@ VARIANTS: dict[str, Variant] = {
     "at most 1 n missing": Variant({"max_missing": 1.0}),
     "at most 0.25 n missing, eps 0.9": Variant({"max_missing": 0.25, "relabel_threshold": 0.9}),
     "at most 0.5 n missing, eps 0.9": Variant({"max_missing": 0.5, "relabel_threshold": 0.9}),
-    "at most 0.5 n missing, predictions of the scan": Variant({"max_missing": 0.5, "prediction_source": "scan"}),
-    "at most 0.5 n missing, weight average 0.998": Variant({"max_missing": 0.5}, weight_average=0.998),
-    "at most 0.5 n missing, loss beside 0.5": Variant({"max_missing": 0.5}, beside=0.5),
-    "at most 0.5 n missing, class power 0.25": Variant({"max_missing": 0.5}, score="class", power=0.25),
-    "at most 0.5 n missing, eps 0.85, weight average 0.998": Variant(
-        {"max_missing": 0.5, "relabel_threshold": 0.85}, weight_average=0.998
-    ),
     "at most 0.5 n missing, eps 0.85, weight average 0.998, loss beside 0.5": Variant(
         {"max_missing": 0.5, "relabel_threshold": 0.85}, weight_average=0.998, beside=0.5
     ),
@@ -277,17 +270,17 @@ def sampling(
 def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tensor) -> tuple[Tensor, LossMixtures]:
     """`(N, K)` p_G of every label, and the mixtures."""
 
-    def fit(losses: Tensor, labels: Tensor) -> tuple[Tensor, LossMixtures]:
+    def fit(losses: Tensor, labels: Tensor) -> tuple[Tensor, LossMixtures, LossHistogram]:
         histogram = LossHistogram(losses.shape[1])
         histogram.update(losses, labels)
         mixtures = histogram.fit(s.mixture_preset)
-        return mixtures.clean_probability(losses, labels, monotone=s.monotone), mixtures
+        return mixtures.clean_probability(losses, labels, monotone=s.monotone), mixtures, histogram
 
     positive = y == 1
     if variant.beside:
         worst = losses.masked_fill(positive, 0).amax(1, keepdim=True)
         losses = torch.where(positive, losses + variant.beside * worst, losses)
-    p, mixtures = fit(losses, y)
+    p, mixtures, histogram = fit(losses, y)
     if variant.pooled:
         of_positives = losses[positive][:, None]
         pool = fit(of_positives, torch.ones_like(of_positives))[1]
@@ -295,8 +288,6 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
         share = (n := positive.sum(0).float()) / (n + variant.pooled)
         p = torch.where(positive, share * p + (1 - share) * pooled, p)
     if s.max_missing:
-        histogram = LossHistogram(losses.shape[1])
-        histogram.update(losses, y)
         least = histogram.tail(0, s.max_missing * positive.sum(0).double())
         p = p.masked_fill(~positive & (losses < least), 1.0)
     return p, mixtures
