@@ -24,8 +24,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_balancemix import BalanceMixTrainingArguments, Mislabel, load_coco, load_model, make_scenes
-from hf_balancemix.comparison import trainer_for
 from hf_balancemix.data import class_names
+from hf_balancemix.methods import trainer_for
 
 PARTS = ("data", "views", "step", "scan", "mixture fit")
 

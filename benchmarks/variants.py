@@ -46,9 +46,9 @@ from hf_balancemix.core import (
 from hf_balancemix.core.loss_mixture import LossHistogram, LossMixtures
 from hf_balancemix.core.sampling import confidence_sums, confidences_from_sums, systematic_resample
 from hf_balancemix.data import ViewMaker, class_names, given_labels, label_matrix
-from hf_balancemix.data.feature_cache import ROW_COLUMN, cache_features
+from hf_balancemix.frozen.cache import ROW_COLUMN, cache_features
+from hf_balancemix.frozen.head import backbone_digest, pooled_features
 from hf_balancemix.metrics import class_groups, mean_average_precision
-from hf_balancemix.models.frozen import backbone_digest, pooled_features
 
 GROUPS = ("all", "many", "medium", "few")
 NOISES: dict[str, Callable[[float, int], Any]] = {

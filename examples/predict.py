@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from hf_balancemix.cli import run
 from hf_balancemix.data import decode
 from hf_balancemix.models import class_thresholds, load_trained
+from hf_balancemix.scripts.parser import run
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import datasets
 
 from hf_balancemix import from_csv, from_detection, from_tags, iterative_split
-from hf_balancemix.cli import parse_arguments, run
-from hf_balancemix.comparison import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
 from hf_balancemix.data import class_names
+from hf_balancemix.scripts.parser import parse_arguments, run
+from hf_balancemix.scripts.train import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
 
 
 @dataclass

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_balancemix import load_voc
-from hf_balancemix.cli import parse_arguments, run
-from hf_balancemix.comparison import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
+from hf_balancemix.scripts.parser import parse_arguments, run
+from hf_balancemix.scripts.train import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
 
 
 @dataclass

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import yaml
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_balancemix import checkpoints
+from hf_balancemix.trainer import checkpoints
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES = ["dog", "cat", "car"]  # in the order of their ids
@@ -57,9 +58,14 @@ def run_script(name: str, *argv: str, monkeypatch) -> dict:
 
 def fails(name: str, *argv: str, monkeypatch, capsys) -> str:
     """The one line that a script with bad input ends with."""
+    return error_of(lambda: run_script(name, *argv, monkeypatch=monkeypatch), capsys)
+
+
+def error_of(main: Callable[[], object], capsys) -> str:
+    """The one line that a command line with bad input ends with."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_script(name, *argv, monkeypatch=monkeypatch)
+        main()
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err

@@ -6,8 +6,9 @@ that checkpoints of a frozen backbone hold.
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from hf_balancemix.frozen.head import FeatureClassifier, FeatureClassifierConfig
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig
-from hf_balancemix.models.frozen import FeatureClassifier, FeatureClassifierConfig
+from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.heads import MLDecoderHead, Query2LabelHead
 from hf_balancemix.models.loading import check_image_size, load_model, load_trained
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification, code_files
@@ -35,6 +36,7 @@ __all__ = [
     "check_image_size",
     "class_thresholds",
     "code_files",
+    "export_onnx",
     "load_model",
     "load_trained",
     "pipeline_labels",

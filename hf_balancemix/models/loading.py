@@ -24,8 +24,8 @@ from transformers import (
     TimmWrapperConfig,
 )
 
+from hf_balancemix.frozen.head import FeatureClassifierConfig
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_sizes
-from hf_balancemix.models.frozen import FeatureClassifierConfig
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
     backbone_features,

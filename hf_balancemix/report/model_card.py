@@ -28,8 +28,8 @@ from markupsafe import Markup
 from transformers import Trainer, TrainingArguments
 
 from hf_balancemix import __version__
-from hf_balancemix.data.feature_cache import CachedViews
 from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
+from hf_balancemix.frozen.cache import CachedViews
 from hf_balancemix.metrics import class_groups
 from hf_balancemix.report.figures import (
     ClassMixtures,

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_balancemix import MultiLabelTrainer
-from hf_balancemix.comparison import trainer_for
+from hf_balancemix.methods import trainer_for
 from hf_balancemix.models import load_model
 
 _SIZES = {
@@ -126,7 +126,7 @@ def test_an_export_that_fails_does_not_leave_other_ranks_waiting(tmp_path, monke
         exported.append(model)
         raise OSError("disk full")
 
-    monkeypatch.setattr("hf_balancemix.trainer.export_onnx", fails)
+    monkeypatch.setattr("hf_balancemix.trainer.multilabel.export_onnx", fails)
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: waits.append(1))
     with pytest.raises(OSError, match="disk full"):
         trainer.export_onnx(tmp_path / "model.onnx")

@@ -1,0 +1,31 @@
+"""Label noise that is a pure function of (seed, image id)."""
+
+from hf_balancemix.data.noise.kinds import (
+    ClassConditional,
+    Compose,
+    LabelNoise,
+    Mislabel,
+    RandomFlip,
+    SinglePositive,
+    id_words,
+    read_ids,
+    record_noise,
+    recorded_noise,
+    uniform,
+    without_recorded_noise,
+)
+
+__all__ = [
+    "ClassConditional",
+    "Compose",
+    "LabelNoise",
+    "Mislabel",
+    "RandomFlip",
+    "SinglePositive",
+    "id_words",
+    "read_ids",
+    "record_noise",
+    "recorded_noise",
+    "uniform",
+    "without_recorded_noise",
+]

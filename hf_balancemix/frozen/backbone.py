@@ -1,0 +1,135 @@
+"""A frozen backbone, whose features are computed once, and the small heads that are trained on them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from hf_balancemix.data import ViewMaker, class_names
+from hf_balancemix.frozen.cache import CachedViews, cache_features
+from hf_balancemix.frozen.head import (
+    FeatureClassifier,
+    FeatureClassifierConfig,
+    backbone_digest,
+    pooled_features,
+    with_head,
+)
+from hf_balancemix.methods.co_teaching import TwoNetworks
+from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
+
+
+@dataclass
+class FrozenArguments:
+    """Whether the backbone is frozen, and what is then trained on what."""
+
+    frozen_backbone: bool = field(
+        default=False, metadata={"help": "Train a head on cached features: seconds a run, on any machine."}
+    )
+    num_views: int = field(default=6, metadata={"help": "Cached RandAugment views of a training image."})
+    hidden_size: int = field(default=256, metadata={"help": "Hidden units of the head on cached features; 0: linear."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where features are kept. Default: ~/.cache/hf_balancemix/features."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_views < 1:
+            raise ValueError(f"num_views is {self.num_views}; at least one view of a training image is needed.")
+        if self.hidden_size < 0:
+            raise ValueError(f"hidden_size is {self.hidden_size}; it must be 0 (a linear classifier) or more.")
+
+    @property
+    def features_folder(self) -> Path:
+        """`cache_dir`, or its default."""
+        cache = os.environ.get("HF_BALANCEMIX_CACHE") or "~/.cache/hf_balancemix"
+        return Path(self.cache_dir or Path(cache, "features")).expanduser()
+
+
+class FrozenBackbone:
+    """An image classifier of which a new head alone is trained, on features that are computed once and kept.
+
+    Several processes may make one at a time: one computes the features, the others wait.
+
+    Args:
+        model: As :func:`~hf_balancemix.frozen.head.pooled_features` takes it. Its own head is not used.
+        processor: Its image processor.
+        train: Training set with `image` and `labels`.
+        evaluation: Evaluation set, likewise.
+        args: Device, worker processes, and the settings of the views.
+        folder: Where features are kept.
+        num_views: V, cached views of a training instance.
+        hidden_size: Hidden units of the heads; 0 for linear ones.
+
+    Attributes:
+        train, evaluation: The data sets, with a column that says where an instance's features are.
+
+    Raises:
+        ValueError: The model has no pooled features, or an image cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        train: datasets.Dataset,
+        evaluation: datasets.Dataset,
+        args: MultiLabelTrainingArguments,
+        folder: str | os.PathLike[str],
+        *,
+        num_views: int,
+        hidden_size: int,
+    ) -> None:
+        self._processor, self._num_views, self._hidden_size = processor, num_views, hidden_size
+        self._features, self.train, self.evaluation = cache_features(
+            folder,
+            pooled_features(model.to(args.device)),
+            backbone_digest(model),
+            train,
+            evaluation,
+            # The views are the same for all seeds, which differ in what they pick of them.
+            ViewMaker(
+                processor.size["height"],
+                0,
+                resample=int(processor.resample),
+                num_ops=args.randaugment_num_ops,
+                magnitude=args.randaugment_magnitude,
+                cutout=args.cutout,
+            ),
+            processor.image_mean,
+            processor.image_std,
+            num_views=num_views,
+            num_workers=args.dataloader_num_workers,
+            device=args.device,
+        )
+        self._model = model.cpu()
+
+    def draw(self, args: MultiLabelTrainingArguments) -> dict[str, Any]:
+        """A trainer's arguments `model` (a head), `processing_class` and `views`, drawn with the seeds of `args`."""
+        set_seed(args.seed)
+        names = class_names(self.train)
+        config = FeatureClassifierConfig(
+            feature_size=self._features.shape[1],
+            hidden_size=self._hidden_size,
+            id2label=dict(enumerate(names)),
+            label2id={name: k for k, name in enumerate(names)},
+            problem_type="multi_label_classification",
+        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        views = CachedViews(self._features, self._num_views, seed, self._processor.size["height"])
+        return {"model": FeatureClassifier(config), "processing_class": self._processor, "views": views}
+
+    def image_model(self, trained: nn.Module) -> nn.Module:
+        """The backbone with a trained head (two of them for co-teaching's :class:`TwoNetworks`): it takes images.
+
+        Raises:
+            ValueError: Such a head cannot take the place of the backbone's own.
+        """
+        if isinstance(trained, TwoNetworks):
+            first, second = (with_head(self._model, head) for head in (trained.first, trained.second))
+            return TwoNetworks(first, second, trained.scored)
+        return with_head(self._model, trained)

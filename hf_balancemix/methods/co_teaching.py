@@ -1,0 +1,297 @@
+"""Co-teaching (Han et al., NeurIPS 2018) for multi-label images, as in the paper's tables: two networks in one run.
+
+After the warm-up every epoch begins with a pass over the training set. For each network a two-component Gaussian
+mixture on the mean losses of the instances (DivideMix; Li, Socher, Hoi, ICLR 2020) says which instances are clean, and
+each network then learns from the instances that its peer calls clean.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_balancemix.core.keys import keyed_rng
+from hf_balancemix.core.loss_mixture import LossMixtures, label_losses
+from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.trainer.checks import check_model
+from hf_balancemix.trainer.mixup import ScanningMixupTrainer
+from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PEER_FOLDER = "peer"
+
+
+def instance_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy of each instance over its known labels.
+
+    Args:
+        logits: `(B, ..., K)`, any floating dtype; `...` may hold several networks.
+        labels: `(B, K)` given labels in {0, 1}, or -1 where unknown.
+
+    Returns:
+        `(B, ...)` float64; NaN for an instance without a known label.
+    """
+    labels = labels.to(logits.device).view(len(labels), *[1] * (logits.ndim - 2), -1).expand(logits.shape)
+    known = (labels >= 0).double()
+    return (label_losses(logits, labels.clamp(min=0)).double() * known).sum(-1) / known.sum(-1)
+
+
+def min_max(values: Tensor) -> Tensor:
+    """Each column scaled to [0, 1], as DivideMix scales losses before the fit.
+
+    Args:
+        values: `(N, C)` floats; those that are not finite stay as they are and count for nothing.
+
+    Returns:
+        `(N, C)` of the same dtype; a column of equal values becomes 0.
+    """
+    finite = torch.isfinite(values)
+    low = values.masked_fill(~finite, torch.inf).amin(0)
+    high = values.masked_fill(~finite, -torch.inf).amax(0)
+    width = high - low
+    scaled = (values - low) / torch.where(width > 0, width, 1.0)
+    return torch.where(finite, scaled, values)
+
+
+def clean_instances(losses: Tensor, monotone: bool = True) -> Tensor:
+    """Which instances each network calls clean: posterior of the component with the smaller mean over 0.5.
+
+    Losses are scaled to [0, 1] and fitted with DivideMix's settings (10 iterations, tolerance 1e-2, 5e-4 added to the
+    variances). Where two components mean nothing (fewer than 5 instances, equal losses, means that coincide), every
+    instance is clean; see :class:`~hf_balancemix.core.LossMixtures`.
+
+    Args:
+        losses: `(N, C)` mean losses of N instances under C networks, any floating dtype.
+        monotone: Never let a larger loss be cleaner; False is the raw posterior.
+
+    Returns:
+        `(N, C)` bool. An instance whose loss is not finite is not clean.
+
+    Example:
+        >>> losses = torch.tensor([[0.1], [0.12], [0.11], [0.13], [0.9], [1.0]])
+        >>> clean_instances(losses).squeeze(1).tolist()
+        [True, True, True, True, False, False]
+    """
+    scaled = min_max(losses)
+    as_labels = torch.ones_like(scaled)  # the mixtures' sets: one for each network
+    mixtures = LossMixtures.fit(scaled, as_labels, "dividemix")
+    return mixtures.clean_probability(scaled, as_labels, monotone=monotone) > 0.5
+
+
+def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A network like `model` whose classifier is drawn anew: the same (pretrained) backbone, another start.
+
+    Everything outside the backbone, as `base_model_prefix` names it (for timm models: timm's classifier), is drawn by
+    the architecture's own initialisation, as a pure function of `seed`.
+
+    Args:
+        model: An image classifier of transformers.
+        seed: Any int.
+
+    Raises:
+        ValueError: It cannot be told where the classifier is.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, of which no second one can be made; pass it as peer=..."
+        )
+    with keyed_rng(seed, "second network"):
+        drawn = type(model)(copy.deepcopy(model.config)).state_dict()
+    if hasattr(model, "timm_model"):
+        names = getattr(model.timm_model, "pretrained_cfg", {}).get("classifier") or ()
+        prefixes = tuple(f"timm_model.{name}." for name in ([names] if isinstance(names, str) else names))
+        head = [name for name in drawn if name.startswith(prefixes)] if prefixes else []
+    else:
+        head = [name for name in drawn if not name.startswith(model.base_model_prefix + ".")]
+    if not head:
+        raise ValueError(f"cannot tell which weights of {type(model).__name__} are its classifier; pass peer=...")
+    second = copy.deepcopy(model)
+    second.load_state_dict({name: drawn[name] for name in head}, strict=False)
+    return second
+
+
+class TwoNetworks(nn.Module):
+    """Two image classifiers of one architecture behind one forward pass.
+
+    Args:
+        first, second: The networks.
+        scored: Whose logits count in evaluation: `"first"`, `"second"`, or the `"mean"` of both.
+    """
+
+    SCORED = ("first", "second", "mean")
+
+    def __init__(self, first: nn.Module, second: nn.Module, scored: str = "first") -> None:
+        super().__init__()
+        if scored not in self.SCORED:
+            raise ValueError(f"co_teaching_scored is {scored!r}; it must be one of {', '.join(self.SCORED)}.")
+        if first is second:
+            raise ValueError("both networks are the same object; pass a second model, or no peer.")
+        self.first, self.second, self.scored = first, second, scored
+
+    @property
+    def ordered(self) -> tuple[nn.Module, nn.Module]:
+        """The network that is saved as the model (the first where the mean is scored), and its peer."""
+        return (self.second, self.first) if self.scored == "second" else (self.first, self.second)
+
+    @property
+    def config(self) -> Any:
+        """Of the network that is saved as the model."""
+        return self.ordered[0].config
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """As the networks' own."""
+        for network in (self.first, self.second):
+            network.activation_checkpointing_enable(**kwargs)
+
+    def forward(self, pixel_values: Tensor, both: bool = False) -> ImageClassifierOutput:
+        """`logits` `(B, K)` of what is scored, or with `both` `(B, 2, K)` of the first and the second network."""
+        if both or self.scored == "mean":
+            logits = torch.stack([net(pixel_values=pixel_values).logits for net in (self.first, self.second)], 1)
+            return ImageClassifierOutput(logits=logits if both else logits.float().mean(1))
+        return ImageClassifierOutput(logits=self.ordered[0](pixel_values=pixel_values).logits)
+
+
+class CoTeachingTrainer(ScanningMixupTrainer):
+    """Co-teaching with instance-level mixtures; both networks see the same mixed batches.
+
+    The loss is the sum of the networks' binary cross-entropies (Eq. 1), each over the batch with the weight 0 for what
+    the peer does not call clean. The denominator stays the size of the batch: an epoch is one pass over the clean set,
+    and neither ranks nor accumulation steps change a gradient. Partners in Mixup are drawn from the instances that
+    both networks call clean. `trainer.model` is a :class:`TwoNetworks`.
+
+    What is saved, to checkpoints and by `save_model`, is one ordinary model, the scored network (the first where the
+    mean is scored), with its peer in the folder `peer`.
+
+    Args:
+        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which also
+            `co_teaching_scored`, `monotone`, `mixup_alpha`, `lambda_per_batch` and `label_warmup_epochs` are used.
+        peer: The second network, of the same architecture and with another start. By default
+            :func:`second_network`: the backbone of `model` (pretrained, one hopes) and a classifier drawn anew. For
+            networks from scratch draw a second model.
+
+    Attributes:
+        clean: `(N, 2)` bool, what the first and the second network call clean; all in the warm-up.
+
+    Raises:
+        TypeError, ValueError: As :class:`MultiLabelTrainer`; FSDP and DeepSpeed, which split a model, are refused.
+    """
+
+    _forward_options: ClassVar[dict[str, Any]] = {"both": True}
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: BalanceMixTrainingArguments | None = None,
+        *others: Any,
+        peer: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or self._default_args()
+        if model is None:
+            raise ValueError("model is None; co-teaching needs the first network, and makes the second from it.")
+        networks = TwoNetworks(
+            model, peer or second_network(model, args.seed), getattr(args, "co_teaching_scored", "first")
+        )
+        super().__init__(networks, args, *others, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("co-teaching runs on one process or with DDP; switch FSDP and DeepSpeed off.")
+        check_model(networks.ordered[1], self.class_names)
+        if networks.scored == "mean":
+            self.figures_note = (
+                "The figures of evaluations are those of the mean of the logits of two networks. This model is one of "
+                "them, the first, and its own figures were not recorded; its peer is in the folder peer."
+            )
+        num_instances = 0 if self.train_labels is None else len(self.train_labels)
+        self.clean = torch.ones(num_instances, 2, dtype=torch.bool)
+
+    def _run_facts(self) -> dict[str, Any]:
+        return super()._run_facts() | {"co_teaching_scored": self.model.scored}
+
+    # ---- training ----
+
+    def _partner_weights(self) -> Tensor:
+        both = self.clean.all(1).double()
+        # Without an instance that both call clean: any, and pairs with an unclean partner weigh 0.
+        return both / both.sum() if both.any() else super()._partner_weights()
+
+    def _end_epoch(self, epoch: int) -> None:
+        if epoch < self.warmup_epochs:
+            return
+        losses = self._scan_table(instance_losses, 2)
+        self.clean = clean_instances(losses, monotone=self.args.monotone)
+        self.log(
+            {
+                "clean_instances_first": self.clean[:, 0].double().mean().item(),
+                "clean_instances_second": self.clean[:, 1].double().mean().item(),
+                "clean_instances_both": self.clean.all(1).double().mean().item(),
+            }
+        )
+
+    def instance_weights(self, inputs: dict[str, Tensor]) -> Tensor:
+        """`(B, 2)` float: 1 where the first (second) network is to learn from a pair, because its peer calls both
+        instances clean, else 0."""
+        clean = self.clean.flip(1)
+        both = clean[inputs["index"].cpu()]
+        if "minority_index" in inputs:
+            both &= clean[inputs["minority_index"].cpu()]
+        return both.to(inputs["labels"].device, torch.float32)
+
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return sum(
+            binary_cross_entropy(own, targets, weight[:, None].expand_as(targets), self.args.loss_reduction)
+            for own, weight in zip(logits.unbind(1), self.instance_weights(inputs).unbind(1), strict=True)
+        )
+
+    # ---- checkpoints ----
+
+    @property
+    def saved_model(self) -> nn.Module:
+        """The network that `save_model` writes beside its peer."""
+        model = super().saved_model
+        return model.ordered[0] if isinstance(model, TwoNetworks) else model
+
+    def _run_state(self) -> dict[str, Tensor]:
+        return {"epoch": torch.tensor(self.statistics_epoch), "clean": self.clean}
+
+    def _reset_run_state(self) -> None:
+        super()._reset_run_state()
+        self.clean = torch.ones_like(self.clean)
+
+    def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        self.statistics_epoch, self.clean = int(state["epoch"]), state["clean"]
+
+    @contextmanager
+    def _as_model(self, network: nn.Module) -> Iterator[None]:
+        """Inside the block `self.model` is one ordinary model, which Trainer knows how to save and load."""
+        networks, self.model = self.model, network
+        try:
+            yield
+        finally:
+            self.model = networks
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        model, peer = self.model.ordered
+        with self._as_model(model):
+            super()._save(output_dir)
+        if self.args.should_save:
+            peer.save_pretrained(Path(output_dir or self.args.output_dir, PEER_FOLDER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folders = (Path(resume_from_checkpoint), Path(resume_from_checkpoint, PEER_FOLDER))
+        for network, folder in zip(self.model.ordered, folders, strict=True):
+            with self._as_model(network):
+                super()._load_from_checkpoint(str(folder))
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading both networks of the best checkpoint, %s.", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,1 @@
+"""What a command line needs: the parser, the arguments of the scripts, and what the scripts do."""

@@ -1,0 +1,124 @@
+"""A moving average of the weights: what is evaluated and saved, while training goes on from the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from hf_balancemix.trainer.scan import broadcast_buffers
+
+
+def check_average(trainer: Trainer) -> None:
+    """Refuse what cannot be averaged, or not be evaluated and resumed then.
+
+    Raises:
+        ValueError: Says what is in the way.
+    """
+    model, problem = trainer.model, None
+    if not isinstance(model, PreTrainedModel):
+        problem = f"the trainer has a {type(model).__name__}, and only a single model of transformers is averaged"
+    elif trainer.model_init is not None:
+        problem = "with model_init the model is made anew by each training; pass the model itself"
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        problem = "FSDP and DeepSpeed keep parts of the weights on each process, of which no average is made"
+    elif trainer.args.save_only_model:
+        problem = "save_only_model leaves the average out of the checkpoints"
+    elif any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        problem = (
+            "the model's weights are in half precision, in which such small steps are lost; load it in float32 "
+            "(bf16=True and fp16=True of the arguments are fine)"
+        )
+    if problem is not None:
+        decay = trainer.args.ema_decay
+        raise ValueError(f"ema_decay is {decay}, but {problem}. Set ema_decay to 0, which averages nothing.")
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of all parameters and buffers of a model.
+
+    It starts as the weights before the first step, and after every optimiser step becomes
+    `decay * average + (1 - decay) * weights`, with the same decay from the first step on, as ASL and ML-Decoder were
+    published with (Ben-Baruch et al., ICCV 2021; Ridnik et al., WACV 2023). That holds for batch-norm statistics, too;
+    of what is not floating point (counters, index tables) the average has the present value.
+
+    At the end of training the average takes the place of the model's weights.
+
+    Args:
+        model: The bare model that is trained, float32.
+        decay: In [0, 1).
+
+    Attributes:
+        active: Whether there is an average: from the start of a training to its end.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.active, self._in_place, self._loaded = model, False, False, False
+        lerp = get_ema_multi_avg_fn(decay)
+
+        def update(averages: PARAM_LIST, values: PARAM_LIST, num_averaged: Tensor | int) -> None:
+            if averages[0].is_floating_point():
+                lerp(averages, values, num_averaged)
+            else:  # a mean of integers would be rounded down, 7 and 7 to 6
+                for average, value in zip(averages, values, strict=True):
+                    average.copy_(value)
+
+        self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True).requires_grad_(False)
+
+    def _start(self) -> None:
+        # With bf16_full_eval Trainer moves the model to the GPU only when training begins.
+        self._average.module.to(next(self.model.parameters()).device)
+        self._average.n_averaged.zero_()
+        self._average.update_parameters(self.model)  # the first one copies
+        self.active = True
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The training that begins next, or goes on, has this average."""
+        self._start()
+        self._average.module.load_state_dict(state)
+        self._loaded = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, with the names of the model's state dict; a copy on the CPU."""
+        state = self._average.module.state_dict()
+        return {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside the block the model has the averaged weights; afterwards its own again, whatever happens.
+
+        Where there is no average, or the model has it already, nothing changes.
+        """
+        if not self.active or self._in_place:
+            yield
+            return
+        self._swap()
+        self._in_place = True
+        try:
+            yield
+        finally:
+            self._swap()
+            self._in_place = False
+
+    def _swap(self) -> None:
+        own, theirs = (chain(module.parameters(), module.buffers()) for module in (self.model, self._average.module))
+        for one, other in zip(own, theirs, strict=True):
+            one.data, other.data = other.data, one.data  # optimiser and DDP keep hold of the parameter itself
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not self._loaded:
+            self._start()
+        self._loaded = False
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._average.update_parameters(self.model)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        broadcast_buffers(self._average.module)  # every rank averaged its own batch-norm statistics
+        self.model.load_state_dict(self._average.module.state_dict())
+        self.active = self._loaded = False

@@ -1,0 +1,113 @@
+"""What the trainers refuse, before training starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from hf_balancemix.data.labels import class_names, given_labels, label_matrix
+from hf_balancemix.data.training_data import undecoded_images
+from hf_balancemix.models.loading import check_image_size
+from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: MultiLabelTrainingArguments) -> None:
+    """The right class, and nothing that the samplers or the loss cannot work with."""
+    if not isinstance(args, MultiLabelTrainingArguments):
+        raise TypeError(
+            f"args is {type(args).__name__}; MultiLabelTrainer needs MultiLabelTrainingArguments, BalanceMixTrainer "
+            "needs BalanceMixTrainingArguments."
+        )
+    accelerator = args.accelerator_config
+    refused = {
+        "label_smoothing_factor": (
+            args.label_smoothing_factor != 0,
+            "multi-label targets are not smoothed; leave it 0",
+        ),
+        "dispatch_batches": (
+            bool(accelerator.dispatch_batches),
+            "it skips the wrong batches on resuming; leave it unset",
+        ),
+        "even_batches": (accelerator.even_batches is False, "ranks would wait for each other for ever; leave it True"),
+        "train_sampling_strategy": (
+            args.train_sampling_strategy != "random",
+            "the samplers are the method's; leave it",
+        ),
+    }
+    for name, (bad, why) in refused.items():
+        if bad:
+            raise ValueError(f"{name} is set to something that cannot work here: {why}.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
+            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+
+
+def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLabelTrainingArguments) -> None:
+    """At least one global batch of instances with images."""
+    undecoded_images(dataset)
+    if len(labels) < args.global_batch_size:
+        raise ValueError(
+            f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; "
+            "lower per_device_train_batch_size."
+        )
+
+
+def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
+    """The training set's classes; warns of noisy labels. A dict of data sets is checked one by one."""
+    if eval_dataset is None:
+        return
+    for dataset in eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]:
+        undecoded_images(dataset)
+        own = class_names(dataset)
+        if names is not None and own != names:
+            raise ValueError(
+                f"train_dataset has {len(names)} classes and eval_dataset {len(own)}, or they differ in name or order "
+                f"({names[:3]} ... against {own[:3]} ...); load both with the same class list."
+            )
+        if "clean_labels" in dataset.column_names and not torch.equal(
+            given_labels(dataset), label_matrix(dataset, "clean_labels").to(torch.int8)
+        ):
+            logger.warning(
+                "eval_dataset carries noisy labels (its labels differ from its clean_labels), and metrics use the "
+                "noisy ones; evaluate on clean labels to compare with the paper."
+            )
+
+
+def check_model(model: nn.Module, names: list[str] | None, image_size: int | None = None) -> None:
+    """K outputs, and images of `image_size` (None: not checked) are taken; sets the problem type and class names that
+    pipelines and users of the saved model need."""
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if names is not None and num_labels is not None and num_labels != len(names):
+        raise ValueError(
+            f"the model has {num_labels} outputs and train_dataset {len(names)} classes; load the model with "
+            f"num_labels={len(names)}."
+        )
+    if image_size is not None:
+        check_image_size(model, image_size)
+    config = getattr(model, "config", None)
+    if config is not None and config.problem_type != "multi_label_classification":
+        logger.info("Setting problem_type to 'multi_label_classification', so that pipelines use a sigmoid.")
+        config.problem_type = "multi_label_classification"
+    if config is None or names is None:
+        return
+    own = [config.id2label.get(k) for k in range(len(names))]
+    if own == names:
+        return
+    if own != [f"LABEL_{k}" for k in range(len(names))]:
+        logger.warning(
+            "the model's classes (%s, ...) differ from the data set's (%s, ...) in name or order; the data set's are "
+            "saved with the model.",
+            own[0],
+            names[0],
+        )
+    config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+    if hasattr(config, "label_names"):  # TimmWrapper saves these instead
+        config.label_names = list(names)

@@ -1,0 +1,189 @@
+"""A Trainer whose checkpoints are whole or not there, and whose resumed runs load what was saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
+
+from hf_balancemix.trainer import checkpoints
+from hf_balancemix.trainer.hub import HubTrainer
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+STATE_FILE = "balancemix_state.safetensors"
+_SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings")
+
+
+class ResumableTrainer(HubTrainer):
+    """Trainer with whole checkpoints.
+
+    A manifest (names, sizes, checksums) is written last, after a barrier and before any push; only checkpoints with a
+    fitting manifest are resumed from, kept or counted in rotation. Weights come back through `from_pretrained`. No
+    pickled arguments are written.
+    """
+
+    _not_pushed = (*HubTrainer._not_pushed, RUN_FILE, STATE_FILE, checkpoints.MANIFEST)
+    _hidden_limit: int | None = None  # args.save_total_limit while a checkpoint is being written
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; with `resume_from_checkpoint=True` from the last whole checkpoint in `output_dir`, if there is one.
+
+        Raises:
+            ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed.
+        """
+        if resume_from_checkpoint is True:
+            with self.args.main_process_first(local=False):
+                resume_from_checkpoint = checkpoints.last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.info("No whole checkpoint in %s: training starts from the beginning.", self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self._check_checkpoint(Path(resume_from_checkpoint))
+            logger.info("Resuming from %s.", resume_from_checkpoint)
+        self._drop_thresholds()
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _drop_thresholds(self) -> None:
+        """Thresholds are of the weights on which they were tuned, which training changes."""
+        modules = [] if self.model is None else self.model.modules()
+        configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
+        tuned = [config for config in configs.values() if getattr(config, "thresholds", None) is not None]
+        for config in tuned:
+            config.thresholds = None
+        if tuned:
+            logger.warning(
+                "the model's thresholds were tuned on the weights before this training and are removed from its "
+                "config; tune them anew (tune_thresholds)."
+            )
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed; `global_batch_size`, `ranks` and `settings` should be."""
+        raise NotImplementedError
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        problem = checkpoints.check(checkpoint)
+        if problem is None and not (checkpoint / RUN_FILE).is_file():
+            problem = f"{RUN_FILE} is missing"
+        if problem is not None:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: {problem}. Pass another checkpoint, or True for the last."
+            )
+        saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._run_facts()
+        for name in [name for name in own if name not in _SHOULD_BE_EQUAL]:
+            if saved.get(name) != own[name]:
+                raise ValueError(
+                    f"cannot resume from {checkpoint}: its {name} is {saved.get(name)}, this run's is {own[name]}. "
+                    "Resume with the data set and settings of the checkpoint, or start in another output_dir."
+                )
+        for name in _SHOULD_BE_EQUAL:
+            if name in own and saved.get(name) != own[name]:
+                logger.warning(
+                    "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have.",
+                    name, saved.get(name), own[name],
+                )  # fmt: skip
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
+            values = self.args.to_dict() | {"save_total_limit": self._hidden_limit or self.args.save_total_limit}
+            (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            checkpoints.remove_manifest(checkpoint)  # a resumed run may write the same step again
+        # Trainer rotates before a manifest could be there, so that a kill in between could leave nothing whole.
+        limit = self._hidden_limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._hidden_limit = limit, None
+        self._seal(checkpoint)
+        if self.args.should_save and limit:
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(checkpoint.parent, limit, keep=[checkpoint] + ([Path(best)] if best else []))
+
+    def _seal(self, checkpoint: Path) -> None:
+        """Must be called on every rank: write the manifest once all ranks have written their files."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not (checkpoint / checkpoints.MANIFEST).exists():
+            checkpoints.write_manifest(checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self._run_state()
+        if self.args.should_save:
+            Path(output_dir, RUN_FILE).write_text(json.dumps(self._run_facts(), indent=2) + "\n")
+            if state:
+                save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            file = Path(checkpoint, STATE_FILE)
+            self._load_run_state(load_file(file) if file.is_file() else {})
+
+    def _run_state(self) -> dict[str, Tensor]:
+        """Called on every rank: what the method remembers, as tensors."""
+        return {}
+
+    def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def _reset_run_state(self) -> None:
+        """Called on every rank before the first step of a training, which may not be the trainer's first: forget."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights = self._load_weights(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights()
+
+    def _load_best_model(self) -> None:
+        load_weights = self._load_weights(self.state.best_model_checkpoint)
+        super()._load_best_model()
+        load_weights()
+
+    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> Callable[[], Any]:
+        """Refuse weights that do not fit, before anything changes; what is returned loads them.
+
+        transformers#48805: keys that are renamed on save are not found again by Trainer's plain load_state_dict.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return lambda: None
+        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        loaded, info = type(model).from_pretrained(
+            checkpoint,
+            config=copy.deepcopy(model.config),
+            dtype=model.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+        # What does not come from the file would be random, without an error.
+        found = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
+        if any(found.values()):
+            names = sorted(name if isinstance(name, str) else name[0] for keys in found.values() for name in keys)
+            counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in found.items())
+            raise ValueError(
+                f"{checkpoint} holds other weights than those of the trainer's {type(model).__name__}: {counts} "
+                f"tensors ({', '.join(names[:3])}, ...). Needed is a checkpoint of the same architecture and sizes: "
+                "build the model as the checkpoint's config.json says, or start in another output_dir."
+            )
+        return lambda: model.load_state_dict(loaded.state_dict())

@@ -1,0 +1,23 @@
+"""Whom a card cites: the package's paper, Mixup where the method mixes, and the method's own."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import arguments, tiny_vit
+
+from hf_balancemix.methods import METHODS, trainer_for
+from hf_balancemix.methods.citations import CITATIONS
+from hf_balancemix.report.model_card import card_facts, render_model_card
+
+
+@pytest.mark.parametrize("alpha", [4.0, 0.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_mix_cite_mixup_beside_their_own_paper(method, alpha, dataset, tmp_path):
+    args = arguments(tmp_path, mixup_alpha=alpha)
+    trainer = trainer_for(method, args, model=tiny_vit(), train_dataset=dataset)
+    citation = render_model_card(card_facts(trainer)).split("## Citation")[1]
+    assert citation.count("zhang2018mixup") == (method != "bce" and alpha > 0)
+    assert citation.count("song2024balancemix") == 1
+    assert citation.count("@") == 1 + (method != "bce" and alpha > 0) + (method in CITATIONS)
+    if method in CITATIONS:
+        assert CITATIONS[method].splitlines()[0] in citation

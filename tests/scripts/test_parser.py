@@ -1,0 +1,313 @@
+"""Command lines: flag > config file > preset > default, and one clear sentence for everything else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch.distributed as dist
+import yaml
+from conftest import make_dataset
+from torch.utils.data import DataLoader
+
+from hf_balancemix import BalanceMixTrainingArguments
+from hf_balancemix.data.training_data import PlainInstances, collate
+from hf_balancemix.data.views import ViewMaker
+from hf_balancemix.scripts.parser import parse_arguments, run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+run_coco = load_script("run_coco")
+
+
+def arguments(*argv: str, config: Path | None = None) -> BalanceMixTrainingArguments:
+    flags = [*argv, "--output_dir", "out", "--use_cpu"]
+    if config is not None:
+        flags += ["--config", str(config)]
+    (parsed,) = parse_arguments((BalanceMixTrainingArguments,), flags)
+    return parsed
+
+
+def written(tmp_path: Path, values: dict | str, kind: str = "yaml") -> Path:
+    file = tmp_path / f"config.{kind}"
+    if not isinstance(values, str):
+        values = json.dumps(values, indent="\t") if kind == "json" else yaml.safe_dump(values)
+    file.write_text(values)
+    return file
+
+
+# ---- precedence ----
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_flag_over_file_over_preset_over_default(tmp_path, kind):
+    paper = BalanceMixTrainingArguments.PRESETS["paper"]
+    assert paper["learning_rate"] not in (0.3, 0.2)
+    file = written(tmp_path, {"preset": "paper", "learning_rate": 0.2, "weight_decay": 1e-5, "seed": 5}, kind)
+    assert arguments().monotone is True
+    assert arguments().seed == 42
+    assert arguments(config=file).monotone is False  # the preset that the file names
+    assert arguments(config=file).max_grad_norm == paper["max_grad_norm"]
+    assert arguments(config=file).learning_rate == 0.2
+    assert arguments(config=file).weight_decay == 1e-5
+    assert arguments(config=file).seed == 5
+    assert arguments("--learning_rate", "0.3", config=file).learning_rate == 0.3
+    assert arguments("--learning_rate", "0.3", config=file).weight_decay == 1e-5
+    assert arguments("--preset", "default", config=file).monotone is True
+    assert arguments("--preset", "paper").monotone is False
+    assert arguments("--preset", "paper", "--monotone", "true").monotone is True
+
+
+def test_zero_and_false_are_values_and_not_absent(tmp_path):
+    file = written(tmp_path, {"weight_decay": 0, "label_warmup_epochs": 0, "mixup_alpha": 0.0, "monotone": False})
+    args = arguments(config=file)
+    assert (args.weight_decay, args.label_warmup_epochs, args.mixup_alpha, args.monotone) == (0, 0, 0, False)
+    assert arguments("--num_train_epochs", "0.5").num_train_epochs == 0.5
+
+
+def test_booleans_on_and_off_by_flag_and_by_file(tmp_path):
+    assert arguments().select_clean is True
+    assert arguments("--no_select_clean").select_clean is False
+    assert arguments("--select_clean", "false").select_clean is False
+    assert arguments("--no-select-clean").select_clean is False
+    assert arguments().trust_positives is False
+    assert arguments("--trust_positives").trust_positives is True
+    for word, value in (("true", True), ("false", False), ("no", False), ("yes", True), ("True", True)):
+        file = written(tmp_path, f"select_clean: {word}\ntrust_positives: {word}\nmonotone: {word}\n")
+        args = arguments(config=file)
+        assert (args.select_clean, args.trust_positives, args.monotone) == (value, value, value)
+    file = written(tmp_path, {"select_clean": False, "trust_positives": True}, "json")
+    assert arguments(config=file).select_clean is False
+    assert arguments("--select_clean", "--trust_positives", "no", config=file).select_clean is True
+    assert arguments("--select_clean", "--trust_positives", "no", config=file).trust_positives is False
+
+
+def test_words_that_yaml_1_1_takes_for_booleans_stay_words(tmp_path):
+    file = written(tmp_path, "save_strategy: no\neval_strategy: no\n")
+    assert arguments(config=file).save_strategy == "no"
+
+
+def test_lists_dicts_and_odd_strings(tmp_path):
+    file = written(
+        tmp_path,
+        {
+            "label_names": ["labels", "more"], "lr_scheduler_kwargs": {"num_cycles": 0.25, "on": True},
+            "run_name": "-starts with a dash", "lr_scheduler_type": "cosine",
+        },
+    )  # fmt: skip
+    args = arguments(config=file)
+    assert args.label_names == ["labels", "more"]
+    assert args.lr_scheduler_kwargs == {"num_cycles": 0.25, "on": True}
+    assert args.run_name == "-starts with a dash"
+    assert arguments("--label_names", "labels", config=file).label_names == ["labels"]
+    assert arguments(config=written(tmp_path, "label_names: labels\n")).label_names == ["labels"]
+    # null and an empty list leave the default
+    args = arguments(config=written(tmp_path, {"label_names": [], "learning_rate": None, "seed": None}))
+    assert args.label_names is None
+    assert args.learning_rate == BalanceMixTrainingArguments.PRESETS["default"]["learning_rate"]
+
+
+def test_the_examples_arguments_follow_the_same_order(tmp_path):
+    def parse(*argv: str, **values):
+        file = written(tmp_path, values)
+        return run_coco.parse([*argv, "--use_cpu", "--config", str(file)])
+
+    data, model, args = parse()
+    assert data.data_dir is None
+    assert data.noise == "mislabel"
+    assert model.method == ["bce", "mixup", "balancemix"]
+    assert model.from_scratch
+    assert args.num_train_epochs == run_coco.SampleArguments.PRESETS["default"]["num_train_epochs"] != 50
+    assert (args.output_dir, args.many_shot, args.image_size) == ("outputs/sample", 300, 48)
+
+    data, model, args = parse("--data_dir", "coco")
+    assert (args.num_train_epochs, args.label_warmup_epochs, args.global_batch_size) == (50, 10, 64)
+    assert (args.output_dir, args.many_shot, args.few_shot) == ("outputs/coco", 10_000, 1_000)
+    assert data.noise is None
+    assert model.method is None
+    assert not model.from_scratch
+
+    file = {
+        "data_dir": "coco", "method": ["bce", "mixup"], "num_train_epochs": 7, "noise": "flip", "year": 2014,
+        "model_kwargs": {"drop_rate": 0.1},
+    }  # fmt: skip
+    data, model, args = parse("--noise", "mislabel", "--preset", "paper", **file)
+    assert (data.data_dir, data.noise, data.year) == ("coco", "mislabel", 2014)
+    assert model.method == ["bce", "mixup"]
+    assert json.loads(model.model_kwargs) == {"drop_rate": 0.1}
+    assert (args.num_train_epochs, args.label_warmup_epochs, args.monotone) == (7, 10, False)
+    assert parse("--method", "bce", **file)[1].method == ["bce"]
+    with pytest.raises(ValueError, match="method nothing is not known; choose from bce"):
+        parse("--method", "nothing")
+
+
+# ---- batch sizes and optimiser ----
+
+
+def test_the_global_batch_is_shared_among_accumulation_steps_and_ranks(monkeypatch):
+    assert arguments().per_device_train_batch_size == arguments().global_batch_size == 64
+    args = arguments("--gradient_accumulation_steps", "4", "--global_batch_size", "32")
+    assert (args.per_device_train_batch_size, args.global_batch_size) == (8, 32)
+    args = arguments("--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "3")
+    assert (args.per_device_train_batch_size, args.global_batch_size) == (3, 12)
+    monkeypatch.setattr(BalanceMixTrainingArguments, "world_size", 2)
+    args = arguments("--gradient_accumulation_steps", "4", "--global_batch_size", "32")
+    assert (args.per_device_train_batch_size, args.global_batch_size) == (4, 32)
+    with pytest.raises(ValueError, match="global_batch_size is 36, which 2 ranks x 4 accumulation steps cannot share"):
+        arguments("--gradient_accumulation_steps", "4", "--global_batch_size", "36")
+    with pytest.raises(ValueError, match="global_batch_size is 64, but per_device_train_batch_size 8 x 2"):
+        arguments("--global_batch_size", "64", "--per_device_train_batch_size", "8")
+    with pytest.raises(ValueError, match="global_batch_size is 4, which 2 ranks x 8"):
+        arguments("--gradient_accumulation_steps", "8", "--global_batch_size", "4")
+
+
+def test_another_optimiser_does_not_inherit_sgds_momentum(tmp_path):
+    args = arguments()
+    assert (args.optim, args.optim_args) == ("sgd", "momentum=0.9")
+    args = arguments("--optim", "adamw_torch")
+    assert (args.optim, args.optim_args) == ("adamw_torch", None)
+    assert arguments(config=written(tmp_path, {"optim": "adamw_torch"})).optim_args is None
+    assert arguments("--optim", "adamw_torch", "--optim_args", "eps=1e-6").optim_args == "eps=1e-6"
+    assert arguments("--optim", "sgd").optim_args == "momentum=0.9"
+    assert arguments("--optim_args", "momentum=0.5").optim_args == "momentum=0.5"
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "match"),
+    [
+        ("learning_rat: 0.1", "yaml", r"keys that are no flags: learning_rat\. Did you mean learning_rate\?"),
+        ("b: 1\nseed: 2\na: 1", "yaml", r"keys that are no flags: a, b\. See --help"),
+        ("1: 2", "yaml", r"keys that are no flags: 1\."),
+        ("no_select_clean: true", "yaml", "no_select_clean"),
+        ("config: other.yaml", "yaml", "no flags: config"),
+        ("help: true", "yaml", "no flags: help"),
+        ("seed: [1, 2]", "yaml", r"seed takes one value, but is the list \[1, 2\]"),
+        ("a: [1,", "yaml", r"cannot be read as YAML or JSON"),
+        ('{"seed": 1', "json", r"cannot be read as YAML or JSON: .*line 1"),
+        ("- seed\n- 1", "yaml", "holds a list; it must map"),
+        ("", "yaml", "holds a NoneType; it must map"),
+        ("learning_rate: -1", "yaml", "-1|learning_rate"),
+    ],
+)
+def test_a_config_file_that_is_wrong(tmp_path, content, kind, match):
+    file = written(tmp_path, content, kind)
+    if "learning_rate: -1" in content:  # a negative number is a value, not a flag
+        assert arguments(config=file).learning_rate == -1
+        return
+    with pytest.raises(ValueError, match=match) as error:
+        arguments(config=file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_file_that_is_absent_or_no_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config file .*gone\.yaml does not exist"):
+        arguments(config=tmp_path / "gone.yaml")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        arguments(config=tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ValueError, match=r"binary\.yaml cannot be read"):
+        arguments(config=tmp_path / "binary.yaml")
+
+
+def test_flags_that_are_not_known_or_have_wrong_values(capsys):
+    with pytest.raises(ValueError, match=r"command line: --learning_rat 0\.1\. Did you mean --learning_rate"):
+        arguments("--learning_rat", "0.1")
+    with pytest.raises(ValueError, match=r"not understood .*: --learn=0\.1"):  # no abbreviations
+        arguments("--learn=0.1")
+    with pytest.raises(ValueError, match="save and eval strategy to match"):  # what TrainingArguments says
+        arguments("--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "steps")
+    with pytest.raises(ValueError, match="preset is 'papers'; it must be one of default, paper"):
+        arguments("--preset", "papers")
+    with pytest.raises(ValueError, match=r"relabel_threshold.*0\.3"):
+        arguments("--relabel_threshold", "0.3")
+    for flags in (["--learning_rate", "fast"], ["--eval_strategy", "foo"], ["--minority_score", "odd"], ["--seed"]):
+        with pytest.raises(SystemExit) as stop:
+            arguments(*flags)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_coco.main(["--help"])
+    assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    for flag in (
+        "--data_dir",
+        "--noise_rate",
+        "--relabel_threshold",
+        "--no_select_clean",
+        "--config",
+        "--learning_rate",
+    ):
+        assert flag in out
+    assert "Traceback" not in out + err
+
+
+def test_run_shows_our_messages_and_keeps_other_tracebacks(capsys):
+    def bad_input():
+        arguments("--preset", "papers")
+
+    with pytest.raises(SystemExit) as stop:
+        run(bad_input)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("\nerror: preset is 'papers'; it must be one of default, paper")
+
+    def bug():
+        int("x" * 3)
+        json.loads("{")
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(bug)
+    run(lambda: None)
+
+
+def test_run_shows_the_message_of_a_data_loaders_worker(tmp_path, capsys):
+    data = make_dataset(tmp_path / "images", 4)
+    (tmp_path / "images" / "002.png").write_bytes(b"cut")
+    instances = PlainInstances(data, ViewMaker(16, seed=0))
+    with pytest.raises(SystemExit):
+        run(lambda: list(DataLoader(instances, 2, num_workers=1, collate_fn=collate)))
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"error: cannot decode image {tmp_path / 'images' / '002.png'} (")
+    assert "Traceback" not in err
+
+    def foreign(rows):
+        raise ValueError("not ours")
+
+    with pytest.raises(ValueError, match="Traceback"):
+        run(lambda: list(DataLoader(instances, 2, num_workers=1, collate_fn=foreign)))
+
+
+def test_a_script_that_ends_well_leaves_its_process_group_and_one_that_fails_does_not_wait(tmp_path):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(fail)
+        assert dist.is_initialized()
+        run(lambda: None)
+        assert not dist.is_initialized()
+        run(lambda: None)  # a script of one process
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,163 @@
+"""The scan sees every instance once, as it is, and leaves no trace."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_dataset, tiny_resnet
+from torch import nn
+
+from hf_balancemix.data.training_data import PlainInstances
+from hf_balancemix.data.views import ViewMaker
+from hf_balancemix.trainer.scan import broadcast_buffers, evaluation_mode, scan
+
+N = 11
+
+
+@pytest.fixture
+def instances(tmp_path) -> PlainInstances:
+    return PlainInstances(make_dataset(tmp_path / "images", N), ViewMaker(16, seed=0))
+
+
+def run_scan(model: nn.Module, instances: PlainInstances, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    seen = []
+    scan(
+        lambda batch: model(pixel_values=batch["pixel_values"].float() / 255).logits,
+        model,
+        instances,
+        lambda index, logits: seen.append((index, logits)),
+        **{"batch_size": 4} | options,
+    )
+    return seen
+
+
+def moved_statistics(seed: int = 0) -> nn.Module:
+    """A small ResNet whose batch-norm statistics are not the initial ones, so that modes matter."""
+    model = tiny_resnet(seed=seed)
+    model.train()
+    model(pixel_values=torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_instance_is_seen_once_with_the_models_own_logits(instances, workers):
+    model = moved_statistics()
+    seen = run_scan(model, instances, num_workers=workers)
+    assert [len(index) for index, _ in seen] == [4, 4, 3]
+    assert torch.cat([index for index, _ in seen]).tolist() == list(range(N))
+    pixels = torch.stack([instances[i]["pixel_values"] for i in range(N)]).float() / 255
+    with torch.no_grad(), evaluation_mode(model):
+        expected = model(pixel_values=pixels).logits
+    logits = torch.cat([logits for _, logits in seen])
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert not logits.requires_grad
+
+
+def test_batch_size_does_not_matter(instances):
+    model = moved_statistics()
+    one = torch.cat([logits for _, logits in run_scan(model, instances, batch_size=1)])
+    all_at_once = torch.cat([logits for _, logits in run_scan(model, instances, batch_size=64)])
+    assert torch.allclose(one, all_at_once, atol=1e-6)
+
+
+def test_modes_come_back_as_they_were_and_frozen_parts_stay_frozen(instances):
+    model = moved_statistics()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert set(modes.values()) == {True, False}
+    during = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: during.extend(m.training for m in module.modules()), with_kwargs=True
+    )
+    run_scan(model, instances)
+    hook.remove()
+    assert during
+    assert not any(during)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_modes_come_back_after_an_error(instances):
+    model = moved_statistics()
+
+    def stop(index, logits):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(lambda batch: torch.zeros(len(batch["index"]), 5), model, instances, stop, batch_size=4)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_neither_random_state_nor_model_changes(instances, workers):
+    model = moved_statistics()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert before["resnet.embedder.embedder.normalization.running_mean"].abs().sum() > 0
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    run_scan(model, instances, num_workers=workers)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+
+
+def test_the_bar_is_shown_only_where_asked_for(instances, capfd):
+    run_scan(moved_statistics(), instances)
+    assert "Scan" not in capfd.readouterr().err
+    run_scan(moved_statistics(), instances, show_progress=True)
+    assert "Scan: " in capfd.readouterr().err
+
+
+def in_rank(rank: int, ranks: int, folder: str, data, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    model = moved_statistics(seed=0)
+    with torch.no_grad():  # as after a training step: the same parameters, other statistics
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(rank)
+    seen = run_scan(model, data)
+    buffers = torch.cat([buffer.flatten().float() for buffer in model.buffers()])
+    order = [i for index, _ in seen for i in index.tolist()]
+    queue.put((rank, order, [row for _, logits in seen for row in logits.tolist()], buffers.tolist()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_instances", [N, 1])
+def test_two_ranks_cover_all_instances_once_with_rank_0s_statistics(tmp_path, num_instances):
+    data = PlainInstances(make_dataset(tmp_path / "images", num_instances), ViewMaker(16, seed=0))
+    single = moved_statistics(seed=0)
+    expected = torch.cat([logits for _, logits in run_scan(single, data)])
+    # Forked, which spares two imports of transformers; the children use one thread.
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=in_rank, args=(rank, 2, str(tmp_path), data, queue), daemon=True) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    results = {rank: rest for rank, *rest in (queue.get(timeout=60) for _ in processes)}
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    shards = [results[rank][0] for rank in (0, 1)]
+    assert shards == [list(range(0, num_instances, 2)), list(range(1, num_instances, 2))]
+    for rank, shard in enumerate(shards):
+        assert torch.allclose(torch.tensor(results[rank][1]).view(-1, 5), expected[shard], atol=1e-6)
+    assert results[0][2] == results[1][2]
+
+
+def test_without_ranks_the_buffers_are_left_alone():
+    model = moved_statistics()
+    before = [buffer.clone() for buffer in model.buffers()]
+    broadcast_buffers(model)
+    assert all(torch.equal(*pair) for pair in zip(before, model.buffers(), strict=True))

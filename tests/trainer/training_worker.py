@@ -1,0 +1,164 @@
+"""One short training run in a process of its own (or two under torchrun), which can be made to die at a given moment.
+
+    python tests/trainer/training_worker.py FOLDER [--resume] [--kill step:3 | scan:2 | save:1 | manifest:1] ...
+
+Rank 0 writes FOLDER/final.pt: parameters and buffers, the method's state, and what every step saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
+from transformers import TrainerCallback
+
+from hf_balancemix import BalanceMixTrainer, Mislabel, checkpoints
+from hf_balancemix.core.distributed import leave_process_group
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(trainer: BalanceMixTrainer, moment: str) -> None:
+    """Kill this process the n-th time that a step ends, a scan's batch is observed, a file is saved or sealed."""
+    what, count = moment.split(":")
+    left = [int(count)]
+
+    def tick() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    if what == "step":
+
+        class Bomb(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                if tick():
+                    die()
+
+        trainer.add_callback(Bomb())
+    elif what == "scan":
+        observe = trainer.balance_mix.observe
+
+        def observe_or_die(*args):
+            observe(*args)
+            if tick():
+                die()
+
+        trainer.balance_mix.observe = observe_or_die
+    elif what == "save":  # in the middle of optimizer.pt: half of it is on disk
+        save = torch.save
+
+        def save_or_die(obj, file, *args, **kwargs):
+            save(obj, file, *args, **kwargs)
+            if str(file).endswith("optimizer.pt") and tick():
+                os.truncate(file, os.path.getsize(file) // 2)
+                die()
+
+        torch.save = save_or_die
+    elif what == "manifest":
+        write = checkpoints.write_manifest
+
+        def write_or_die(directory):
+            if tick():
+                die()
+            write(directory)
+
+        checkpoints.write_manifest = write_or_die
+    else:
+        raise ValueError(moment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--arch", choices=["resnet", "vit"], default="resnet")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--instances", type=int, default=26)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--save_steps", type=int, default=2)
+    parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--predictions", choices=["views", "scan"], default="views")
+    parser.add_argument("--ema", type=float, default=0.0)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kill")
+    parser.add_argument("--kill_rank", type=int, default=0)
+    options = parser.parse_args()
+
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    torch.set_num_threads(1)
+    data = make_dataset(options.folder.parent / f"images-{options.instances}-{rank}", options.instances)
+    data = data.cast_column("image", data.features["image"])
+    noise = Mislabel(rate=0.4, seed=0).fit(data)
+    noisy = data.map(noise, batched=True, features=noise.features, load_from_cache_file=False, keep_in_memory=True)
+    args = arguments(
+        options.folder,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=5,
+        gradient_accumulation_steps=options.accumulation,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        eval_strategy="epoch",
+        save_total_limit=3,
+        max_grad_norm=options.clip,
+        ema_decay=options.ema,
+        prediction_source=options.predictions,
+        dataloader_num_workers=options.workers,
+        dataloader_persistent_workers=options.workers > 0,
+        **({"ddp_backend": "gloo"} if ranks > 1 else {}),
+    )
+    model = tiny_resnet() if options.arch == "resnet" else tiny_vit(dropout=options.dropout)
+    trainer = BalanceMixTrainer(model=model, args=args, train_dataset=noisy, eval_dataset=data.select(range(9)))
+    trace: list[dict[str, torch.Tensor]] = []
+    refine, loss = trainer.balance_mix.refine, trainer.balance_mix.loss
+
+    def traced_refine(index, labels, probabilities=None):
+        refined = refine(index, labels, probabilities)
+        trace.append({"index": index.clone(), "reliability": refined.reliability, "labels": refined.labels})
+        return refined
+
+    def traced_loss(logits, targets, weight=None):
+        value = loss(logits, targets, weight)
+        trace.append({"loss": value.detach().clone(), "targets": targets.clone()})
+        return value
+
+    trainer.balance_mix.refine, trainer.balance_mix.loss = traced_refine, traced_loss
+    if options.kill and rank == options.kill_rank:
+        arm(trainer, options.kill)
+    trainer.train(resume_from_checkpoint=options.resume)
+    if ranks > 1:
+        assert dist.get_world_size() == ranks
+        weights = [None] * ranks
+        dist.all_gather_object(weights, trainer.balance_mix.state_dict())
+        for other in weights[1:]:
+            for name, value in weights[0].items():
+                assert torch.equal(value, other[name]), f"{name} differs between ranks"
+    torch.save(
+        {
+            "world": trainer.args.world_size,
+            "parameters": flat(trainer.model),
+            "state": trainer._run_state(),
+            "trace": trace,
+            "log": trainer.state.log_history,
+            "steps": trainer.state.global_step,
+        },
+        options.folder / f"final-{rank}.pt",
+    )
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()
