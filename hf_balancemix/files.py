@@ -1,0 +1,82 @@
+"""Files that are whole or not there, locks between processes, and the cache folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+_TEMPORARY = ".tmp"
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the temporary name under which to write a file that gets its own name only when whole.
+
+    The temporary file stands in the same folder and keeps the suffix. After the block it reaches the disk and then
+    replaces whatever is there; after an exception, and where nothing was written, it is removed and `path` stays as
+    it was.
+
+    Args:
+        path: The file; its folder is made if it is absent.
+
+    Raises:
+        OSError: It cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp(), "notes.txt")
+        >>> with whole_file(file) as temporary:
+        ...     _ = temporary.write_text("all of it")
+        >>> file.read_text(), len(list(file.parent.iterdir()))
+        ('all of it', 1)
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{_TEMPORARY}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name, without its folder, is one of :func:`whole_file` that was not finished."""
+    return name.startswith(".") and _TEMPORARY in Path(name).suffixes
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a rename or a removal in the folder outlast a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def process_lock(path: str | os.PathLike[str], *, wait: bool = True) -> FileLock:
+    """A lock that one process holds at a time, as a context manager; the lock of a process that dies is free again.
+
+    Args:
+        path: The lock's file; its folder is made if it is absent. It stays when the lock is released.
+        wait: False: entering raises :class:`filelock.Timeout` at once where another process holds it.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, timeout=-1 if wait else 0)
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: `HF_BALANCEMIX_CACHE`, or `hf_balancemix` in
+    `XDG_CACHE_HOME`, or in `~/.cache`."""
+    if chosen := os.environ.get("HF_BALANCEMIX_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hf_balancemix").expanduser()

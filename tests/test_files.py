@@ -1,0 +1,88 @@
+"""Files that are whole or not there, locks, and the cache folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+
+from hf_balancemix.files import cache_folder, is_temporary, process_lock, whole_file
+
+
+def test_a_file_appears_whole_and_replaces_the_one_before(tmp_path):
+    file = tmp_path / "new" / "table.csv"
+    for text in ("first", "second"):
+        with whole_file(file) as temporary:
+            temporary.write_text(text)
+            assert temporary.suffix == ".csv"  # as writers that look at it need
+            assert is_temporary(temporary.name)
+            assert (file.read_text() if file.exists() else "first") == "first"
+        assert file.read_text() == text
+        assert [path.name for path in file.parent.iterdir()] == ["table.csv"]
+
+
+@pytest.mark.parametrize("written", ["half", None])
+def test_after_an_error_the_file_is_as_it_was(tmp_path, written):
+    file = tmp_path / "table.csv"
+    file.write_text("before")
+    with pytest.raises(KeyboardInterrupt), whole_file(file) as temporary:  # noqa: PT012
+        if written is not None:
+            temporary.write_text(written)
+        raise KeyboardInterrupt
+    assert file.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_file(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("before")
+    with pytest.raises(FileNotFoundError), whole_file(file):
+        pass
+    assert file.read_text() == "before"
+
+
+def test_only_unfinished_files_are_temporary():
+    assert is_temporary(".manifest.123.tmp.json")
+    assert not any(is_temporary(name) for name in ("manifest.json", "a.tmp.json", ".hidden.json", "README.md"))
+
+
+def test_one_process_at_a_time_and_a_dead_one_lets_go(tmp_path):
+    file = tmp_path / "cell" / "cell.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from hf_balancemix.files import process_lock\n"
+         "with process_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)", str(file)],
+        stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(filelock.Timeout), process_lock(file, wait=False):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    with process_lock(file, wait=False):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HF_BALANCEMIX_CACHE": "~/own", "XDG_CACHE_HOME": "/xdg"}, "/home/me/own"),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/hf_balancemix"),
+        ({}, "/home/me/.cache/hf_balancemix"),
+    ],
+)
+def test_one_rule_says_where_the_cache_is(monkeypatch, variables, expected):
+    for name in ("HF_BALANCEMIX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)
