@@ -8,7 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import numpy as np
@@ -83,6 +86,15 @@ def arguments(folder: Path, **changes):
         "mixture_preset": "sklearn",  # of so few labels it calls some unclean
     }  # fmt: skip
     return BalanceMixTrainingArguments(**values | changes)
+
+
+def load_example(name: str) -> ModuleType:
+    """The script `examples/NAME.py` as a module that was not run."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:

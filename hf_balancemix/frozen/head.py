@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_balancemix.models.configuration_balancemix import POOLED_HEADS
@@ -67,6 +73,11 @@ class FeatureClassifier(PreTrainedModel):
                 f"{self.config.feature_size}), no images. Use the whole model, which lies beside its checkpoints."
             )
         return ImageClassifierOutput(logits=self.head(pixel_values))
+
+
+# Checkpoints of a frozen backbone hold such heads.
+AutoConfig.register(FeatureClassifierConfig.model_type, FeatureClassifierConfig, exist_ok=True)
+AutoModelForImageClassification.register(FeatureClassifierConfig, FeatureClassifier, exist_ok=True)
 
 
 def _classifier(model: nn.Module) -> nn.Module:

@@ -1,12 +1,10 @@
 """Image backbones with a multi-label head, and the image processors saved with them.
 
-Importing this package lets `AutoModelForImageClassification` load BalanceMix models, and the heads on cached features
-that checkpoints of a frozen backbone hold.
+Importing this package lets `AutoModelForImageClassification` load BalanceMix models.
 """
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_balancemix.frozen.head import FeatureClassifier, FeatureClassifierConfig
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.heads import MLDecoderHead, Query2LabelHead
@@ -21,12 +19,8 @@ from hf_balancemix.models.thresholds import (
     tune_thresholds,
 )
 
-for _config, _model in (
-    (BalanceMixConfig, BalanceMixForImageClassification),
-    (FeatureClassifierConfig, FeatureClassifier),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+AutoConfig.register(BalanceMixConfig.model_type, BalanceMixConfig, exist_ok=True)
+AutoModelForImageClassification.register(BalanceMixConfig, BalanceMixForImageClassification, exist_ok=True)
 
 __all__ = [
     "BalanceMixConfig",

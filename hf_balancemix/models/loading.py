@@ -24,7 +24,6 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from hf_balancemix.frozen.head import FeatureClassifierConfig
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_sizes
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
@@ -274,7 +273,7 @@ def _checked_config(name: str) -> PreTrainedConfig:
     """A stored config, after a look at its numbers: some configs are big already before any weight is made."""
     values = PreTrainedConfig.get_config_dict(name)[0]
     check_sizes(values)
-    if values.get("model_type") == FeatureClassifierConfig.model_type:
+    if values.get("model_type") == "balancemix_feature_classifier":  # of hf_balancemix.frozen
         raise ValueError(
             "it is a head on cached features, as checkpoints of --frozen_backbone are, and takes no images; the "
             "folder that the checkpoints are in holds the whole model once the run is over"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_balancemix.data import scenes
+from hf_balancemix.data import sample as scenes
 from hf_balancemix.data.sample import draw_scene, make_scenes
 
 SMALL = {"num_train": 12, "num_val": 6}

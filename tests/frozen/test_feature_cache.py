@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
 
-from hf_balancemix import BalanceMixTrainer, Mislabel, checkpoints
+from hf_balancemix import BalanceMixTrainer, Mislabel
 from hf_balancemix.data import PlainInstances, ViewMaker
 from hf_balancemix.frozen.cache import ROW_COLUMN, CachedViews, cache_features
 from hf_balancemix.frozen.head import FeatureClassifier, FeatureClassifierConfig, backbone_digest, pooled_features
 from hf_balancemix.methods import METHODS, trainer_for
+from hf_balancemix.trainer import checkpoints
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch.distributed as dist
 import yaml
-from conftest import make_dataset
+from conftest import load_example, make_dataset
 from torch.utils.data import DataLoader
 
 from hf_balancemix import BalanceMixTrainingArguments
@@ -22,15 +19,7 @@ from hf_balancemix.scripts.parser import parse_arguments, run
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
-run_coco = load_script("run_coco")
+run_coco = load_example("run_coco")
 
 
 def arguments(*argv: str, config: Path | None = None) -> BalanceMixTrainingArguments:

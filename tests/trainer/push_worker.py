@@ -30,9 +30,10 @@ import torch.distributed as dist
 from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from huggingface_hub import HfApi, snapshot_download
 
-from hf_balancemix import BalanceMixTrainer, hub
+from hf_balancemix import BalanceMixTrainer
 from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
+from hf_balancemix.trainer import hub
 
 
 def checkpoint_of(repository: str, folder: Path) -> str:

@@ -11,8 +11,9 @@ from conftest import NAMES, arguments, flat, tiny_resnet, tiny_vit
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
-from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer, checkpoints
+from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer
 from hf_balancemix.methods import trainer_for
+from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.averaging import check_average
 
 DECAY = 0.8

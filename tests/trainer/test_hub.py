@@ -24,8 +24,9 @@ from conftest import arguments, make_dataset, tiny_vit
 from hub_standin import TOKEN, Commit, File, HubStandin, Repository
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_balancemix import MultiLabelTrainer, checkpoints
-from hf_balancemix import hub as hub_module
+from hf_balancemix import MultiLabelTrainer
+from hf_balancemix.trainer import checkpoints
+from hf_balancemix.trainer import hub as hub_module
 from hf_balancemix.trainer.hub import HubRepository, explain, set_aside, stale_files
 
 WORKER = Path(__file__).parent / "push_worker.py"

@@ -9,10 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, make_dataset, tiny_resnet
+from conftest import arguments, load_example, make_dataset, tiny_resnet
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import run_coco
 from test_examples import FLAGS, make_coco, run_script
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -23,6 +22,8 @@ from hf_balancemix import (
     MultiLabelTrainingArguments,
 )
 from hf_balancemix.models import squash_processor
+
+run_coco = load_example("run_coco")
 
 SGD = {
     "learning_rate": 0.01, "lr_scheduler_type": "cosine", "optim": "sgd", "optim_args": "momentum=0.9",

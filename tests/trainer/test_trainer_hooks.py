@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_balancemix.trainer
+import hf_balancemix.trainer.multilabel
 from hf_balancemix import BalanceMixTrainer, MultiLabelTrainer
 from hf_balancemix.core.sampling import EpochSampler
 from hf_balancemix.trainer.hub import HubTrainer
@@ -75,7 +75,7 @@ def test_every_hook_is_there_with_its_parameters(name):
 
 
 def test_the_modules_list_of_hooks_is_complete():
-    listed = set(re.findall(r"`(_\w+)`", hf_balancemix.trainer.__doc__))
+    listed = set(re.findall(r"`(_\w+)`", hf_balancemix.trainer.multilabel.__doc__))
     assert listed == {name for name in HOOKS if name.startswith("_")}
     overridden = set()
     for trainer in (HubTrainer, ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from transformers import TrainerCallback
 
-from hf_balancemix import BalanceMixTrainer, Mislabel, checkpoints
+from hf_balancemix import BalanceMixTrainer, Mislabel
 from hf_balancemix.core.distributed import leave_process_group
+from hf_balancemix.trainer import checkpoints
 
 
 def die() -> None:
