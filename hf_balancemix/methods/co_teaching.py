@@ -23,7 +23,7 @@ from hf_balancemix.core.keys import keyed_rng
 from hf_balancemix.core.loss_mixture import LossMixtures, label_losses
 from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.trainer.checks import check_model
-from hf_balancemix.trainer.mixup import ScanningMixupTrainer
+from hf_balancemix.trainer.mixup import MixupTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class TwoNetworks(nn.Module):
         return ImageClassifierOutput(logits=self.ordered[0](pixel_values=pixel_values).logits)
 
 
-class CoTeachingTrainer(ScanningMixupTrainer):
+class CoTeachingTrainer(MixupTrainer):
     """Co-teaching with instance-level mixtures; both networks see the same mixed batches.
 
     The loss is the sum of the networks' binary cross-entropies (Eq. 1), each over the batch with the weight 0 for what
@@ -196,7 +196,7 @@ class CoTeachingTrainer(ScanningMixupTrainer):
         peer: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args or self._default_args()
+        args = args or self._arguments_class(output_dir="outputs")
         if model is None:
             raise ValueError("model is None; co-teaching needs the first network, and makes the second from it.")
         networks = TwoNetworks(

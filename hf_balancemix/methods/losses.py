@@ -168,13 +168,14 @@ class LargeLossTrainer(MixupTrainer):
         return super()._run_facts() | {"mode": self.mode}
 
     def _run_state(self) -> dict[str, Tensor]:
-        return {"corrected": self.corrected} if self.mode == "permanent" else {}
+        return super()._run_state() | ({"corrected": self.corrected} if self.mode == "permanent" else {})
 
     def _reset_run_state(self) -> None:
         super()._reset_run_state()
         self.corrected.zero_()
 
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        super()._load_run_state(state)
         if self.mode == "permanent":
             self.corrected = state["corrected"].clone()
 

@@ -9,7 +9,7 @@ from hf_balancemix.methods.citations import CITATIONS
 from hf_balancemix.methods.co_teaching import CoTeachingTrainer
 from hf_balancemix.methods.losses import LARGE_LOSS_METHODS, LOSS_METHODS, loss_trainer
 from hf_balancemix.methods.t_estimator import TEstimatorTrainer
-from hf_balancemix.trainer import BalanceMixTrainer, MultiLabelTrainer
+from hf_balancemix.trainer import BalanceMixTrainer, MixupTrainer, MultiLabelTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
 METHODS = {
@@ -34,7 +34,6 @@ METHODS = {
 
 # BalanceMix with some of its switches set; what is not named is as the arguments say.
 _SWITCHES: dict[str, dict[str, Any]] = {
-    "mixup": {"minority_score": "uniform", "select_clean": False},
     "+minority": {"select_clean": False},
     "+clean": {"select_clean": True, "relabel": False, "ambiguous": False},
     "+relabel": {"select_clean": True, "relabel": True, "ambiguous": False},
@@ -63,6 +62,8 @@ def trainer_for(method: str, args: BalanceMixTrainingArguments, **kwargs: Any) -
 def _trainer(method: str, args: BalanceMixTrainingArguments, **kwargs: Any) -> MultiLabelTrainer:
     if method == "bce":
         return MultiLabelTrainer(args=args, **kwargs)
+    if method == "mixup":
+        return MixupTrainer(args=args, **kwargs)
     if method == "co-teaching":
         return CoTeachingTrainer(args=args, **kwargs)
     if method == "t-estimator":

@@ -18,7 +18,7 @@ from hf_balancemix.core.distributed import broadcast
 from hf_balancemix.core.loss_mixture import LossMixtures, label_losses
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
 from hf_balancemix.methods.co_teaching import min_max
-from hf_balancemix.trainer.mixup import ScanningMixupTrainer
+from hf_balancemix.trainer.mixup import MixupTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def scaled_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return scaled
 
 
-class TEstimatorTrainer(ScanningMixupTrainer):
+class TEstimatorTrainer(MixupTrainer):
     """T-estimator: warm-up, selection, transition matrices, importance reweighting; with Mixup, as in the paper.
 
     Warm-up: the first `label_warmup_epochs` epochs minimise Eq. 1 on the given labels. After each of the last five a

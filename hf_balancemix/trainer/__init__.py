@@ -1,11 +1,14 @@
 """Trainers for multi-label images, and the knobs of these."""
 
-from hf_balancemix.trainer.multilabel import BalanceMixTrainer, MultiLabelTrainer
+from hf_balancemix.trainer.balancemix import BalanceMixTrainer
+from hf_balancemix.trainer.mixup import MixupTrainer
+from hf_balancemix.trainer.multilabel import MultiLabelTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
 
 __all__ = [
     "BalanceMixTrainer",
     "BalanceMixTrainingArguments",
+    "MixupTrainer",
     "MultiLabelTrainer",
     "MultiLabelTrainingArguments",
 ]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from hf_balancemix.trainer.resumable import ResumableTrainer
 from hf_balancemix.trainer.scan import broadcast_buffers
+from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
+
+AVERAGE_FILE = "ema.safetensors"
 
 
-def check_average(trainer: Trainer) -> None:
+def check_average(trainer: AveragingTrainer) -> None:
     """Refuse what cannot be averaged, or not be evaluated and resumed then.
 
     Raises:
@@ -122,3 +129,66 @@ class WeightAverage(TrainerCallback):
         broadcast_buffers(self._average.module)  # every rank averaged its own batch-norm statistics
         self.model.load_state_dict(self._average.module.state_dict())
         self.active = self._loaded = False
+
+
+class AveragingTrainer(ResumableTrainer):
+    """Trainer that evaluates, saves and pushes the average of the weights where `args.ema_decay` asks for one.
+
+    In a checkpoint `model.safetensors` has the weights from which training goes on, and `ema.safetensors` their
+    average; a push in mid-training has the average as its model, and after training it is left in the model.
+    """
+
+    args: MultiLabelTrainingArguments
+    _average: WeightAverage | None = None
+    _in_checkpoint = False  # while one is being written
+
+    def _begin_averaging(self) -> None:
+        """To be called last in `__init__`: what other callbacks do at the end is with the weights themselves."""
+        if self.args.ema_decay:
+            check_average(self)
+            self._average = WeightAverage(self.model, self.args.ema_decay)
+            self.add_callback(self._average)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the model has its averaged weights, if there are any."""
+        return nullcontext() if self._average is None else self._average.in_place()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the averaged weights if there are any, and the same batch-norm statistics on every rank."""
+        with self._averaged():
+            broadcast_buffers(self.model)
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with nullcontext() if self._in_checkpoint else self._averaged():
+            super()._save(output_dir, state_dict)
+
+    def _set_model_aside(self, checkpoint: Path, folder: Path) -> None:
+        if self._average is None:
+            return super()._set_model_aside(checkpoint, folder)
+        with self._averaged():  # what the card's figures are of
+            super()._save(str(folder))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            save_file(self._average.state_dict(), Path(output_dir, AVERAGE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_average(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str | None) -> None:
+        if self._average is not None and checkpoint is not None:
+            self._average.load_state_dict(load_file(Path(checkpoint, AVERAGE_FILE)))

@@ -17,32 +17,20 @@ from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(args: MultiLabelTrainingArguments) -> None:
+def check_arguments(args: Any, needed: type[MultiLabelTrainingArguments]) -> None:
     """The right class, and nothing that the samplers or the loss cannot work with."""
-    if not isinstance(args, MultiLabelTrainingArguments):
-        raise TypeError(
-            f"args is {type(args).__name__}; MultiLabelTrainer needs MultiLabelTrainingArguments, BalanceMixTrainer "
-            "needs BalanceMixTrainingArguments."
-        )
-    accelerator = args.accelerator_config
+    if not isinstance(args, needed):
+        raise TypeError(f"args is {type(args).__name__}; it must be {needed.__name__}; make one of the same values.")
+    accelerator: Any = args.accelerator_config  # a dict in transformers' annotation only
     refused = {
-        "label_smoothing_factor": (
-            args.label_smoothing_factor != 0,
-            "multi-label targets are not smoothed; leave it 0",
-        ),
-        "dispatch_batches": (
-            bool(accelerator.dispatch_batches),
-            "it skips the wrong batches on resuming; leave it unset",
-        ),
-        "even_batches": (accelerator.even_batches is False, "ranks would wait for each other for ever; leave it True"),
-        "train_sampling_strategy": (
-            args.train_sampling_strategy != "random",
-            "the samplers are the method's; leave it",
-        ),
+        "label_smoothing_factor": (args.label_smoothing_factor, 0, "multi-label targets are not smoothed"),
+        "dispatch_batches": (accelerator.dispatch_batches or None, None, "it skips the wrong batches on resuming"),
+        "even_batches": (accelerator.even_batches, True, "ranks would wait for each other for ever"),
+        "train_sampling_strategy": (args.train_sampling_strategy, "random", "the samplers are the method's"),
     }
-    for name, (bad, why) in refused.items():
-        if bad:
-            raise ValueError(f"{name} is set to something that cannot work here: {why}.")
+    for name, (value, possible, why) in refused.items():
+        if value != possible:
+            raise ValueError(f"{name} is {value!r}; it must be {possible!r}, as {why}; leave it out.")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
@@ -55,8 +43,8 @@ def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLa
     undecoded_images(dataset)
     if len(labels) < args.global_batch_size:
         raise ValueError(
-            f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; "
-            "lower per_device_train_batch_size."
+            f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; it "
+            "must have at least so many; lower the batch size."
         )
 
 

@@ -1,4 +1,4 @@
-"""What the comparison methods on Mixup share: the pairs of the method `mixup`, and a pass over the training set."""
+"""Mixup as all methods of the paper's comparison have it, and the pass over the training set that some learn from."""
 
 from __future__ import annotations
 
@@ -10,62 +10,64 @@ from torch import Tensor, nn
 
 from hf_balancemix.core import EpochSampler, PairSampler, minority_mixup
 from hf_balancemix.core.distributed import all_reduce_sum
-from hf_balancemix.data.training_data import TrainingPairs
-from hf_balancemix.trainer import MultiLabelTrainer
+from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.data.training_data import PlainInstances, TrainingPairs
+from hf_balancemix.trainer.multilabel import MultiLabelTrainer
+from hf_balancemix.trainer.scan import scan
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
 
 class MixupTrainer(MultiLabelTrainer):
-    """Base of methods on Mixup: views, pairs and lambdas are those of `mixup`, another loss is the subclass's.
+    """Trains on pairs of instances, mixed: itself plain Mixup, and the base of each method that mixes.
 
-    With `args.mixup_alpha=0` on single images, as `bce` sees them. The loss of evaluations is BCE, as every method's.
+    Subclasses have another loss (:meth:`_loss`), choose the second instance of a pair (:meth:`_partner_weights`), or
+    learn from a pass over the training set (:meth:`_end_epoch`). With `args.mixup_alpha=0` nothing is mixed, and each
+    instance is alone in its row. The loss of evaluations is BCE, as every method's.
 
     Args:
         As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which `mixup_alpha` and
             `lambda_per_batch` are used.
+
+    Attributes:
+        statistics_epoch: The epoch that :meth:`_end_epoch` last prepared; 0 at first.
 
     Raises:
         TypeError: `args` are others.
     """
 
     args: BalanceMixTrainingArguments
-    _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in a training step
+    method_name = "mixup"
+    _arguments_class = BalanceMixTrainingArguments
+    _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in training steps and scans
+    statistics_epoch = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, BalanceMixTrainingArguments):
-            raise TypeError(
-                f"args is {type(self.args).__name__}; {type(self).__name__} needs BalanceMixTrainingArguments."
-            )
+    @property
+    def warmup_epochs(self) -> int:
+        """`args.label_warmup_epochs` on the given labels; at least 1, because nothing is known before."""
+        return max(self.args.label_warmup_epochs, 1)
 
-    @staticmethod
-    def _default_args() -> BalanceMixTrainingArguments:
-        return BalanceMixTrainingArguments(output_dir="outputs")
+    # ---- pairs ----
 
     def _partner_weights(self) -> Tensor:
-        """`(N,)` float64 sampling probabilities of the partners in Mixup."""
-        n = len(self.train_labels)
+        """`(N,)` float64 sampling probabilities of the second instance of a pair, which comes with its labels."""
+        n = len(self._training_labels)
         return torch.full((n,), 1 / n, dtype=torch.float64)
 
     def _make_sampler(self) -> EpochSampler:
         if self.args.mixup_alpha == 0:
             return super()._make_sampler()
-        return PairSampler(len(self.train_labels), self.views.seed, weights=self._partner_weights)
+        return PairSampler(len(self._training_labels), self.views.seed, weights=lambda: self._partner_weights())
 
-    def _training_pairs(self) -> TrainingPairs:
-        return TrainingPairs(self.train_dataset, self.train_labels, self.views, mixup_alpha=self.args.mixup_alpha)
+    def _training_pairs(self, **options: Any) -> TrainingPairs:
+        return super()._training_pairs(mixup_alpha=self.args.mixup_alpha, **options)
 
     def _labels(self, inputs: dict[str, Tensor], prefix: str) -> Tensor:
         """`(B, K)` labels of the random instances (prefix "") or of their partners ("minority_")."""
         return inputs[f"{prefix}labels"]
 
-    def _mix(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Images `(B, 3, S, S)` and labels `(B, K)`, mixed where the batch has partners."""
-        images, labels = inputs["pixel_values"], self._labels(inputs, "")
-        if "lam" not in inputs:
-            return images, labels
-        lam = inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
-        return minority_mixup(images, inputs["minority_pixel_values"], labels, self._labels(inputs, "minority_"), lam)
+    def _lam(self, inputs: dict[str, Tensor]) -> Tensor:
+        """`(B,)` lambda of Eq. 5."""
+        return inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
 
     def compute_loss(
         self,
@@ -74,49 +76,54 @@ class MixupTrainer(MultiLabelTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The method's loss on mixed images `(B, 3, S, S)` and mixed labels `(B, K)`, a mean over the batch."""
-        images, targets = self._mix(inputs)
+        """The method's loss on mixed images `(B, 3, S, S)` and labels `(B, K)` (Eq. 5), as a mean over the batch."""
+        images, targets = inputs["pixel_values"], self._labels(inputs, "")
+        if "lam" in inputs:
+            partners = inputs["minority_pixel_values"], self._labels(inputs, "minority_")
+            images, targets = minority_mixup(images, partners[0], targets, partners[1], self._lam(inputs))
         outputs = model(pixel_values=images, **self._forward_options)
         loss = self._loss(outputs.logits, targets, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The method's, of the model's logits, mixed labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""
-        raise NotImplementedError
+        return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
 
-
-class ScanningMixupTrainer(MixupTrainer):
-    """Base of methods on Mixup that learn from a pass over the training set.
-
-    Subclasses override :meth:`_end_epoch`, which runs once before each epoch but the first, resumed or not.
-
-    Attributes:
-        statistics_epoch: The epoch that :meth:`_end_epoch` last prepared; 0 at first.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.statistics_epoch = 0
-
-    @property
-    def warmup_epochs(self) -> int:
-        """`args.label_warmup_epochs` on the given labels; at least 1, because nothing is known before."""
-        return max(self.args.label_warmup_epochs, 1)
-
-    def _reset_run_state(self) -> None:
-        super()._reset_run_state()
-        self.statistics_epoch = 0
+    # ---- between epochs ----
 
     def _begin_epoch(self, epoch: int) -> None:
         super()._begin_epoch(epoch)
+        self._prepare_epoch(epoch)
+
+    def _prepare_epoch(self, epoch: int) -> None:
         # After resuming in the middle of an epoch its statistics are there already; made again they would differ.
         if epoch > self.statistics_epoch:
             self._end_epoch(epoch)
             self.statistics_epoch = epoch
 
     def _end_epoch(self, epoch: int) -> None:
-        """Must be called on every rank: learn what `epoch`, about to begin, needs."""
-        raise NotImplementedError
+        """Must be called on every rank: learn what `epoch`, about to begin, needs.
+
+        It runs once before each epoch but the first, and at the start of that epoch, so that a checkpoint of the last
+        step of the epoch before, which is written before Trainer's `on_epoch_end`, leads to the very same.
+        """
+
+    def _scan(self, observe: Callable[[Tensor, Tensor], None]) -> None:
+        """Must be called on every rank: `observe` gets the logits of every training instance once; see `scan`."""
+
+        def forward(batch: dict[str, Tensor]) -> Tensor:
+            images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
+            return self.model(pixel_values=images, **self._forward_options).logits
+
+        scan(
+            forward,
+            self.model,
+            PlainInstances(self.train_dataset, self.views, self.train_labels),
+            observe,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
 
     def _scan_table(self, row: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
         """Must be called on every rank: one row of numbers for each training instance, the same on every rank.
@@ -128,15 +135,27 @@ class ScanningMixupTrainer(MixupTrainer):
         Returns:
             `(N, C)` float32.
         """
-        table = torch.zeros(len(self.train_labels), num_columns)
-        seen = torch.zeros(len(self.train_labels), dtype=torch.int32)
+        labels = self._training_labels
+        table = torch.zeros(len(labels), num_columns)
+        seen = torch.zeros(len(labels), dtype=torch.int32)
 
         def observe(index: Tensor, logits: Tensor) -> None:
             index = index.cpu()
-            table[index] = row(logits.detach().float().cpu(), self.train_labels[index]).float()
+            table[index] = row(logits.detach().float().cpu(), labels[index]).float()
             seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
 
-        self._scan(observe, **self._forward_options)
+        self._scan(observe)
         if not bool((all_reduce_sum(seen) == 1).all()):
             raise RuntimeError("the scan did not see every training instance exactly once.")
         return all_reduce_sum(table)  # exact: of each number at most one rank holds more than 0
+
+    # ---- checkpoints ----
+
+    def _run_state(self) -> dict[str, Tensor]:
+        return {"epoch": torch.tensor(self.statistics_epoch)}
+
+    def _reset_run_state(self) -> None:
+        self.statistics_epoch = 0
+
+    def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        self.statistics_epoch = int(state["epoch"])

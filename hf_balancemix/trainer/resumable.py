@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
+from hf_balancemix.trainer.scan import broadcast_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class ResumableTrainer(HubTrainer):
     pickled arguments are written.
     """
 
+    model: nn.Module
     _not_pushed = (*HubTrainer._not_pushed, RUN_FILE, STATE_FILE, checkpoints.MANIFEST)
     _hidden_limit: int | None = None  # args.save_total_limit while a checkpoint is being written
 
@@ -100,6 +102,8 @@ class ResumableTrainer(HubTrainer):
             (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A resumed run gives every rank the checkpoint's batch-norm statistics, which are the first rank's.
+        broadcast_buffers(self.model)
         checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             checkpoints.remove_manifest(checkpoint)  # a resumed run may write the same step again

@@ -12,88 +12,82 @@ from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES, PREDICTION
 from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.core.sampling import MINORITY_SCORES
 
-_BY_PRESET = "Default: what the preset says."
-
 
 def _preset_field(help_text: str, **metadata: Any) -> Any:
-    return field(default=None, metadata={"help": f"{help_text} {_BY_PRESET}", **metadata})
+    """A field that `preset` sets where the user gives nothing; until `__post_init__` it is None then.
+
+    Its annotation is the type that it has afterwards.
+    """
+    return field(default=None, metadata={"help": help_text, **metadata})
 
 
 @dataclass
 class MultiLabelTrainingArguments(TrainingArguments):
-    """Arguments of :class:`MultiLabelTrainer`: a correct multi-label Trainer on images.
+    """Arguments of :class:`MultiLabelTrainer`, beside those of `transformers.TrainingArguments`.
 
-    Fields whose default is None are set by `preset`. A value given by flag or in a config file always wins:
-    flag > config file > preset.
+    `preset` sets the fields below that the user leaves open. A value that is given, by a flag or in a config file,
+    always wins: flag > config file > preset.
 
     > Parameters that control the preset and the optimiser
 
-    preset (`str`, defaults to `"default"`): `"paper"` is the paper as printed: SGD, momentum 0.9, learning rate 0.01,
-        cosine, weight decay 1e-4, no gradient clipping, loss summed over the classes. `"default"` is what measured
-        best (docs/choices.md). `"ml-decoder"` is the recipe that ASL and ML-Decoder were published with, which the
-        paper's Table 6 builds on: Adam, one cycle of the learning rate, averaged weights, cutout, images not
-        normalised, 40 epochs of batches of 56.
-    global_batch_size (`int`, *optional*): instances in one optimiser step over all ranks and accumulation steps;
+    preset (`str`, defaults to `"default"`): `"paper"` is the recipe that the paper prints: SGD with momentum 0.9,
+        learning rate 0.01 on a cosine, weight decay 1e-4, no gradient clipping, the loss summed over the classes.
+        `"default"` is what measured best (docs/choices.md). `"ml-decoder"` is the recipe that ASL and ML-Decoder
+        were published with, which the paper's Table 6 builds on: Adam, one cycle of the learning rate, averaged
+        weights, cutout, pixels in [0, 1], 40 epochs of batches of 56.
+    global_batch_size (`int`): instances in one optimiser step over all ranks and accumulation steps;
         `per_device_train_batch_size` follows from it unless that is given.
-    optim: those of transformers, and `"adam"`, `torch.optim.Adam`, whose weight decay is part of the gradient.
-    lr_scheduler_type: those of transformers, and `"one_cycle"`, torch's `OneCycleLR` with `learning_rate` as its
-        maximum and `warmup_steps` (a share of all steps if below 1) as its rise; momentum, or Adam's first beta, runs
-        against it. `lr_scheduler_kwargs` go to it.
-    decay_vectors (`bool`): weight decay on parameters of one dimension, such as the weights of batch norm, where
-        Trainer has it; False: on none of them.
+    optim (`str`): one of those of transformers, or `"adam"`: `torch.optim.Adam`, whose weight decay is part of the
+        gradient.
+    lr_scheduler_type (`str`): one of those of transformers, or `"one_cycle"`: torch's `OneCycleLR`, which rises to
+        `learning_rate` in the first `warmup_steps` (a share of all steps if below 1) and then falls to almost 0, while
+        momentum, or Adam's first beta, does the opposite. `lr_scheduler_kwargs` go to it.
+    decay_vectors (`bool`): whether weight decay acts on parameters of one dimension, such as the weights of batch
+        norm, as it does in Trainer (which leaves out biases and layer norms alone).
     ema_decay (`float`, in [0, 1)): evaluate and save an exponential moving average of the weights, see
         :class:`~hf_balancemix.trainer.averaging.WeightAverage`; 0: none.
+    loss_reduction (`str`): `"sum"` over the classes as printed (Eq. 1, 10), or `"mean"`; both average over the batch.
 
     > Parameters that control images and evaluation
 
-    image_size (`int`, *optional*): images are squashed to this many pixels a side, in training and in evaluation;
-        by default the size of the image processor.
-    normalise (`bool`): normalise images by the image processor's mean and standard deviation; False: pixels in [0, 1],
-        in training and in the image processor that is saved. Cached features of a frozen backbone are always made with
-        the image processor's.
-    cutout (`float`, in [0, 1]): side of the square that is cut out before RandAugment, as a share of the image's; 0:
-        none.
+    image_size (`int`, *optional*): side in pixels of the square that each image is resized to, without keeping its
+        aspect ratio, in training and in evaluation; by default the size of the image processor.
+    normalise (`bool`): subtract the image processor's mean and divide by its standard deviation, channel by channel;
+        False: the model sees pixels in [0, 1], in training and in the image processor that is saved. Features of a
+        frozen backbone are always computed with the image processor's.
+    cutout (`float`, in [0, 1]): before RandAugment, one square of each training image is painted over; this is its
+        side as a share of the image's; 0: none.
     channels_last (`bool`, defaults to `False`): memory format of model and images; convolutions are often much faster.
-    randaugment_num_ops, randaugment_magnitude: RandAugment, for every method of the paper.
-    many_shot, few_shot (`int`): class groups by clean positive training labels: more than `many_shot` is many-shot,
-        fewer than `few_shot` few-shot.
+    randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
+    many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
+        class is many-shot, below `few_shot` few-shot.
 
-    NOTE defaults that differ from `TrainingArguments`: `remove_unused_columns` is False (the image column is needed),
-    and those that the presets set (see :attr:`PRESETS`).
+    NOTE Defaults that differ from those of `TrainingArguments`: `remove_unused_columns` is False, because views are
+    made of the image column, and those that the presets set (:attr:`PRESETS`).
 
     Raises:
         ValueError: A value out of range, an unknown preset, or a global batch size that the ranks cannot share.
     """
 
+    _SGD: ClassVar[dict[str, Any]] = {
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "cosine",
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "weight_decay": 1e-4,
+        "max_grad_norm": 0.0,
+        "loss_reduction": "sum",
+        "warmup_steps": 0,
+        "decay_vectors": True,
+        "ema_decay": 0.0,
+        "normalise": True,
+        "cutout": 0.0,
+        "num_train_epochs": 20.0,
+        "global_batch_size": 64,
+    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "cosine",
-            "optim": "sgd",
-            "optim_args": "momentum=0.9",
-            "weight_decay": 1e-4,
-            "max_grad_norm": 0.0,
-            "loss_reduction": "sum",
-            "warmup_steps": 0,
-            "decay_vectors": True,
-            "ema_decay": 0.0,
-            "normalise": True,
-            "cutout": 0.0,
-        },
-        "paper": {
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "cosine",
-            "optim": "sgd",
-            "optim_args": "momentum=0.9",
-            "weight_decay": 1e-4,
-            "max_grad_norm": 0.0,
-            "loss_reduction": "sum",
-            "warmup_steps": 0,
-            "decay_vectors": True,
-            "ema_decay": 0.0,
-            "normalise": True,
-            "cutout": 0.0,
-        },
+        "default": _SGD,
+        "paper": _SGD,
         "ml-decoder": {
             "learning_rate": 1e-4,
             "lr_scheduler_type": "one_cycle",
@@ -118,52 +112,57 @@ class MultiLabelTrainingArguments(TrainingArguments):
     }
 
     preset: str = field(
-        default="default", metadata={"help": "Where unset values come from: 'default', 'paper' or 'ml-decoder'."}
-    )
+        default="default",
+        metadata={"help": "Where values come from that are not given: 'default' is what measured best, 'paper' the "
+                  "paper's recipe, 'ml-decoder' that of ML-Decoder."},
+    )  # fmt: skip
 
-    learning_rate: float | None = _preset_field("Initial learning rate; the highest of a one_cycle schedule.")
-    lr_scheduler_type: str | None = _preset_field("Learning-rate schedule: one of transformers', or 'one_cycle'.")
-    warmup_steps: float | None = _preset_field(
-        "Steps in which the learning rate rises; below 1, their share of all steps."
+    learning_rate: float = _preset_field("Learning rate: the first one, or for one_cycle the highest.")
+    lr_scheduler_type: str = _preset_field(
+        "How the learning rate changes: one of transformers' schedules, or 'one_cycle' (up and down once)."
     )
-    optim: str | None = _preset_field("Optimiser: one of transformers', or 'adam' (weight decay in the gradient).")
+    warmup_steps: float = _preset_field("Steps in which the learning rate rises; below 1: their share of all steps.")
+    optim: str = _preset_field(
+        "Optimiser: one of transformers', or 'adam' (its weight decay is part of the gradient)."
+    )
     optim_args: str | None = _preset_field("Arguments of the optimiser, such as 'momentum=0.9'.")
-    weight_decay: float | None = _preset_field("Weight decay.")
-    decay_vectors: bool | None = _preset_field(
-        "Weight decay also on the weights of batch norm and other one-dimensional parameters, as Trainer does."
+    weight_decay: float = _preset_field("Weight decay.")
+    decay_vectors: bool = _preset_field(
+        "Weight decay also on parameters of one dimension, such as the weights of batch norm."
     )
-    ema_decay: float | None = _preset_field(
-        "Evaluate and save an exponential moving average of the weights with this decay in [0, 1); 0: none. As "
-        "published it has no warm-up: after far fewer than 1 / (1 - decay) steps it is close to the weights of the "
-        "start, so lower it for short runs."
+    ema_decay: float = _preset_field(
+        "Evaluate and save an exponential moving average of the weights with this decay, in [0, 1); 0: none. It "
+        "starts as the first weights and needs many more than 1 / (1 - decay) steps to leave them: lower it for short "
+        "runs."
     )
-    max_grad_norm: float | None = _preset_field("Gradient norm to clip at; 0 does not clip.")
-    num_train_epochs: float | None = _preset_field("Epochs. 20 where no preset says.")
-    per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Batch size of one device. Default: the share of --global_batch_size."}
+    max_grad_norm: float = _preset_field("Largest norm of the gradient, which is scaled down to it; 0: any.")
+    num_train_epochs: float = _preset_field("Passes over the training set.")
+    per_device_train_batch_size: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Instances in a batch of one device. Default: its share of the global batch size."},
     )
-    global_batch_size: int | None = _preset_field(
-        "Instances in one optimiser step, over all ranks and accumulation steps. 64 where no preset says."
-    )
-    loss_reduction: str | None = _preset_field(
-        "'sum' over the classes as printed (Eq. 1, 10), or 'mean'; both average over the batch.",
+    global_batch_size: int = _preset_field("Instances in one optimiser step, over all ranks and accumulation steps.")
+    loss_reduction: str = _preset_field(
+        "Sum of the loss over the classes, as printed (Eq. 1, 10), or its mean; both average over the batch.",
         choices=[*LOSS_REDUCTIONS],
     )
 
     image_size: int | None = field(
-        default=None, metadata={"help": "Side in pixels that images are squashed to. Default: the image processor's."}
+        default=None,
+        metadata={"help": "Images are resized to a square of so many pixels a side. Default: the image processor's."},
     )
-    normalise: bool | None = _preset_field(
-        "Normalise images as the image processor says; False: pixels in [0, 1], which is then saved too."
+    normalise: bool = _preset_field(
+        "Subtract the image processor's mean from the pixels and divide by its standard deviation; false: the model "
+        "sees pixels in [0, 1], and the image processor that is saved says so."
     )
-    cutout: float | None = _preset_field(
-        "Side of the square cut out of each training view before RandAugment, as a share of the image's; 0: none."
+    cutout: float = _preset_field(
+        "Paint over a square of each training image before RandAugment, with this share of its side; 0: none."
     )
     channels_last: bool = field(
         default=False, metadata={"help": "Memory format of convolutional networks; often much faster."}
     )
-    randaugment_num_ops: int = field(default=2, metadata={"help": "RandAugment operations a view."})
-    randaugment_magnitude: int = field(default=9, metadata={"help": "RandAugment magnitude, 0 to 30."})
+    randaugment_num_ops: int = field(default=2, metadata={"help": "RandAugment operations on each training view."})
+    randaugment_magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
     many_shot: int = field(
         default=10_000, metadata={"help": "Classes with more clean positive training labels are many-shot."}
     )
@@ -171,13 +170,13 @@ class MultiLabelTrainingArguments(TrainingArguments):
         default=1_000, metadata={"help": "Classes with fewer clean positive training labels are few-shot."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the views are made from the image column."}
+        default=False, metadata={"help": "Must stay false: views are made of the image column."}
     )
 
     def __post_init__(self) -> None:
         if self.preset not in self.PRESETS:
             raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(self.PRESETS)}.")
-        values = {"num_train_epochs": 20.0, "global_batch_size": 64} | self.PRESETS[self.preset]
+        values = dict(self.PRESETS[self.preset])
         if "optim_args" in values and self.optim is not None and self.optim != values["optim"]:
             del values["optim_args"]  # SGD's momentum means nothing to the optimiser that was asked for
         if self.lr_scheduler_type is not None and self.lr_scheduler_type != values["lr_scheduler_type"]:
@@ -188,11 +187,16 @@ class MultiLabelTrainingArguments(TrainingArguments):
         for name in self.unset:
             setattr(self, name, values[name])
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns is True, which would drop the image column; leave it out.")
+            raise ValueError(
+                "remove_unused_columns is True; it must be False, as views are made of the image column; leave it out."
+            )
         if self.many_shot < self.few_shot:
-            raise ValueError(f"many_shot ({self.many_shot}) must not be smaller than few_shot ({self.few_shot}).")
+            raise ValueError(
+                f"many_shot is {self.many_shot}; it must be at least few_shot, which is {self.few_shot}; change "
+                "either."
+            )
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1), and 0 averages nothing.")
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1); 0 averages nothing.")
         if not 0 <= self.cutout <= 1:
             raise ValueError(f"cutout is {self.cutout}; it must be a share of the image's side, in [0, 1].")
         given = self.per_device_train_batch_size
@@ -207,15 +211,15 @@ class MultiLabelTrainingArguments(TrainingArguments):
         if given is None:
             if self.global_batch_size % shares:
                 raise ValueError(
-                    f"global_batch_size is {self.global_batch_size}, which {self.world_size} ranks x "
-                    f"{self.gradient_accumulation_steps} accumulation steps cannot share evenly; change one of them "
-                    "or set per_device_train_batch_size."
+                    f"global_batch_size is {self.global_batch_size}; it must be a multiple of {self.world_size} ranks "
+                    f"x {self.gradient_accumulation_steps} accumulation steps; change one of them, or set "
+                    "per_device_train_batch_size."
                 )
             self.per_device_train_batch_size = self.global_batch_size // shares
         elif asked not in (None, given * shares):
             raise ValueError(
-                f"global_batch_size is {asked}, but per_device_train_batch_size {given} x {shares} (ranks and "
-                "accumulation steps) gives another; leave one of them out."
+                f"global_batch_size is {asked}; it must be per_device_train_batch_size {given} x {shares} (ranks and "
+                "accumulation steps); leave one of them out."
             )
         self.global_batch_size = self.per_device_train_batch_size * shares
 
@@ -228,77 +232,90 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     NOTE `warmup_steps` is the learning rate's warm-up; the method's is `label_warmup_epochs`.
     """
 
-    _METHOD: ClassVar[dict[str, Any]] = {
-        "label_warmup_epochs": 5,
-        "minority_score": "paper",
-        "trust_positives": False,
-        "relabel_threshold": 0.975,
-        "mixup_alpha": 4.0,
-    }
     _OURS: ClassVar[dict[str, Any]] = {
-        "mixture_preset": "dividemix",
-        "monotone": True,
-        "max_missing": 0.5,
-        "partner_reliability": True,
-        "prediction_source": "scan",
+        name: getattr(BalanceMixSettings, name)
+        for name in (
+            "label_warmup_epochs",
+            "minority_score",
+            "trust_positives",
+            "max_missing",
+            "relabel_threshold",
+            "mixup_alpha",
+            "partner_reliability",
+            "mixture_preset",
+            "monotone",
+            "prediction_source",
+        )
     }
     _PRINTED: ClassVar[dict[str, Any]] = {
-        "mixture_preset": "sklearn",
-        "monotone": False,
         "max_missing": 0.0,
         "partner_reliability": False,
+        "mixture_preset": "sklearn",
+        "monotone": False,
         "prediction_source": "views",
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": MultiLabelTrainingArguments.PRESETS["default"] | _METHOD | _OURS,
-        "paper": MultiLabelTrainingArguments.PRESETS["paper"] | _METHOD | _PRINTED,
-        "ml-decoder": MultiLabelTrainingArguments.PRESETS["ml-decoder"] | _METHOD | _OURS,
+        "default": MultiLabelTrainingArguments.PRESETS["default"] | _OURS,
+        "paper": MultiLabelTrainingArguments.PRESETS["paper"] | _OURS | _PRINTED,
+        "ml-decoder": MultiLabelTrainingArguments.PRESETS["ml-decoder"] | _OURS,
     }
 
-    label_warmup_epochs: int | None = _preset_field("Epochs before label-wise management begins.")
-    minority_score: str | None = _preset_field(
-        "Score of the minority sampler: 'paper' (Eq. 3), 'positive' (mean P(k) over positives) or 'uniform' (none).",
+    label_warmup_epochs: int = _preset_field("First epochs, in which all given labels are trained on as they are.")
+    minority_score: str = _preset_field(
+        "By what the minority sampler prefers instances: 'paper' (Eq. 3), 'positive' (mean confidence in the classes "
+        "of the positive labels) or 'uniform' (it prefers none).",
         choices=[*MINORITY_SCORES],
     )
     select_clean: bool = field(
-        default=True, metadata={"help": "Label-wise management; False trains on the given labels (ablation)."}
+        default=BalanceMixSettings.select_clean,
+        metadata={"help": "Judge each label; false: train on the given labels (ablation)."},
     )
-    relabel: bool = field(default=True, metadata={"help": "Re-label confident labels that are not clean (Eq. 9)."})
+    relabel: bool = field(
+        default=BalanceMixSettings.relabel,
+        metadata={"help": "Change labels that are not clean and that the model contradicts with confidence (Eq. 9)."},
+    )
     ambiguous: bool = field(
-        default=True, metadata={"help": "Weigh ambiguous labels by p_G (Eq. 10); False leaves them out (ablation)."}
+        default=BalanceMixSettings.ambiguous,
+        metadata={
+            "help": "Weigh ambiguous labels by their clean probability (Eq. 10); false: leave them out (ablation)."
+        },
     )
-    trust_positives: bool | None = _preset_field(
-        "All positive labels count as clean (noise-free and single-positive data)."
+    trust_positives: bool = _preset_field(
+        "All positive labels count as clean: for labels without noise, and single positive labels."
     )
-    max_missing: float | None = _preset_field(
-        "At most this many times as many negative labels of a class as it has positive ones count as not clean; "
-        "0 sets no limit, as printed."
+    max_missing: float = _preset_field(
+        "At most so many times as many negative labels of a class as it has positive ones can count as not clean; 0: "
+        "any number, as printed."
     )
-    relabel_threshold: float | None = _preset_field(
-        "eps of Eq. 9 in [0.5, 1]; the paper uses 0.55 for single-positive labels."
+    relabel_threshold: float = _preset_field(
+        "Probability from which the model is confident, eps of Eq. 9, in [0.5, 1]; the paper has 0.55 for single "
+        "positive labels."
     )
-    mixup_alpha: float | None = _preset_field("alpha of Eq. 5; 0 does not mix.")
-    partner_reliability: bool | None = _preset_field(
-        "The minority instance's labels weigh by their own reliability, not by the random instance's as printed."
+    mixup_alpha: float = _preset_field("alpha of Mixup's Beta distribution (Eq. 5); 0: nothing is mixed.")
+    partner_reliability: bool = _preset_field(
+        "In a mix each label weighs by its own reliability; false: both by the random instance's, as printed."
     )
     lambda_per_batch: bool = field(
-        default=False, metadata={"help": "One lambda for a rank's micro-batch instead of one for each pair."}
+        default=False, metadata={"help": "One lambda of Mixup for a rank's micro-batch instead of one for each pair."}
     )
-    mixture_preset: str | None = _preset_field(
-        "Stopping rule and variance floor of the mixtures.", choices=[*MIXTURE_PRESETS]
+    mixture_preset: str = _preset_field(
+        "When the fit of the mixtures stops, and the least variance: as DivideMix or as scikit-learn.",
+        choices=[*MIXTURE_PRESETS],
     )
-    monotone: bool | None = _preset_field("Correct p_G so that it never rises with the loss; Eq. 8 has no correction.")
+    monotone: bool = _preset_field(
+        "Correct the clean probability so that it never rises with the loss; Eq. 8 has no correction."
+    )
     clean_probability_source: str = field(
-        default="scan",
+        default=BalanceMixSettings.clean_probability_source,
         metadata={
-            "help": "'scan' keeps p_G as N x K half precision; 'views' computes it from the step's own losses, for "
-            "data sets where N x K does not fit in memory; prediction_source is then 'views', too.",
+            "help": "'scan' keeps the clean probabilities, N x K in half precision; 'views' computes them from a "
+            "step's own losses, where N x K does not fit in memory; prediction_source is then 'views', too.",
             "choices": [*CLEAN_PROBABILITY_SOURCES],
         },
     )
-    prediction_source: str | None = _preset_field(
-        "f(x) of Eq. 9: 'scan' takes what the last pass over the training set predicted, which costs nothing; 'views' "
-        "predicts two RandAugment views in every step, as printed.",
+    prediction_source: str = _preset_field(
+        "What re-labels (f(x) of Eq. 9): 'scan', the predictions of the last pass over the training set, at no cost, "
+        "or 'views', predictions of two RandAugment views in every step, as printed.",
         choices=[*PREDICTION_SOURCES],
     )
     co_teaching_scored: str = field(

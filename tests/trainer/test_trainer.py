@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Co
 from hf_balancemix import BalanceMixTrainer, BalanceMixTrainingArguments, Mislabel, MultiLabelTrainer, RandomFlip
 from hf_balancemix.core import BalanceMixSettings, PairKey, Reliability
 from hf_balancemix.methods import METHODS, trainer_for
+from hf_balancemix.trainer import MixupTrainer
 
 
 def noisy_version(dataset, rate=0.4):
@@ -97,6 +98,30 @@ def test_the_scan_and_the_extra_passes_leave_no_trace(dataset, tmp_path):
         args = arguments(tmp_path / "o", num_train_epochs=3, **changes)
         trainer = BalanceMixTrainer(model=tiny_vit(dropout=0.3), args=args, train_dataset=dataset)
         trainer.balance_mix._p_clean = lambda index, labels, probabilities: torch.ones_like(probabilities)
+        trainer.train()
+        runs.append(flat(trainer.model))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 0.0])
+def test_plain_mixup_is_balancemix_with_its_two_parts_off(alpha, dataset, tmp_path):
+    runs = []
+    for trainer_class in (MixupTrainer, BalanceMixTrainer):
+        args = arguments(tmp_path, mixup_alpha=alpha, minority_score="uniform", select_clean=False)
+        trainer = trainer_class(model=tiny_vit(dropout=0.3), args=args, train_dataset=noisy_version(dataset))
+        trainer.train()
+        runs.append(flat(trainer.model))
+    assert torch.equal(*runs)
+
+
+def test_without_mixing_labels_are_refined_and_no_partner_is_decoded(dataset, tmp_path):
+    # As with partners that have no share: lambda 1.
+    runs = []
+    for alpha in (0.0, 4.0):
+        args = arguments(tmp_path, num_train_epochs=3, mixup_alpha=alpha, minority_score="uniform")
+        trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=noisy_version(dataset))
+        trainer._lam = lambda inputs: torch.ones_like(inputs["lam"])
+        assert ("minority_pixel_values" in next(iter(trainer.get_train_dataloader()))) == (alpha > 0)
         trainer.train()
         runs.append(flat(trainer.model))
     assert torch.equal(*runs)

@@ -1,7 +1,7 @@
 """Canaries: what the trainers rely on in transformers and Accelerate, and flaws of theirs that overrides work around.
 
-A failure here means that an upgrade moved a hook. `XPASS` of a test marked `fixed_upstream` means that upstream has
-repaired the flaw that it describes, so the override named in the reason can go.
+A failure here means that an upgrade moved a hook, or, in a test marked `fixed_upstream`, that upstream has repaired
+the flaw that it describes, so the override named in the reason can go.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_balancemix.trainer.multilabel
 from hf_balancemix import BalanceMixTrainer, MultiLabelTrainer
 from hf_balancemix.core.sampling import EpochSampler
+from hf_balancemix.trainer import MixupTrainer
+from hf_balancemix.trainer.averaging import AveragingTrainer
 from hf_balancemix.trainer.hub import HubTrainer
 from hf_balancemix.trainer.resumable import ResumableTrainer
 
@@ -50,9 +52,12 @@ HOOKS = {
 }
 
 
+TRAINERS = (HubTrainer, ResumableTrainer, AveragingTrainer, MultiLabelTrainer, MixupTrainer, BalanceMixTrainer)
+
+
 def fixed_upstream(reason: str, raises: type[Exception] = AssertionError) -> pytest.MarkDecorator:
     """The test describes how it should be; it fails, in the way named, as long as upstream has the flaw."""
-    return pytest.mark.xfail(reason=f"known flaw; once this passes, remove {reason}", raises=raises, strict=False)
+    return pytest.mark.xfail(reason=f"known flaw; once this passes, remove {reason}", raises=raises, strict=True)
 
 
 def stock(model, folder: Path, **changes) -> Trainer:
@@ -68,7 +73,7 @@ def test_every_hook_is_there_with_its_parameters(name):
     parameters = inspect.signature(getattr(Trainer, name)).parameters
     assert set(HOOKS[name]) <= set(parameters)
     # Whatever Trainer passes to the hook, the override takes.
-    for trainer in (HubTrainer, ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):
+    for trainer in TRAINERS:
         own = inspect.signature(getattr(trainer, name)).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in own.values())
         assert takes_any or list(own) == list(parameters), trainer.__name__
@@ -78,7 +83,7 @@ def test_the_modules_list_of_hooks_is_complete():
     listed = set(re.findall(r"`(_\w+)`", hf_balancemix.trainer.multilabel.__doc__))
     assert listed == {name for name in HOOKS if name.startswith("_")}
     overridden = set()
-    for trainer in (HubTrainer, ResumableTrainer, MultiLabelTrainer, BalanceMixTrainer):
+    for trainer in TRAINERS:
         overridden |= {name for name in vars(trainer) if name.startswith("_") and hasattr(Trainer, name)}
     assert {name for name in overridden if not name.startswith("__")} <= listed
 

@@ -1,0 +1,157 @@
+"""BalanceMix as a Trainer: the steps and epochs of Algorithm 1 on `core.BalanceMix`, and no maths."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_balancemix.core import (
+    BalanceMix,
+    RefinedLabels,
+    class_lift,
+    effective_sample_size,
+    minority_mixup,
+)
+from hf_balancemix.data.training_data import TrainingPairs
+from hf_balancemix.metrics import LabelQuality, class_groups
+from hf_balancemix.trainer.mixup import MixupTrainer
+from hf_balancemix.trainer.scan import evaluation_mode
+
+
+class BalanceMixTrainer(MixupTrainer):
+    """BalanceMix (Song, Kim, Lee; AAAI 2024): Algorithm 1 for unbalanced, wrong or missing labels.
+
+    Every epoch begins with a pass over the training set. From its losses the method fits, for each class and for
+    positive and negative labels apart, a mixture of two Gaussians, and from its confidences the probability with which
+    the minority sampler draws each instance. After a warm-up each label of a batch is trusted, changed or weighed
+    down; images and labels are then mixed.
+
+    Args:
+        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`. Where `train_dataset` has
+        `clean_labels`, label-quality figures (Eq. 14, 15) are logged every epoch; the method never sees them.
+
+    Attributes:
+        balance_mix: :class:`~hf_balancemix.core.BalanceMix`, the method's state; absent without `train_dataset`.
+    """
+
+    method_name = "balancemix"
+    balance_mix: BalanceMix
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quality = LabelQuality()
+        if self.train_labels is not None:
+            self.balance_mix = BalanceMix(self.train_labels, self.args.balance_mix_settings())
+
+    # ---- a step ----
+
+    def _partner_weights(self) -> Tensor:
+        return self.balance_mix.weights
+
+    def _training_pairs(self, **options: Any) -> TrainingPairs:
+        two_views_from = self.warmup_epochs if self._predicts_in_steps else None
+        return super()._training_pairs(clean_labels=self.clean_labels, two_views_from=two_views_from, **options)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """A step of Algorithm 1: Mixup on the given labels in the warm-up; then refine both batches (Eq. 9), mix them
+        (Eq. 5), and Eq. 10 on the result."""
+        if not self.balance_mix.settings.manages_labels(self.balance_mix.epoch):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        images, random = inputs["pixel_values"], self._refine(inputs, "")
+        targets, weight = random.labels, random.weight
+        if "lam" in inputs:
+            lam = self._lam(inputs)
+            targets, weight = self.balance_mix.mix_labels(random, self._refine(inputs, "minority_"), lam)
+            images, _ = minority_mixup(images, inputs["minority_pixel_values"], random.labels, random.labels, lam)
+        if "clean_labels" in inputs:
+            # An unknown label counts as a given negative one, which is what it would be without the mark.
+            given, labels = inputs["labels"].clamp(min=0), random.labels.clamp(min=0)
+            self.quality.update(given, inputs["clean_labels"], labels, random.reliability)
+        outputs = model(pixel_values=images)
+        loss = self.balance_mix.loss(outputs.logits, targets, weight)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return self.balance_mix.loss(logits, targets, None)
+
+    @property
+    def _predicts_in_steps(self) -> bool:
+        settings = self.balance_mix.settings
+        return settings.select_clean and settings.prediction_source == "views"
+
+    def _refine(self, inputs: dict[str, Tensor], prefix: str) -> RefinedLabels:
+        probabilities = self._mean_over_views(inputs, prefix) if self._predicts_in_steps else None
+        return self.balance_mix.refine(inputs[f"{prefix}index"], inputs[f"{prefix}labels"], probabilities)
+
+    def _mean_over_views(self, inputs: dict[str, Tensor], prefix: str) -> Tensor:
+        """`(B, K)` mean of f over two views (Eq. 9)."""
+        # self.model, as Trainer evaluates with: under DDP the bare module, so no reducer and no broadcast of buffers.
+        with torch.no_grad(), evaluation_mode(self.model):
+            first, second = (
+                self.model(pixel_values=inputs[f"{prefix}{name}"]).logits.float().sigmoid()
+                for name in ("pixel_values", "second_view")
+            )
+            return (first + second) / 2
+
+    # ---- between epochs ----
+
+    def _end_training(self) -> None:
+        self._prepare_epoch(int(self.state.epoch))  # the last scan: final label quality
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Algorithm 1's end of an epoch."""
+        self.quality.reduce()
+        logs = {f"label_{name}": value for name, value in self.quality.compute().items()}
+        self.quality.reset()
+        if self.balance_mix.settings.needs_scan:
+            self._scan(lambda index, logits: self.balance_mix.observe(index, logits))
+            self.balance_mix.end_epoch(epoch)
+            logs |= self._sampler_logs()
+        if logs:
+            self.log(logs)
+
+    def _sampler_logs(self) -> dict[str, float]:
+        """What the sampler and the mixtures made of the scan: effective sample size, draws a class group, mean p_G."""
+        state = self.balance_mix
+        known = self._training_labels if self.clean_labels is None else self.clean_labels
+        logs = {"sampler_effective_size": effective_sample_size(state.weights)}
+        lift, counts = class_lift(state.weights, known).numpy(), (known == 1).sum(0).numpy()
+        for name, group in class_groups(counts, self.args.many_shot, self.args.few_shot).items():
+            if np.isfinite(lift[group]).any():
+                logs[f"sampler_lift_{name}"] = float(np.nanmean(lift[group]))
+        if len(state.clean_probability):
+            p, given = state.clean_probability.float().cpu(), state.labels.cpu()
+            for name, labels in (("p_clean_mean", given >= 0), ("p_clean_mean_positives", given == 1)):
+                logs[name] = p[labels].mean().item() if labels.any() else 1.0
+        return logs
+
+    # ---- checkpoints ----
+
+    def _run_facts(self) -> dict[str, Any]:
+        return super()._run_facts() | {"settings": asdict(self.args.balance_mix_settings())}
+
+    def _run_state(self) -> dict[str, Tensor]:
+        self.quality.reduce()
+        quality = {f"quality.{name}": value for name, value in self.quality.state_dict().items()}
+        return self.balance_mix.state_dict() | quality | super()._run_state()
+
+    def _reset_run_state(self) -> None:
+        super()._reset_run_state()
+        self.balance_mix.reset()
+        self.quality.reset()
+
+    def _load_run_state(self, state: dict[str, Tensor]) -> None:
+        super()._load_run_state(state)
+        quality = {k.removeprefix("quality."): v for k, v in state.items() if k.startswith("quality.")}
+        self.balance_mix.load_state_dict(state)
+        self.quality.load_state_dict(quality)
