@@ -1,9 +1,10 @@
-"""The two collectives that the method needs, and their end. Nothing is done where torch.distributed is not in use."""
+"""The collectives that the method needs, and their end. Nothing is done where torch.distributed is not in use."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def world() -> tuple[int, int]:
@@ -13,12 +14,12 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def _device_of_backend(tensor: torch.Tensor) -> torch.Tensor:
+def _device_of_backend(tensor: Tensor) -> Tensor:
     # NCCL moves CUDA tensors only; gloo moves either.
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Must be called on every rank: the sum of `tensor` over ranks, on its own device, same dtype and shape.
 
     Integers are summed exactly, and so are floats of which at most one rank holds a non-zero value.
@@ -30,13 +31,34 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return moved.to(tensor.device)
 
 
-def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+def broadcast(tensor: Tensor) -> Tensor:
     """Must be called on every rank: rank 0's `tensor`, on the caller's device."""
     if world()[1] == 1:
         return tensor
     moved = _device_of_backend(tensor.clone())
     dist.broadcast(moved, 0)
     return moved.to(tensor.device)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Must be called on every rank: the ranks' tensors, all of one shape, one after another along the first axis."""
+    rank, num_ranks = world()
+    if num_ranks == 1:
+        return tensor
+    rows = tensor.new_zeros(num_ranks, *tensor.shape, dtype=torch.uint8 if tensor.dtype == torch.bool else None)
+    rows[rank] = tensor
+    return all_reduce_sum(rows).flatten(0, 1).to(tensor.dtype)
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Must be called on every rank: give every rank the buffers of rank 0.
+
+    Batch-norm statistics differ between ranks after a training step (DDP sends them at the next forward pass only);
+    what is computed in evaluation mode would then depend on the shard. Checkpoints hold rank 0's.
+    """
+    if world()[1] > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def leave_process_group() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_balancemix.core.distributed import gather
 from hf_balancemix.core.losses import (
     asymmetric_loss,
     binary_cross_entropy,
     db_loss,
     focal_loss,
-    gather_ranks,
     hill_loss,
     large_loss_entries,
     modified_labels,
@@ -153,8 +153,8 @@ class LargeLossTrainer(MixupTrainer):
         modified = large_loss_entries(logits, targets, num_modified, across_ranks=across_ranks)
         if permanent and num_modified > 0:
             kept = large_loss_entries(logits, targets, num_modified, strict=True, across_ranks=across_ranks)
-            row, k = gather_ranks(kept).cpu().nonzero(as_tuple=True)
-            self.corrected[gather_ranks(inputs["index"]).cpu()[row], k] = True
+            row, k = gather(kept).cpu().nonzero(as_tuple=True)
+            self.corrected[gather(inputs["index"]).cpu()[row], k] = True
         targets = modified_labels(targets, modified, "reject" if self.mode == "reject" else "correct")
         return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
 

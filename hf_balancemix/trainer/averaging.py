@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_balancemix.core.distributed import broadcast_buffers
 from hf_balancemix.trainer.resumable import ResumableTrainer
-from hf_balancemix.trainer.scan import broadcast_buffers
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 AVERAGE_FILE = "ema.safetensors"

@@ -16,10 +16,10 @@ from hf_balancemix.core import (
     effective_sample_size,
     minority_mixup,
 )
+from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data.training_data import TrainingPairs
 from hf_balancemix.metrics import LabelQuality, class_groups
 from hf_balancemix.trainer.mixup import MixupTrainer
-from hf_balancemix.trainer.scan import evaluation_mode
 
 
 class BalanceMixTrainer(MixupTrainer):

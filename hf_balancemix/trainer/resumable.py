@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
+from hf_balancemix.core.distributed import broadcast_buffers
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
-from hf_balancemix.trainer.scan import broadcast_buffers
 
 logger = logging.getLogger(__name__)
 

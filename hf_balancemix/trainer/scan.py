@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from hf_balancemix.core.distributed import world
-from hf_balancemix.data.training_data import collate
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is as it was (frozen parts stay frozen)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def broadcast_buffers(model: nn.Module) -> None:
-    """Must be called on every rank: give every rank the buffers of rank 0.
-
-    Batch-norm statistics differ between ranks after a training step (DDP sends them at the next forward pass only);
-    what is computed in evaluation mode would then depend on the shard. Checkpoints hold rank 0's.
-    """
-    if world()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+from hf_balancemix.core.distributed import all_reduce_sum, broadcast_buffers, world
+from hf_balancemix.core.evaluation import evaluation_mode
+from hf_balancemix.data.training_data import PlainInstances, collate
 
 
 @torch.no_grad()
 def scan(
     forward: Callable[[dict[str, Tensor]], Tensor],
     model: nn.Module,
-    instances: Dataset,
+    instances: PlainInstances,
     observe: Callable[[Tensor, Tensor], None],
     *,
     batch_size: int,
@@ -57,11 +33,14 @@ def scan(
     Args:
         forward: From a collated batch to `(B, K)` logits.
         model: What `forward` runs; set to evaluation mode meanwhile.
-        instances: Rows with `pixel_values` and `index`.
+        instances: N rows with `pixel_values` and `index`, the same on every rank.
         observe: Called with `index` `(B,)` and logits `(B, K)`.
         batch_size: Instances a forward pass.
         num_workers: Worker processes of the data loader.
         show_progress: Show a bar.
+
+    Raises:
+        RuntimeError: Over all ranks, some instance did not come exactly once.
     """
     broadcast_buffers(model)
     rank, num_ranks = world()
@@ -70,6 +49,16 @@ def scan(
     loader = DataLoader(
         shard, batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator().manual_seed(0)
     )
+    seen = torch.zeros(len(instances), dtype=torch.int32)
     with evaluation_mode(model):
         for batch in tqdm(loader, desc="Scan", leave=False, dynamic_ncols=True, disable=not show_progress):
-            observe(batch["index"], forward(batch))
+            index = batch["index"]
+            seen.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+            observe(index, forward(batch))
+    seen = all_reduce_sum(seen)
+    missed, again = int((seen == 0).sum()), int((seen > 1).sum())
+    if missed or again:
+        raise RuntimeError(
+            f"the scan missed {missed} of {len(instances)} instances and saw {again} more than once; over all ranks "
+            "it must see each exactly once; give every rank the same training set, whose rows are in order."
+        )

@@ -19,6 +19,7 @@ from hf_balancemix.core import (
     large_loss,
     splc_loss,
 )
+from hf_balancemix.core.distributed import gather
 from hf_balancemix.core.losses import (
     AsymmetricLoss,
     DBLoss,
@@ -26,7 +27,6 @@ from hf_balancemix.core.losses import (
     HillLoss,
     LargeLoss,
     SPLCLoss,
-    gather_ranks,
     large_loss_entries,
     num_large_losses,
 )
@@ -368,7 +368,7 @@ def test_the_number_of_modified_labels_is_exact():
 
 def test_one_process_gathers_its_own():
     x = torch.rand(3, 2)
-    assert torch.equal(gather_ranks(x), x)
+    assert torch.equal(gather(x), x)
 
 
 def test_modules_are_the_functions():

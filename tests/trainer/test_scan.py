@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ import torch.distributed as dist
 from conftest import make_dataset, tiny_resnet
 from torch import nn
 
+from hf_balancemix.core.distributed import broadcast_buffers
+from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data.training_data import PlainInstances
 from hf_balancemix.data.views import ViewMaker
-from hf_balancemix.trainer.scan import broadcast_buffers, evaluation_mode, scan
+from hf_balancemix.trainer.scan import scan
 
 N = 11
 
@@ -115,20 +119,27 @@ def test_the_bar_is_shown_only_where_asked_for(instances, capfd):
     assert "Scan: " in capfd.readouterr().err
 
 
-def in_rank(rank: int, ranks: int, folder: str, data, queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    model = moved_statistics(seed=0)
-    with torch.no_grad():  # as after a training step: the same parameters, other statistics
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.add_(rank)
-    seen = run_scan(model, data)
-    buffers = torch.cat([buffer.flatten().float() for buffer in model.buffers()])
-    order = [i for index, _ in seen for i in index.tolist()]
-    queue.put((rank, order, [row for _, logits in seen for row in logits.tolist()], buffers.tolist()))
-    dist.barrier()
-    dist.destroy_process_group()
+def on_two_ranks(work: Callable[[int], object], folder: Path) -> list:
+    """What `work(rank)` gives on each of two processes of one group."""
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        queue.put((rank, work(rank)))
+        dist.barrier()
+        dist.destroy_process_group()
+
+    # Forked, which spares two imports of transformers; the children use one thread.
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    results = dict(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return [results[0], results[1]]
 
 
 @pytest.mark.dist
@@ -137,22 +148,23 @@ def test_two_ranks_cover_all_instances_once_with_rank_0s_statistics(tmp_path, nu
     data = PlainInstances(make_dataset(tmp_path / "images", num_instances), ViewMaker(16, seed=0))
     single = moved_statistics(seed=0)
     expected = torch.cat([logits for _, logits in run_scan(single, data)])
-    # Forked, which spares two imports of transformers; the children use one thread.
-    context = mp.get_context("fork")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=in_rank, args=(rank, 2, str(tmp_path), data, queue), daemon=True) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    results = {rank: rest for rank, *rest in (queue.get(timeout=60) for _ in processes)}
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    shards = [results[rank][0] for rank in (0, 1)]
+
+    def work(rank: int) -> tuple[list, list, list]:
+        model = moved_statistics(seed=0)
+        with torch.no_grad():  # as after a training step: the same parameters, other statistics
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.add_(rank)
+        seen = run_scan(model, data)
+        buffers = torch.cat([buffer.flatten().float() for buffer in model.buffers()])
+        order = [i for index, _ in seen for i in index.tolist()]
+        return order, [row for _, logits in seen for row in logits.tolist()], buffers.tolist()
+
+    results = on_two_ranks(work, tmp_path)
+    shards = [order for order, *_ in results]
     assert shards == [list(range(0, num_instances, 2)), list(range(1, num_instances, 2))]
-    for rank, shard in enumerate(shards):
-        assert torch.allclose(torch.tensor(results[rank][1]).view(-1, 5), expected[shard], atol=1e-6)
+    for shard, (_, logits, _) in zip(shards, results, strict=True):
+        assert torch.allclose(torch.tensor(logits).view(-1, 5), expected[shard], atol=1e-6)
     assert results[0][2] == results[1][2]
 
 
@@ -161,3 +173,53 @@ def test_without_ranks_the_buffers_are_left_alone():
     before = [buffer.clone() for buffer in model.buffers()]
     broadcast_buffers(model)
     assert all(torch.equal(*pair) for pair in zip(before, model.buffers(), strict=True))
+
+
+class Renamed(PlainInstances):
+    """Rows that give themselves out for others: `index` is that of another row."""
+
+    def __init__(self, instances: PlainInstances, names: list[int]) -> None:
+        self.__dict__.update(instances.__dict__)
+        self.names = names
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        rows = super().__getitems__(indices)
+        return [row | {"index": torch.tensor(self.names[i])} for i, row in zip(indices, rows, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("names", "missed", "again"),
+    [([0, 0, *range(2, N)], 1, 1), ([3] * N, N - 1, 1), ([*range(N - 2), 0, 1], 2, 2)],
+)
+def test_a_scan_in_which_an_instance_does_not_come_exactly_once_is_refused(instances, names, missed, again):
+    model = moved_statistics()
+    message = f"the scan missed {missed} of {N} instances and saw {again} more than once"
+    with pytest.raises(RuntimeError, match=message):
+        run_scan(model, Renamed(instances, names))
+    assert all(module.training for module in model.modules())
+    assert len(run_scan(model, Renamed(instances, list(reversed(range(N)))))) == 3  # in any order
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        # Rank 0 sees rows 0, 2, ..., rank 1 the others: what is missed or comes twice no rank knows alone.
+        ([1, *range(1, N)], f"the scan missed 1 of {N} instances and saw 1 more than once"),
+        ([1, 0, *range(2, N)], ""),
+    ],
+)
+def test_instances_are_counted_over_all_ranks(tmp_path, names, message):
+    data = PlainInstances(make_dataset(tmp_path / "images", N), ViewMaker(16, seed=0))
+
+    def work(rank: int) -> str:
+        try:
+            run_scan(moved_statistics(), Renamed(data, names))
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    first, second = on_two_ranks(work, tmp_path)
+    assert first == second
+    assert first.startswith(message)
+    assert bool(first) == bool(message)

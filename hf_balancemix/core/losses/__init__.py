@@ -10,7 +10,6 @@ from hf_balancemix.core.losses.distribution_balanced import db_loss
 from hf_balancemix.core.losses.focusing import asymmetric_loss, focal_loss
 from hf_balancemix.core.losses.large_loss import (
     LARGE_LOSS_MODES,
-    gather_ranks,
     large_loss,
     large_loss_entries,
     modified_labels,
@@ -33,7 +32,6 @@ __all__ = [
     "binary_cross_entropy",
     "db_loss",
     "focal_loss",
-    "gather_ranks",
     "hill_loss",
     "large_loss",
     "large_loss_entries",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.distributed import all_reduce_sum, world
+from hf_balancemix.core.distributed import gather
 from hf_balancemix.core.losses.basics import prepare, reduce
 
 LARGE_LOSS_MODES = ("reject", "correct")
@@ -39,16 +39,6 @@ def num_large_losses(num_labels: int, epochs: int, delta: float | Fraction) -> i
     if epochs < 0 or not delta >= 0:
         raise ValueError(f"epochs is {epochs} and delta {delta}; neither may be negative.")
     return min(math.ceil(num_labels * epochs * Fraction(str(delta)) / 100), num_labels)
-
-
-def gather_ranks(tensor: Tensor) -> Tensor:
-    """Must be called on every rank: the ranks' tensors, all of one shape, one after another along the first axis."""
-    rank, num_ranks = world()
-    if num_ranks == 1:
-        return tensor
-    rows = tensor.new_zeros(num_ranks, *tensor.shape, dtype=torch.uint8 if tensor.dtype == torch.bool else None)
-    rows[rank] = tensor
-    return all_reduce_sum(rows).flatten(0, 1).to(tensor.dtype)
 
 
 def large_loss_entries(
@@ -83,7 +73,7 @@ def large_loss_entries(
     if num_modified == 0:
         return torch.zeros_like(candidates)
     losses = (-F.logsigmoid(-x)).masked_fill(~candidates, -math.inf)
-    pool = gather_ranks(losses.flatten()) if across_ranks else losses.flatten()
+    pool = gather(losses.flatten()) if across_ranks else losses.flatten()
     threshold = pool.topk(min(num_modified, pool.numel())).values[-1]  # -inf: more than there are candidates
     return candidates & (losses > threshold if strict else losses >= threshold)
 
