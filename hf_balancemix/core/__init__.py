@@ -22,7 +22,7 @@ from hf_balancemix.core.losses import (
     large_loss,
     splc_loss,
 )
-from hf_balancemix.core.mixing import minority_mixup, mix_refined_labels, mixing_coefficient
+from hf_balancemix.core.mixing import minority_mixup, mix_images, mix_labels, mix_refined_labels, mixing_coefficient
 from hf_balancemix.core.sampling import (
     EpochSampler,
     PairKey,
@@ -62,6 +62,8 @@ __all__ = [
     "label_losses",
     "large_loss",
     "minority_mixup",
+    "mix_images",
+    "mix_labels",
     "mix_refined_labels",
     "mixing_coefficient",
     "refine_labels",

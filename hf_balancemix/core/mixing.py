@@ -33,45 +33,57 @@ def _beta(alpha: float) -> torch.distributions.Beta:
     return torch.distributions.Beta(alpha, alpha)
 
 
-def minority_mixup(
-    random_images: Tensor, minority_images: Tensor, random_labels: Tensor, minority_labels: Tensor, lam: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Eq. 5: x = lambda x_R + (1 - lambda) x_M, and the same for the labels.
+def mix_images(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
+    """Eq. 5 for images: x = lambda x_R + (1 - lambda) x_M.
 
     Args:
-        random_images: `(B, C, H, W)` float, normalised.
-        minority_images: The same shape.
-        random_labels: `(B, K)` float in [0, 1]; -1 where unknown. Refined ones are mixed by
-            :func:`mix_refined_labels`.
-        minority_labels: The same shape.
+        random: `(B, C, H, W)` float, normalised; or features `(B, D)`.
+        minority: The same shape.
         lam: `(B,)` float in [0.5, 1].
 
     Returns:
-        `(images, labels)` of the same shapes; a mixed label is -1 (unknown) where either of its labels is.
+        The same shape and dtype. At lambda = 1 it is `random`, bit for bit.
 
     Raises:
         ValueError: The shapes do not fit together.
     """
-    if (
-        random_images.shape != minority_images.shape
-        or random_labels.shape != minority_labels.shape
-        or lam.shape != random_images.shape[:1]
-        or len(random_labels) != len(lam)
-    ):
-        raise ValueError(
-            f"cannot mix images {tuple(random_images.shape)} with {tuple(minority_images.shape)} and labels "
-            f"{tuple(random_labels.shape)} with {tuple(minority_labels.shape)} by lambda {tuple(lam.shape)}; needed: "
-            "two equal (B, C, H, W), two equal (B, K) and (B,)."
-        )
-    by_image = lam.to(random_images.dtype).view(-1, *[1] * (random_images.ndim - 1))
-    # lerp, not a sum of two products: at lambda = 1 it gives the random instance exactly.
-    return torch.lerp(minority_images, random_images, by_image), _mixed_labels(random_labels, minority_labels, lam)
+    return _mix(random, minority, lam, "images")
 
 
-def _mixed_labels(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
-    labels = torch.lerp(minority, random, lam.to(random.dtype).view(-1, 1))
+def mix_labels(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
+    """Eq. 5 for labels: t = lambda t_R + (1 - lambda) t_M. Refined ones are mixed by :func:`mix_refined_labels`.
+
+    Args:
+        random: `(B, K)` float in [0, 1]; -1 where unknown.
+        minority: The same shape.
+        lam: `(B,)` float in [0.5, 1].
+
+    Returns:
+        The same shape and dtype; -1 (unknown) where either label is. At lambda = 1 it is `random`, bit for bit.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    mixed = _mix(random, minority, lam, "labels")
     # At lambda = 1 the minority instance is not there.
-    return labels.masked_fill((random < 0) | ((minority < 0) & (lam.view(-1, 1) < 1)), -1)
+    return mixed.masked_fill((random < 0) | ((minority < 0) & (lam.view(-1, 1) < 1)), -1)
+
+
+def minority_mixup(
+    random_images: Tensor, minority_images: Tensor, random_labels: Tensor, minority_labels: Tensor, lam: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5 on given labels: `(images, labels)` of :func:`mix_images` and :func:`mix_labels`."""
+    return mix_images(random_images, minority_images, lam), mix_labels(random_labels, minority_labels, lam)
+
+
+def _mix(random: Tensor, minority: Tensor, lam: Tensor, name: str) -> Tensor:
+    if random.shape != minority.shape or lam.shape != random.shape[:1]:
+        raise ValueError(
+            f"the shapes of both {name} and lambda are {tuple(random.shape)}, {tuple(minority.shape)} and "
+            f"{tuple(lam.shape)}; they must be (B, ...), the same and (B,); pass a partner and a lambda for each."
+        )
+    # lerp, not a sum of two products: at lambda = 1 it gives the random instance exactly.
+    return torch.lerp(minority, random, lam.to(random.dtype).view(-1, *[1] * (random.ndim - 1)))
 
 
 def mix_refined_labels(
@@ -106,7 +118,7 @@ def mix_refined_labels(
         [0.4, 1.0]
     """
     if not partner_reliability:
-        return _mixed_labels(random.labels, minority.labels, lam), random.weight
+        return mix_labels(random.labels, minority.labels, lam), random.weight
     lam = lam.to(random.weight.dtype).view(-1, 1)
     # An unknown label has the weight 0.
     of_random, of_minority = lam * random.weight, (1 - lam) * minority.weight

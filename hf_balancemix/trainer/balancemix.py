@@ -9,13 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_balancemix.core import (
-    BalanceMix,
-    RefinedLabels,
-    class_lift,
-    effective_sample_size,
-    minority_mixup,
-)
+from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data.training_data import TrainingPairs
 from hf_balancemix.metrics import LabelQuality, class_groups
@@ -72,7 +66,7 @@ class BalanceMixTrainer(MixupTrainer):
         if "lam" in inputs:
             lam = self._lam(inputs)
             targets, weight = self.balance_mix.mix_labels(random, self._refine(inputs, "minority_"), lam)
-            images, _ = minority_mixup(images, inputs["minority_pixel_values"], random.labels, random.labels, lam)
+            images = mix_images(images, inputs["minority_pixel_values"], lam)
         if "clean_labels" in inputs:
             # An unknown label counts as a given negative one, which is what it would be without the mark.
             given, labels = inputs["labels"].clamp(min=0), random.labels.clamp(min=0)

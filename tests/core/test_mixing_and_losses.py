@@ -46,8 +46,10 @@ def test_each_pair_is_mixed_by_its_own_lambda():
 
 def test_shapes_that_do_not_fit_are_refused():
     x, s = torch.ones(2, 1, 2, 2), torch.ones(2, 3)
-    with pytest.raises(ValueError, match="cannot mix"):
+    with pytest.raises(ValueError, match=r"images and lambda are \(2, 1, 2, 2\), \(2, 1, 2, 2\) and \(3,\)"):
         minority_mixup(x, x, s, s, torch.ones(3))
+    with pytest.raises(ValueError, match=r"labels and lambda are \(2, 3\), \(2, 2\) and \(2,\)"):
+        minority_mixup(x, x, s, s[:, :2], torch.ones(2))
 
 
 def test_eq_10_equals_the_sum_over_classes_written_out():
