@@ -32,7 +32,7 @@ def refine_labels(
     labels: Tensor,
     p_clean: Tensor,
     probabilities: Tensor,
-    threshold: float = 0.975,
+    threshold: float,
     *,
     relabel: bool = True,
     ambiguous: bool = True,
@@ -49,7 +49,7 @@ def refine_labels(
             the model is confident, and otherwise stays -1 with the weight 0.
         p_clean: `(B, K)` in [0, 1], p_G of Eq. 8.
         probabilities: `(B, K)` in [0, 1], q.
-        threshold: eps in [0.5, 1]. 1 never re-labels.
+        threshold: eps in [0.5, 1] (the paper uses 0.975). 1 never re-labels.
         relabel: False leaves labels that are not clean ambiguous (ablation).
         ambiguous: False gives ambiguous labels the weight 0 (ablation).
         trust_positives: Every positive label counts as clean (single-positive and noise-free data).
@@ -62,17 +62,17 @@ def refine_labels(
 
     Example:
         >>> given = torch.tensor([[1.0, 1.0, 1.0]])
-        >>> refined = refine_labels(given, torch.tensor([[0.9, 0.1, 0.2]]), torch.tensor([[0.5, 0.01, 0.5]]))
+        >>> refined = refine_labels(given, torch.tensor([[0.9, 0.1, 0.2]]), torch.tensor([[0.5, 0.01, 0.5]]), 0.975)
         >>> refined.labels.tolist(), refined.reliability.tolist()
         ([[1.0, 0.0, 1.0]], [[0, 1, 2]])
     """
     if not labels.shape == p_clean.shape == probabilities.shape:
         raise ValueError(
-            f"labels {tuple(labels.shape)}, p_clean {tuple(p_clean.shape)} and probabilities "
-            f"{tuple(probabilities.shape)} must have the same shape (B, K)."
+            f"the shapes of labels, p_clean and probabilities are {tuple(labels.shape)}, {tuple(p_clean.shape)} and "
+            f"{tuple(probabilities.shape)}; they must be the same shape (B, K); pass one number for each label."
         )
     if not 0.5 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; it must lie in [0.5, 1] (the paper uses 0.975).")
+        raise ValueError(f"threshold is {threshold}; it must lie in [0.5, 1]; the paper uses 0.975.")
     known = labels >= 0
     labels, p_clean, probabilities = labels.float(), p_clean.float() * known, probabilities.float()
     clean = p_clean > 0.5

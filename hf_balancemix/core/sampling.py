@@ -55,8 +55,8 @@ def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """
     if probabilities.shape != labels.shape or labels.ndim != 2:
         raise ValueError(
-            f"probabilities have shape {tuple(probabilities.shape)} and labels {tuple(labels.shape)}; both must be "
-            "(N, K). Pass one probability a label."
+            f"the shapes of probabilities and labels are {tuple(probabilities.shape)} and {tuple(labels.shape)}; both "
+            "must be the same (N, K); pass one probability for each label."
         )
     positive, negative = labels == 1, labels == 0
     p = probabilities.double()
@@ -124,8 +124,11 @@ def sampling_weights(scores: Tensor) -> Tensor:
     Raises:
         ValueError: A score is not a positive finite number.
     """
-    if not bool(((scores > 0) & torch.isfinite(scores)).all()):
-        raise ValueError("scores must be positive and finite; found a zero, negative or non-finite one.")
+    bad = ~((scores > 0) & torch.isfinite(scores))
+    if bad.any():
+        raise ValueError(
+            f"scores hold {scores[bad][0]:g}; each must be positive and finite; pass those of instance_scores."
+        )
     inverse = 1 / scores.double()
     return inverse / inverse.sum()
 
@@ -197,7 +200,7 @@ class EpochSampler(Sampler[PairKey]):
 
     def __init__(self, num_instances: int, seed: int) -> None:
         if num_instances < 1:
-            raise ValueError(f"num_instances is {num_instances}; the data set must hold at least one instance.")
+            raise ValueError(f"num_instances is {num_instances}; it must be at least 1; pass a data set that has any.")
         self.num_instances, self.seed, self.epoch = num_instances, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

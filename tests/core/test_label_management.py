@@ -37,7 +37,7 @@ def test_every_case_equals_the_rule(eps, relabel, ambiguous, trust):
 
 def test_inputs_stay_as_they_were_and_half_precision_is_taken():
     t, p, q = torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2)
-    got = refine_labels(t, p.half(), q.bfloat16())
+    got = refine_labels(t, p.half(), q.bfloat16(), 0.975)
     assert t.eq(1).all()
     assert got.labels.dtype == got.weight.dtype == torch.float32
     assert got.reliability.dtype == torch.uint8
@@ -48,4 +48,4 @@ def test_bad_thresholds_and_shapes_are_refused():
     with pytest.raises(ValueError, match=r"threshold is 0.4"):
         refine_labels(x, x, x, 0.4)
     with pytest.raises(ValueError, match="same shape"):
-        refine_labels(x, x[:1], x)
+        refine_labels(x, x[:1], x, 0.975)
