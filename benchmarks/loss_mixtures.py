@@ -26,7 +26,8 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossHistogram, LossMixtures, MixtureSettings
+from hf_balancemix.core.loss_histogram import LossHistogram, bin_edges
+from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures, MixtureSettings
 
 NOISES = ("clean", "mislabel40", "flip40")
 SMALL = ((100, 1), (1_000, 1), (10_000, 1), (100, 80), (1_000, 80), (10_000, 80))
@@ -64,13 +65,10 @@ def each_set(losses: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, int,
             yield polarity, k, labels[:, k] == bool(polarity)
 
 
-EDGES = np.concatenate([2.0**e * (1 + np.arange(64) / 64) for e in range(-14, 4)]) - 2.0**-14
-
-
 def two_means(values: np.ndarray) -> list[np.ndarray] | None:
     """The best split in two at an edge between two bins: where both arms start."""
     x = np.sort(values).astype(np.float64)
-    cuts = np.unique(np.searchsorted(x, EDGES))
+    cuts = np.unique(np.searchsorted(x, bin_edges()[:-1].numpy()))  # the last bin has no end
     cuts = cuts[(cuts > 0) & (cuts < len(x))]
     if len(x) < 5 or len(cuts) == 0:
         return None  # no mixture: see LossMixtures.separated
@@ -106,7 +104,7 @@ class Arms:
             histogram = LossHistogram(self.losses.shape[1])
             histogram.update(self.losses, self.labels)
             counted = time.process_time()
-            mixtures = histogram.fit(settings)
+            mixtures = LossMixtures.fit_histogram(histogram, settings)
             fitting += time.process_time() - counted
             counting += counted - begin
         return mixtures, counting / repeats, fitting / repeats

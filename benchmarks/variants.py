@@ -33,6 +33,8 @@ from tqdm.auto import tqdm
 from hf_balancemix import Mislabel, RandomFlip, SinglePositive, load_coco, load_model, load_voc, make_scenes
 from hf_balancemix.core import (
     BalanceMixSettings,
+    LossHistogram,
+    LossMixtures,
     Reliability,
     binary_cross_entropy,
     effective_sample_size,
@@ -43,7 +45,6 @@ from hf_balancemix.core import (
     refine_labels,
     sampling_weights,
 )
-from hf_balancemix.core.loss_mixture import LossHistogram, LossMixtures
 from hf_balancemix.core.sampling import confidence_sums, confidences_from_sums, systematic_resample
 from hf_balancemix.data import ViewMaker, class_names, given_labels, label_matrix
 from hf_balancemix.frozen.cache import ROW_COLUMN, cache_features
@@ -273,7 +274,7 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
     def fit(losses: Tensor, labels: Tensor) -> tuple[Tensor, LossMixtures, LossHistogram]:
         histogram = LossHistogram(losses.shape[1])
         histogram.update(losses, labels)
-        mixtures = histogram.fit(s.mixture_preset)
+        mixtures = LossMixtures.fit_histogram(histogram, s.mixture_preset)
         return mixtures.clean_probability(losses, labels, monotone=s.monotone), mixtures, histogram
 
     positive = y == 1
@@ -288,8 +289,8 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
         share = (n := positive.sum(0).float()) / (n + variant.pooled)
         p = torch.where(positive, share * p + (1 - share) * pooled, p)
     if s.max_missing:
-        least = histogram.tail(0, s.max_missing * positive.sum(0).double())
-        p = p.masked_fill(~positive & (losses < least), 1.0)
+        threshold = histogram.threshold_of_largest(0, s.max_missing * positive.sum(0).double())
+        p = p.masked_fill(~positive & (losses < threshold), 1.0)
     return p, mixtures
 
 

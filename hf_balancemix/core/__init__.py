@@ -6,13 +6,8 @@ N: training instances. K: classes. B: instances in a batch. Labels are (.., K) i
 from hf_balancemix.core.balance_mix import BalanceMix, BalanceMixSettings
 from hf_balancemix.core.keys import keyed_generator, keyed_rng, keyed_seed
 from hf_balancemix.core.label_management import RefinedLabels, Reliability, refine_labels
-from hf_balancemix.core.loss_mixture import (
-    MIXTURE_PRESETS,
-    LossHistogram,
-    LossMixtures,
-    MixtureSettings,
-    label_losses,
-)
+from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
+from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures, MixtureSettings
 from hf_balancemix.core.losses import (
     asymmetric_loss,
     binary_cross_entropy,

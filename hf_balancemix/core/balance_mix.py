@@ -10,7 +10,7 @@ A training loop calls, in this order:
         for each pair of batches:
             random = state.refine(index_R, labels_R)
             minority = state.refine(index_M, labels_M)
-            images, _ = minority_mixup(images_R, images_M, labels_R, labels_M, lam)
+            images = mix_images(images_R, images_M, lam)
             targets, weight = state.mix_labels(random, minority, lam)
             loss = state.loss(model(images), targets, weight)
 
@@ -19,6 +19,7 @@ The caller runs the model and owns evaluation mode and autocast.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,8 @@ from torch import Tensor
 
 from hf_balancemix.core.distributed import all_reduce_sum, broadcast
 from hf_balancemix.core.label_management import RefinedLabels, refine_labels
-from hf_balancemix.core.loss_mixture import (
-    MIXTURE_PRESETS,
-    LossHistogram,
-    LossMixtures,
-    label_losses,
-)
+from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
+from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
 from hf_balancemix.core.mixing import mix_refined_labels
 from hf_balancemix.core.sampling import (
@@ -110,8 +107,8 @@ class BalanceMixSettings:
             raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
         if self.clean_probability_source == "views" and self.prediction_source == "scan":
             raise ValueError(
-                'clean_probability_source is "views", but with prediction_source "scan" nothing is predicted in a '
-                "step; set either of them to the other's value."
+                'clean_probability_source is "views"; it must be "scan" where prediction_source is, as nothing is '
+                "predicted in a step then; set either of them to the other's value."
             )
         if self.label_warmup_epochs < 0:
             raise ValueError(f"label_warmup_epochs is {self.label_warmup_epochs}; it must be 0 or more.")
@@ -141,18 +138,23 @@ class BalanceMix:
         weights: `(N,)` float64 sampling probabilities (Eq. 4), uniform at first.
         positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
         mixtures: :class:`LossMixtures` or None before the first :meth:`end_epoch`.
-        least_missing_loss: `(K,)` float64, the loss from which on a negative label may be not clean; 0 at first.
+        missing_loss_threshold: `(K,)` float64, the loss from which on a negative label may be not clean; 0 at first.
         clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
         scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. Empty, `(0, K)`, unless
             `prediction_source` is `"scan"`.
     """
 
     def __init__(self, labels: Tensor, settings: BalanceMixSettings | None = None) -> None:
-        valid = (labels == 0) | (labels == 1) | (labels == -1)
-        if labels.ndim != 2 or 0 in labels.shape or not bool(valid.all()):
+        if labels.ndim != 2 or 0 in labels.shape:
             raise ValueError(
-                f"labels of shape {tuple(labels.shape)} given; BalanceMix needs the whole training set's (N, K) "
-                "matrix of 0 and 1 (-1: unknown) with N, K >= 1."
+                f"labels have shape {tuple(labels.shape)}; they must be (N, K) with N, K >= 1; pass the given labels "
+                "of the whole training set."
+            )
+        invalid = (labels != 0) & (labels != 1) & (labels != -1)
+        if invalid.any():
+            raise ValueError(
+                f"labels hold {labels[invalid][0].item():g}; each must be 0, 1 or -1 (unknown); pass the given "
+                "labels, not mixed or soft ones."
             )
         self.settings = settings or BalanceMixSettings()
         self.labels = labels.to("cpu", torch.int8)
@@ -166,27 +168,29 @@ class BalanceMix:
         self.positive_confidence = torch.ones(k, dtype=torch.float64)
         self.negative_confidence = torch.ones(k, dtype=torch.float64)
         self.mixtures: LossMixtures | None = None
-        self.least_missing_loss = torch.zeros(k, dtype=torch.float64)
-        self.clean_probability = torch.ones(n if self._keeps_table else 0, k, dtype=torch.float16)
-        self.scan_probability = torch.full((n if self._keeps_predictions else 0, k), 0.5, dtype=torch.float16)
+        self.missing_loss_threshold = torch.zeros(k, dtype=torch.float64)
+        self.clean_probability = torch.ones(n if self._keeps_clean_probability else 0, k, dtype=torch.float16)
+        self.scan_probability = torch.full((n if self._keeps_scan_probability else 0, k), 0.5, dtype=torch.float16)
         self.loss_histogram: LossHistogram | None = None
         self._begin_observing()
 
     @property
-    def _keeps_table(self) -> bool:
+    def _keeps_clean_probability(self) -> bool:
         return self.settings.select_clean and self.settings.clean_probability_source == "scan"
 
     @property
-    def _keeps_predictions(self) -> bool:
+    def _keeps_scan_probability(self) -> bool:
         return self.settings.select_clean and self.settings.prediction_source == "scan"
 
     def _begin_observing(self) -> None:
-        n, k = self.labels.shape
+        k = self.labels.shape[1]
         self._histogram = LossHistogram(k)
         self._sums = torch.zeros(2, k, dtype=torch.int64)
         self._counts = torch.zeros(2, k, dtype=torch.int64)
-        self._seen = torch.zeros(n, dtype=torch.int32)
-        self._observed: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._num_observed = 0
+        # Batches of this rank: index `(B,)`, and losses or probabilities `(B, K)`.
+        self._losses: list[tuple[Tensor, Tensor]] = []
+        self._probabilities: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def observe(self, index: Tensor, logits: Tensor) -> None:
@@ -198,16 +202,18 @@ class BalanceMix:
         """
         index, logits = index.cpu(), logits.detach().to("cpu", torch.float32)
         labels = self.labels[index]
-        given = labels.clamp(min=0)
-        losses = label_losses(logits, given).masked_fill(labels < 0, float("nan"))  # left out of the histograms
+        positive = labels == 1
+        losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # left out of the histograms
         probabilities = torch.nan_to_num(logits).double().sigmoid()
         sums, counts = confidence_sums(probabilities, labels)
         self._sums += sums
         self._counts += counts
-        self._histogram.update(losses, given)
-        self._seen.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
-        if self._keeps_table:
-            self._observed.append((index, losses, probabilities.half() if self._keeps_predictions else None))
+        self._histogram.update(losses, positive)
+        self._num_observed += len(index)
+        if self._keeps_clean_probability:
+            self._losses.append((index, losses))
+        if self._keeps_scan_probability:
+            self._probabilities.append((index, probabilities.half()))
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> None:
@@ -217,46 +223,48 @@ class BalanceMix:
             epoch: The epoch about to begin, from 1 on (the number of epochs after the last one).
 
         Raises:
-            RuntimeError: The scan missed an instance or saw one twice.
+            RuntimeError: More or fewer instances were observed than there are. That each came once is not looked at.
         """
-        self._seen = all_reduce_sum(self._seen)
-        if not bool((self._seen == 1).all()):
-            missed, again = int((self._seen == 0).sum()), int((self._seen > 1).sum())
+        num_observed = int(all_reduce_sum(torch.tensor(self._num_observed)))
+        if num_observed != len(self.labels):
             self._begin_observing()
             raise RuntimeError(
-                f"the scan missed {missed} of {len(self.labels)} instances and saw {again} more than once; every "
-                "instance must be observed exactly once over all ranks before end_epoch."
+                f"the number of observed instances is {num_observed} over all ranks; it must be {len(self.labels)}; "
+                "observe each instance of the training set exactly once before end_epoch."
             )
+        settings = self.settings
         self.positive_confidence, self.negative_confidence = confidences_from_sums(
             all_reduce_sum(self._sums), all_reduce_sum(self._counts)
         )
         scores = instance_scores(
-            self.labels, self.positive_confidence, self.negative_confidence, self.settings.minority_score
+            self.labels, self.positive_confidence, self.negative_confidence, settings.minority_score
         )
         # Broadcast: the sums are equal on every rank, the matrix product over unlike machines need not be.
         self.weights = broadcast(sampling_weights(scores))
         self._histogram.reduce()
-        if self.settings.select_clean:
-            self.mixtures = self._histogram.fit(self.settings.mixture_preset)
-            if self.settings.max_missing:
-                of_positives = self._histogram.num_values[1].double()
-                self.least_missing_loss = self._histogram.tail(0, self.settings.max_missing * of_positives)
-            else:  # resumed with another setting
-                self.least_missing_loss = torch.zeros_like(self.least_missing_loss)
-        if self._keeps_table:
-            table = torch.zeros(self.labels.shape)
-            for index, losses, _ in self._observed:
-                given = self.labels[index].clamp(min=0)
-                table[index] = self._p_clean_at(losses, given)
-            self.clean_probability = all_reduce_sum(table).half()
-        if self._keeps_predictions:
-            table = torch.zeros(self.labels.shape)
-            for index, _, probabilities in self._observed:
-                table[index] = probabilities.float()
-            self.scan_probability = all_reduce_sum(table).half()
+        if settings.select_clean:
+            self.mixtures = mixtures = LossMixtures.fit_histogram(self._histogram, settings.mixture_preset)
+            self.missing_loss_threshold = torch.zeros_like(self.missing_loss_threshold)
+            if settings.max_missing:
+                most_missing = settings.max_missing * self._histogram.num_values[1].double()
+                self.missing_loss_threshold = self._histogram.threshold_of_largest(0, most_missing)
+            if self._keeps_clean_probability:
+                self.clean_probability = self._of_all_ranks(
+                    (index, self._p_clean_at(mixtures, losses, self.labels[index] == 1))
+                    for index, losses in self._losses
+                )
+            if self._keeps_scan_probability:
+                self.scan_probability = self._of_all_ranks(self._probabilities)
         self.epoch = epoch
         self.loss_histogram = self._histogram
         self._begin_observing()
+
+    def _of_all_ranks(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """`(N, K)` float16, of all ranks' batches of index `(B,)` and values `(B, K)`."""
+        table = torch.zeros(self.labels.shape)
+        for index, values in batches:
+            table[index] = values.float()
+        return all_reduce_sum(table).half()
 
     @torch.no_grad()
     def refine(self, index: Tensor, labels: Tensor, probabilities: Tensor | None = None) -> RefinedLabels:
@@ -278,13 +286,14 @@ class BalanceMix:
         s = self.settings
         if not s.select_clean:
             raise ValueError(
-                "select_clean is False, so no label is refined; train on the given labels, and ask "
-                "settings.manages_labels(epoch) first."
+                "select_clean is False; it must be True where labels are refined; train on the given labels where "
+                "settings.manages_labels(epoch) is False."
             )
         if (probabilities is None) != (s.prediction_source == "scan"):
             raise ValueError(
-                f"probabilities are {'absent' if probabilities is None else 'given'}, and prediction_source is "
-                f'"{s.prediction_source}"; pass them for "views" only.'
+                f"probabilities are {'absent' if probabilities is None else 'given'}; with prediction_source "
+                f"{s.prediction_source!r} they must be {'absent' if s.prediction_source == 'scan' else 'given'}; pass "
+                "them for 'views' only."
             )
         if probabilities is None:
             self.scan_probability = self.scan_probability.to(labels.device)
@@ -302,16 +311,15 @@ class BalanceMix:
     def _p_clean(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
         if self.mixtures is None:
             return torch.ones_like(probabilities)
-        if self._keeps_table:
+        if self._keeps_clean_probability:
             self.clean_probability = self.clean_probability.to(probabilities.device)
             return self.clean_probability[index.to(probabilities.device)].float()
-        given = labels.clamp(min=0)
-        losses = label_losses(torch.logit(probabilities.float(), 1e-6), given)
-        return self._p_clean_at(losses.cpu(), given.cpu()).to(probabilities.device)
+        losses = label_losses(torch.logit(probabilities.float(), 1e-6), labels.clamp(min=0))
+        return self._p_clean_at(self.mixtures, losses.cpu(), (labels == 1).cpu()).to(probabilities.device)
 
-    def _p_clean_at(self, losses: Tensor, given: Tensor) -> Tensor:
-        p_clean = self.mixtures.clean_probability(losses, given, monotone=self.settings.monotone)
-        return p_clean.masked_fill((given == 0) & (losses < self.least_missing_loss), 1.0)
+    def _p_clean_at(self, mixtures: LossMixtures, losses: Tensor, positive: Tensor) -> Tensor:
+        p_clean = mixtures.clean_probability(losses, positive, monotone=self.settings.monotone)
+        return p_clean.masked_fill(~positive & (losses < self.missing_loss_threshold), 1.0)
 
     def mix_labels(self, random: RefinedLabels, minority: RefinedLabels, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 for refined labels, and their weights; see :func:`~hf_balancemix.core.mixing.mix_refined_labels`."""
@@ -323,15 +331,7 @@ class BalanceMix:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors on the CPU, to be kept between epochs or in the middle of one (not in the middle of a scan)."""
-        state = {
-            "epoch": torch.tensor(self.epoch),
-            "weights": self.weights,
-            "positive_confidence": self.positive_confidence,
-            "negative_confidence": self.negative_confidence,
-            "least_missing_loss": self.least_missing_loss,
-            "clean_probability": self.clean_probability.cpu(),
-            "scan_probability": self.scan_probability.cpu(),
-        }
+        state = {"epoch": torch.tensor(self.epoch)} | {name: getattr(self, name).cpu() for name in _LEARNED}
         if self.mixtures is not None:
             state |= {f"mixtures.{name}": value for name, value in self.mixtures.state_dict().items()}
         return state
@@ -342,25 +342,23 @@ class BalanceMix:
         Raises:
             ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
         """
-        k = self.labels.shape[1]
-        older = {
-            "scan_probability": torch.zeros(0, k, dtype=torch.float16),
-            "least_missing_loss": torch.zeros(k, dtype=torch.float64),
-        }
-        state = older | state
-        for name in ("weights", "positive_confidence", "clean_probability", "scan_probability"):
-            if name not in state or state[name].shape != getattr(self, name).shape:
+        own = self.state_dict()
+        for name in ("epoch", *_LEARNED):
+            if name not in state or state[name].shape != own[name].shape:
                 found = "absent" if name not in state else f"of shape {tuple(state[name].shape)}"
                 raise ValueError(
-                    f"the saved state's {name} is {found}; this run (N, K = {tuple(self.labels.shape)}) needs "
-                    f"{tuple(getattr(self, name).shape)}. Resume with the data set and settings of the checkpoint "
+                    f"the saved state's {name} is {found}; it must be of shape {tuple(own[name].shape)} in this run "
+                    f"(N, K = {tuple(self.labels.shape)}); resume with the data set and settings of the checkpoint "
                     "(prediction_source and clean_probability_source among them)."
                 )
         mixtures = {name.removeprefix("mixtures."): v for name, v in state.items() if name.startswith("mixtures.")}
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
         self.epoch = int(state["epoch"])
-        for name in (
-            "weights", "positive_confidence", "negative_confidence", "least_missing_loss", "clean_probability",
-            "scan_probability",
-        ):  # fmt: skip
+        for name in _LEARNED:
             setattr(self, name, state[name].clone())
+
+
+_LEARNED = (
+    "weights", "positive_confidence", "negative_confidence", "missing_loss_threshold", "clean_probability",
+    "scan_probability",
+)  # fmt: skip

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_balancemix.core import LossMixtures, label_losses
 from hf_balancemix.core.keys import keyed_rng
-from hf_balancemix.core.loss_mixture import LossMixtures, label_losses
 from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.trainer.checks import check_model
 from hf_balancemix.trainer.mixup import MixupTrainer

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_balancemix.core import LossMixtures, label_losses
 from hf_balancemix.core.distributed import broadcast
-from hf_balancemix.core.loss_mixture import LossMixtures, label_losses
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
 from hf_balancemix.methods.co_teaching import min_max
 from hf_balancemix.trainer.mixup import MixupTrainer

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hf_balancemix.core.loss_histogram import bin_edges
+
 MAX_BARS = 80
 _GROUP_COLORS = {"many": "#4c72b0", "medium": "#55a868", "few": "#c44e52"}
 _MAP_NAMES = {"mAP": "all", "mAP_many": "many", "mAP_medium": "medium", "mAP_few": "few"}
@@ -140,7 +142,8 @@ class ClassMixtures:
         name: What is written above the class's panels.
         means, variances, weights: `(2, 2)`, see :class:`~hf_balancemix.core.LossMixtures`.
         separated: `(2,)` bool.
-        counts: `(2, bins)` numbers of losses in the bins of :func:`loss_bin_edges`; None where they were not kept.
+        counts: `(2, bins)` numbers of losses in the bins of :func:`~hf_balancemix.core.loss_histogram.bin_edges`;
+            None where they were not kept.
     """
 
     name: str
@@ -149,12 +152,6 @@ class ClassMixtures:
     weights: np.ndarray
     separated: np.ndarray
     counts: np.ndarray | None = None
-
-
-def loss_bin_edges() -> np.ndarray:
-    """`(bins + 1,)` float64 edges of the bins of :class:`~hf_balancemix.core.LossHistogram`, from 0 to 16."""
-    bins = np.arange(18 * 64 + 1)  # 64 bins for each power of two of loss + 2^-14, from 2^-14 to 2^4
-    return (1 + bins % 64 / 64) * 2.0 ** (bins // 64 - 14) - 2.0**-14
 
 
 def mixture_figure(classes: Sequence[ClassMixtures]) -> Figure:
@@ -183,7 +180,7 @@ def _draw_mixture(axes: Any, shown: ClassMixtures, polarity: int) -> None:
     means, deviations = np.asarray(shown.means[polarity]), np.sqrt(np.asarray(shown.variances[polarity]))
     limit = float((means + 4 * deviations).max())
     if counts is not None and counts.sum():
-        edges = loss_bin_edges()
+        edges = bin_edges().numpy()
         limit = float(edges[1:][counts.cumsum() >= 0.999 * counts.sum()][0])
         centers = (edges[:-1] + edges[1:]) / 2
         heights, bars = np.histogram(centers, bins=40, range=(0, max(limit, 1e-4)), weights=counts)

@@ -269,12 +269,12 @@ def chosen_mixtures(balance_mix: Any, names: Sequence[str], classes: Mapping[str
     m = balance_mix.mixtures
     # `loss_histogram` is that of the newest scan; a run that was resumed has none until the next one.
     histogram = getattr(balance_mix, "loss_histogram", None)
-    counts = None if histogram is None else histogram.state_dict()["cells"][0].cpu().numpy()
+    counts = None if histogram is None else histogram.counts.cpu().numpy()
     return [
         ClassMixtures(
             f"{names[k]} ({what})",
             *(x[:, k].cpu().numpy() for x in (m.means, m.variances, m.weights, m.separated)),
-            counts=None if counts is None else counts[k],
+            counts=None if counts is None else counts[:, k],
         )
         for what, k in classes.items()
     ]

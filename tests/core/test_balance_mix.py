@@ -80,8 +80,9 @@ def test_the_order_of_a_scan_does_not_matter():
 def test_a_scan_that_misses_or_repeats_an_instance_is_refused(index):
     logits, given, _ = case()
     state = observed(BalanceMix(given), logits, torch.tensor(index))
-    with pytest.raises(RuntimeError, match="the scan missed"):
+    with pytest.raises(RuntimeError, match=f"observed instances is {len(index)} over all ranks; it must be 400"):
         state.end_epoch(1)
+    assert state.epoch == 0
     observed(state, logits).end_epoch(1)  # and a whole one afterwards counts
 
 
@@ -149,18 +150,31 @@ def test_a_class_without_positive_labels_lacks_none():
     assert not state.clean_probability[:, 1].eq(1).all()
 
 
-def test_the_limit_travels_in_the_state_and_older_states_have_none():
+def test_the_limit_travels_in_the_state():
     logits, given = hard_case()
     settings = BalanceMixSettings(clean_probability_source="views", prediction_source="views")
     state, other = BalanceMix(given, settings), BalanceMix(given, settings)
     observed(state, logits).end_epoch(1)
-    assert (state.least_missing_loss > 0).all()
+    assert (state.missing_loss_threshold > 0).all()
     other.load_state_dict(state.state_dict())
     index, p = torch.arange(len(given)), logits.sigmoid()
     for a, b in zip(state.refine(index, given, p), other.refine(index, given, p), strict=True):
         assert torch.equal(a, b)
-    other.load_state_dict({name: x for name, x in state.state_dict().items() if name != "least_missing_loss"})
-    assert other.least_missing_loss.eq(0).all()
+
+
+def test_a_state_without_one_of_its_tensors_is_refused_and_changes_nothing():
+    logits, given, _ = case()
+    state = observed(BalanceMix(given), logits)
+    state.end_epoch(1)
+    whole, other = state.state_dict(), BalanceMix(given)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    learned = [name for name in whole if not name.startswith("mixtures.")]
+    assert "missing_loss_threshold" in learned
+    for missing in [*learned, "mixtures.means"]:
+        with pytest.raises(ValueError, match=f"{missing.removeprefix('mixtures.')}'? .*is (absent|missing)"):
+            other.load_state_dict({name: value for name, value in whole.items() if name != missing})
+        assert other.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_a_limit_beyond_all_labels_is_none_and_one_that_was_lifted_is_gone():
@@ -209,10 +223,10 @@ def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
 def test_predictions_must_come_from_where_the_settings_say():
     _, given, _ = case()
     labels = given[:5]
-    with pytest.raises(ValueError, match='probabilities are absent, and prediction_source is "views"'):
+    with pytest.raises(ValueError, match="are absent; with prediction_source 'views' they must be given"):
         BalanceMix(given, VIEWS).refine(torch.arange(5), labels)
     scan = BalanceMix(given)
-    with pytest.raises(ValueError, match='probabilities are given, and prediction_source is "scan"'):
+    with pytest.raises(ValueError, match="are given; with prediction_source 'scan' they must be absent"):
         scan.refine(torch.arange(5), labels, torch.zeros(5, 3))
     with pytest.raises(ValueError, match="nothing is predicted in a step"):
         BalanceMixSettings(clean_probability_source="views")
@@ -220,7 +234,7 @@ def test_predictions_must_come_from_where_the_settings_say():
 
 def test_without_label_management_there_is_nothing_to_refine():
     _, given, _ = case()
-    with pytest.raises(ValueError, match="select_clean is False, so no label is refined"):
+    with pytest.raises(ValueError, match="select_clean is False; it must be True where labels are refined"):
         BalanceMix(given, BalanceMixSettings(select_clean=False)).refine(torch.arange(5), given[:5])
 
 
@@ -272,9 +286,19 @@ def test_bad_settings_are_refused(change, message):
         BalanceMixSettings(**change)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([[0, 2]]), torch.ones(3), torch.ones(0, 2), torch.ones(2, 0)])
-def test_bad_label_matrices_are_refused(labels):
-    with pytest.raises(ValueError, match="BalanceMix needs the whole training set"):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([[0, 2]]), "labels hold 2; each must be 0, 1 or -1"),
+        (torch.tensor([[0, 0.5]]), "labels hold 0.5; each"),
+        (torch.tensor([[float("nan"), 1]]), "labels hold nan; each"),
+        (torch.ones(3), r"labels have shape \(3,\); they must be \(N, K\)"),
+        (torch.ones(0, 2), r"shape \(0, 2\)"),
+        (torch.ones(2, 0), r"shape \(2, 0\)"),
+    ],
+)
+def test_bad_label_matrices_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
         BalanceMix(labels)
 
 

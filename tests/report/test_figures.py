@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_balancemix.core import LossMixtures
-from hf_balancemix.core.loss_mixture import LossHistogram
+from hf_balancemix.core import LossHistogram, LossMixtures
 from hf_balancemix.metrics import class_groups
 from hf_balancemix.report.figures import (
     ClassMixtures,
     figure_pixels,
     figure_png,
-    loss_bin_edges,
     mixture_figure,
     per_class_ap_figure,
     training_curves_figure,
@@ -82,27 +80,14 @@ def test_curves_show_what_was_logged_and_nothing_else():
     assert training_curves_figure([{"train_runtime": 3.0, "step": 0}]) is None
 
 
-def test_bin_edges_are_those_of_the_histogram():
-    edges = loss_bin_edges()
-    losses = torch.tensor([0.0, 1e-7, 1e-5, 0.01, 0.3, 0.6931, 1.0, 2.5, 9.0, 15.9])[:, None]
-    for loss in losses:
-        histogram = LossHistogram(1)
-        histogram.update(loss[None], torch.ones(1, 1))
-        counts = histogram.state_dict()["cells"][0, 0, 1].numpy()
-        assert len(counts) == len(edges) - 1
-        k = int(counts.argmax())
-        assert edges[k] <= loss.item() < edges[k + 1]
-    assert edges[[0, -1]].tolist() == [0, 16 - 2**-14]
-
-
 def mixtures(separated=True):
     generator = torch.Generator().manual_seed(0)
     losses = torch.cat([torch.rand(900, 1, generator=generator) / 2, 3 + torch.rand(100, 1, generator=generator)])
     labels = torch.ones(1000, 1)
     histogram = LossHistogram(1)
     histogram.update(losses, labels)
-    m: LossMixtures = histogram.fit()
-    counts = histogram.state_dict()["cells"][0, 0].numpy()
+    m = LossMixtures.fit_histogram(histogram, "dividemix")
+    counts = histogram.counts[:, 0].numpy()
     parts = [x[:, 0].numpy() for x in (m.means, m.variances, m.weights, m.separated)]
     return ClassMixtures("$cat$", *parts, counts=counts), losses.numpy()
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer
-from hf_balancemix.core.loss_mixture import LossHistogram
+from hf_balancemix.core import LossHistogram
 from hf_balancemix.data.noise import record_noise, recorded_noise
 from hf_balancemix.methods import trainer_for
 from hf_balancemix.models import load_model

@@ -22,7 +22,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, predictions)
     # The worker itself asserts that the method's whole state is bit-identical on both ranks.
     assert torch.equal(ranks[0]["state"]["weights"], ranks[1]["state"]["weights"])
     assert one["state"]["weights"].std() > 0
-    limits = [run["state"]["least_missing_loss"] for run in (one, *ranks)]
+    limits = [run["state"]["missing_loss_threshold"] for run in (one, *ranks)]
     assert torch.equal(limits[1], limits[2])
     assert torch.allclose(limits[0], limits[1], rtol=1 / 64)  # the width of a bin
     assert (limits[0] > 0).all()
