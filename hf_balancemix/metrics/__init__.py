@@ -1,7 +1,9 @@
 """Figures of an evaluation and of the label management."""
 
 from hf_balancemix.metrics.average_precision import (
+    EvaluationFigures,
     class_groups,
+    evaluation_figures,
     mean_average_precision,
     multilabel_metrics,
     precision_recall_f1,
@@ -11,10 +13,12 @@ from hf_balancemix.metrics.label_quality import Count, LabelQuality, count_label
 
 __all__ = [
     "Count",
+    "EvaluationFigures",
     "LabelQuality",
     "class_groups",
     "count_label_quality",
     "evaluate_path",
+    "evaluation_figures",
     "label_quality",
     "mean_average_precision",
     "multilabel_metrics",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,20 +39,20 @@ def class_groups(class_counts: ArrayLike, many: int = 10_000, few: int = 1_000) 
         {'many': [True, False, False], 'medium': [False, True, False], 'few': [False, False, True]}
     """
     if few > many:
-        raise ValueError(f"Received few={few} above many={many}; few must be at most many. Swap the two bounds.")
+        raise ValueError(f"few is {few} and many is {many}; few must be at most many; swap the two bounds.")
     counts = _to_numpy(class_counts)
     if counts.ndim != 1 or counts.dtype.kind not in "iuf":
         raise ValueError(
-            f"Received class_counts of shape {counts.shape} and type {counts.dtype}; one number a class, shape (K,), "
-            "is required. Pass the column sums of the clean training labels."
+            f"class_counts is of shape {counts.shape} and type {counts.dtype}; it must be one number a class, shape "
+            "(K,); pass the column sums of the clean training labels."
         )
     if not (np.isfinite(counts) & (counts >= 0)).all():
         raise ValueError(
-            "Received class_counts with negative or non-finite values; numbers of positive labels, at least 0, are "
-            "required. Pass the column sums of the clean training labels."
+            "class_counts has negative or non-finite values; it must be numbers of positive labels, at least 0; pass "
+            "the column sums of the clean training labels."
         )
-    groups = {"many": counts > many, "few": counts < few}
-    return {"many": groups["many"], "medium": ~(groups["many"] | groups["few"]), "few": groups["few"]}
+    is_many, is_few = counts > many, counts < few
+    return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
 
 
 def mean_average_precision(
@@ -94,31 +94,10 @@ def mean_average_precision(
         >>> round(result["mAP"], 4), result["per_class_ap"].round(4).tolist(), result["skipped"]
         (0.9167, [0.8333, 1.0, nan], [2])
     """
-    scores, labels = _check_scores(scores, "scores"), _check_labels(labels)
-    _check_same_shape(scores, "scores", labels)
-    num_classes = labels.shape[1]
-    _check_length(class_names, "class_names", num_classes)
-    groups: dict[str, np.ndarray] = {}
-    if class_counts is not None:
-        groups = class_groups(class_counts, many=many, few=few)
-        _check_length(groups["many"], "class_counts", num_classes)
-
-    scored = np.flatnonzero((labels == 1).any(axis=0))
-    per_class_ap = np.full(num_classes, np.nan)
-    for k in scored:
-        known = labels[:, k] >= 0
-        per_class_ap[k] = average_precision_score(labels[known, k], scores[known, k])
-
-    skipped = np.flatnonzero(np.isnan(per_class_ap)).tolist()
-    if class_names is not None:
-        skipped = [class_names[k] for k in skipped]
-    if skipped:
-        _warn_skipped(tuple(skipped), num_classes)
-
-    result: dict[str, Any] = {"mAP": _mean_or_none(per_class_ap)}
-    for name, mask in groups.items():
-        result[f"mAP_{name}"] = _mean_or_none(per_class_ap[mask])
-    return result | {"per_class_ap": per_class_ap, "skipped": skipped}
+    scores, labels = _checked(scores, "scores", labels)
+    per_class_ap, skipped = _average_precision(scores, labels, class_names)
+    means = _means(per_class_ap, class_counts, many, few)
+    return means | {"per_class_ap": per_class_ap, "skipped": skipped}
 
 
 def precision_recall_f1(probabilities: ArrayLike, labels: ArrayLike, threshold: float = 0.5) -> dict[str, float]:
@@ -144,32 +123,25 @@ def precision_recall_f1(probabilities: ArrayLike, labels: ArrayLike, threshold: 
         >>> {name: round(value, 3) for name, value in figures.items()}
         {'CP': 0.75, 'CR': 1.0, 'CF1': 0.857, 'OP': 0.667, 'OR': 1.0, 'OF1': 0.8}
     """
-    probabilities, labels = _check_scores(probabilities, "probabilities"), _check_labels(labels)
-    _check_same_shape(probabilities, "probabilities", labels)
+    probabilities, labels = _checked(probabilities, "probabilities", labels)
     if probabilities.size and (probabilities.min() < 0 or probabilities.max() > 1):
         raise ValueError(
-            f"Received probabilities between {probabilities.min():.4g} and {probabilities.max():.4g}; values in "
-            "[0, 1] are required. Apply a sigmoid to logits first."
+            f"probabilities is between {probabilities.min():.4g} and {probabilities.max():.4g}; it must be in [0, 1]; "
+            "apply a sigmoid to logits first."
         )
-    predicted, labels = (probabilities > threshold) & (labels >= 0), labels == 1
-    true_positives = (predicted & labels).sum(axis=0)
-    num_predicted, num_positives = predicted.sum(axis=0), labels.sum(axis=0)
-
-    class_precision = float(_ratio(true_positives, num_predicted).mean())
-    class_recall = float(_ratio(true_positives, num_positives).mean())
-    precision = float(_ratio(true_positives.sum(), num_predicted.sum()))
-    recall = float(_ratio(true_positives.sum(), num_positives.sum()))
-    return {
-        "CP": class_precision,
-        "CR": class_recall,
-        "CF1": _harmonic_mean(class_precision, class_recall),
-        "OP": precision,
-        "OR": recall,
-        "OF1": _harmonic_mean(precision, recall),
-    }
+    return _precision_recall_f1(probabilities, labels, threshold)
 
 
-def multilabel_metrics(
+class EvaluationFigures(NamedTuple):
+    """What :func:`evaluation_figures` gives."""
+
+    means: dict[str, float]
+    """`mAP`, `mAP_many`, `mAP_medium`, `mAP_few`, `CF1`, `OF1` in [0, 1]; a mean over no class is left out."""
+    per_class_ap: np.ndarray
+    """float64 `(K,)`, the average precision of each class; NaN for a class without a positive label."""
+
+
+def evaluation_figures(
     logits: ArrayLike,
     labels: ArrayLike,
     class_counts: ArrayLike | None = None,
@@ -177,8 +149,8 @@ def multilabel_metrics(
     few: int = 1_000,
     threshold: float = 0.5,
     class_names: Sequence[str] | None = None,
-) -> dict[str, float]:
-    """The scalar figures of one evaluation, flat, as a Trainer logs them.
+) -> EvaluationFigures:
+    """All figures of one evaluation; the average precision of each class is computed once.
 
     mAP is taken on the logits themselves, CF1 and OF1 on their float32 sigmoid.
 
@@ -192,23 +164,90 @@ def multilabel_metrics(
         class_names: `(K,)` names for the log line about classes without positive labels.
 
     Returns:
-        `mAP`, `mAP_many`, `mAP_medium`, `mAP_few`, `CF1`, `OF1`, as Python floats in [0, 1]. A mean over no class is
-        left out.
+        The means, as Python floats, and each class's average precision.
 
     Raises:
         ValueError: see `mean_average_precision`.
 
     Example:
+        >>> figures = evaluation_figures([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 0]], class_counts=[20_000, 500])
+        >>> figures.means
+        {'mAP': 1.0, 'mAP_many': 1.0, 'CF1': 0.5, 'OF1': 0.6666666666666666}
+        >>> figures.per_class_ap.tolist()
+        [1.0, nan]
+    """
+    logits, labels = _checked(logits, "logits", labels)
+    per_class_ap, _ = _average_precision(logits, labels, class_names)
+    means = _means(per_class_ap, class_counts, many, few)
+    f1 = _precision_recall_f1(torch.from_numpy(logits).float().sigmoid().numpy(), labels, threshold)
+    means |= {"CF1": f1["CF1"], "OF1": f1["OF1"]}
+    return EvaluationFigures({name: mean for name, mean in means.items() if mean is not None}, per_class_ap)
+
+
+def multilabel_metrics(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    class_counts: ArrayLike | None = None,
+    many: int = 10_000,
+    few: int = 1_000,
+    threshold: float = 0.5,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The means of :func:`evaluation_figures` alone, flat, as a Trainer logs them; the arguments are the same.
+
+    Example:
         >>> multilabel_metrics([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 1]], class_counts=[20_000, 500])
         {'mAP': 1.0, 'mAP_many': 1.0, 'mAP_few': 1.0, 'CF1': 1.0, 'OF1': 1.0}
     """
-    logits = _check_scores(logits, "logits")
-    figures = mean_average_precision(logits, labels, class_counts, many=many, few=few, class_names=class_names)
-    means = {name: figures[name] for name in ("mAP", "mAP_many", "mAP_medium", "mAP_few") if name in figures}
-    probabilities = torch.from_numpy(logits).float().sigmoid()
-    f1 = precision_recall_f1(probabilities, labels, threshold=threshold)
-    means |= {"CF1": f1["CF1"], "OF1": f1["OF1"]}
-    return {name: value for name, value in means.items() if value is not None}
+    return evaluation_figures(logits, labels, class_counts, many, few, threshold, class_names).means
+
+
+def _average_precision(
+    scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None
+) -> tuple[np.ndarray, list[Any]]:
+    """`(K,)` average precision, NaN for classes without positive labels, and the names or indices of these."""
+    num_classes = labels.shape[1]
+    _check_length(class_names, "class_names", num_classes)
+    per_class_ap = np.full(num_classes, np.nan)
+    for k in np.flatnonzero((labels == 1).any(axis=0)):
+        known = labels[:, k] >= 0
+        per_class_ap[k] = average_precision_score(labels[known, k], scores[known, k])
+    skipped: list[Any] = np.flatnonzero(np.isnan(per_class_ap)).tolist()
+    if class_names is not None:
+        skipped = [class_names[k] for k in skipped]
+    if skipped:
+        _warn_skipped(tuple(skipped), num_classes)
+    return per_class_ap, skipped
+
+
+def _means(per_class_ap: np.ndarray, class_counts: ArrayLike | None, many: int, few: int) -> dict[str, Any]:
+    """`mAP` and, with counts, `mAP_many`, `mAP_medium`, `mAP_few`; None where no class has an average precision."""
+    masks = {"mAP": np.ones(len(per_class_ap), dtype=bool)}
+    if class_counts is not None:
+        groups = class_groups(class_counts, many=many, few=few)
+        _check_length(groups["many"], "class_counts", len(per_class_ap))
+        masks |= {f"mAP_{name}": mask for name, mask in groups.items()}
+    scored = {name: per_class_ap[mask & ~np.isnan(per_class_ap)] for name, mask in masks.items()}
+    return {name: float(ap.mean()) if ap.size else None for name, ap in scored.items()}
+
+
+def _precision_recall_f1(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+    predicted, positive = (probabilities > threshold) & (labels >= 0), labels == 1
+    true_positives = (predicted & positive).sum(axis=0)
+    num_predicted, num_positives = predicted.sum(axis=0), positive.sum(axis=0)
+
+    class_precision = float(_ratio(true_positives, num_predicted).mean())
+    class_recall = float(_ratio(true_positives, num_positives).mean())
+    precision = float(_ratio(true_positives.sum(), num_predicted.sum()))
+    recall = float(_ratio(true_positives.sum(), num_positives.sum()))
+    return {
+        "CP": class_precision,
+        "CR": class_recall,
+        "CF1": _harmonic_mean(class_precision, class_recall),
+        "OP": precision,
+        "OR": recall,
+        "OF1": _harmonic_mean(precision, recall),
+    }
 
 
 @functools.cache
@@ -227,13 +266,24 @@ def _to_numpy(values: ArrayLike) -> np.ndarray:
     return np.asarray(values)
 
 
+def _checked(scores: ArrayLike, name: str, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """`(N, K)` float32 or float64 without NaN or infinity, and `(N, K)` int8 labels of 0, 1 and -1."""
+    checked, checked_labels = _check_scores(scores, name), _check_labels(labels)
+    if checked.shape != checked_labels.shape:
+        raise ValueError(
+            f"{name} is of shape {checked.shape} and labels of shape {checked_labels.shape}; both must be of the same "
+            "shape (N, K); check that both come from the same instances and classes."
+        )
+    return checked, checked_labels
+
+
 def _check_scores(scores: ArrayLike, name: str) -> np.ndarray:
     """`(N, K)` float32 or float64 without NaN or infinity."""
     scores = _to_numpy(scores)
     if scores.ndim != 2 or scores.dtype.kind not in "biuf":
         raise ValueError(
-            f"Received {name} of shape {scores.shape} and type {scores.dtype}; real numbers of shape (N, K) are "
-            "required. Pass one row an instance and one column a class."
+            f"{name} is of shape {scores.shape} and type {scores.dtype}; it must be real numbers of shape (N, K); "
+            "pass one row an instance and one column a class."
         )
     if scores.dtype == np.float16:
         scores = scores.astype(np.float32)  # exact; in float16 the bound below would tie large scores
@@ -243,8 +293,8 @@ def _check_scores(scores: ArrayLike, name: str) -> np.ndarray:
     if is_nan.any():
         rows, classes = int(is_nan.any(axis=1).sum()), int(is_nan.any(axis=0).sum())
         raise ValueError(
-            f"Received {name} with NaN in {rows} of {len(scores)} rows and {classes} of {scores.shape[1]} classes; "
-            "numbers are required. The model has probably diverged: lower the learning rate or look at the loss."
+            f"{name} is NaN in {rows} of {len(scores)} rows and {classes} of {scores.shape[1]} classes; it must be "
+            "numbers; the model has probably diverged, so lower the learning rate or look at the loss."
         )
     # scikit-learn takes no infinite score. Half the range keeps the difference of any two scores finite too.
     bound = np.finfo(scores.dtype).max / 2
@@ -256,38 +306,24 @@ def _check_labels(labels: ArrayLike) -> np.ndarray:
     labels = _to_numpy(labels)
     if labels.ndim != 2 or labels.shape[1] == 0 or labels.dtype.kind not in "biuf":
         raise ValueError(
-            f"Received labels of shape {labels.shape} and type {labels.dtype}; 0 and 1 of shape (N, K), with at least "
-            "one class, are required. Pass multi-hot rows, one column a class."
+            f"labels is of shape {labels.shape} and type {labels.dtype}; it must be 0 and 1 of shape (N, K), with at "
+            "least one class; pass multi-hot rows, one column a class."
         )
     wrong = (labels != 0) & (labels != 1) & (labels != -1)
     if wrong.any():
         raise ValueError(
-            f"Received labels with {int(wrong.sum())} values other than 0 and 1, the first {labels[wrong][0]}; 0 "
-            "(absent), 1 (present) or -1 (unknown) is required, no soft labels. Binarize them."
+            f"labels has {int(wrong.sum())} values other than 0 and 1, the first {labels[wrong][0]}; each must be 0 "
+            "(absent), 1 (present) or -1 (unknown); make 0 or 1 of soft labels first."
         )
     return labels.astype(np.int8)
-
-
-def _check_same_shape(scores: np.ndarray, name: str, labels: np.ndarray) -> None:
-    if scores.shape != labels.shape:
-        raise ValueError(
-            f"Received {name} of shape {scores.shape} and labels of shape {labels.shape}; the same shape (N, K) is "
-            "required. Check that both come from the same instances and classes."
-        )
 
 
 def _check_length(values: Sequence[Any] | np.ndarray | None, name: str, num_classes: int) -> None:
     if values is not None and len(values) != num_classes:
         raise ValueError(
-            f"Received {len(values)} {name} for {num_classes} classes; one a class is required. "
-            "Pass them in the order of the label columns."
+            f"{name} has {len(values)} entries for {num_classes} classes; it must be one a class; pass them in the "
+            "order of the label columns."
         )
-
-
-def _mean_or_none(per_class: np.ndarray) -> float | None:
-    """Mean over the entries that are not NaN, None if there is none."""
-    scored = per_class[~np.isnan(per_class)]
-    return float(scored.mean()) if scored.size else None
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:

@@ -27,5 +27,5 @@ def evaluate_path(name: str) -> str:
     """
     names = sorted(folder.parent.name for folder in EVALUATE_MODULES.glob("*/app.py"))
     if name not in names:
-        raise ValueError(f"there is no evaluate module {name!r}; it must be one of {', '.join(names)}.")
+        raise ValueError(f"name is {name!r}; it must be one of {', '.join(names)}.")
     return str(EVALUATE_MODULES / name)

@@ -53,13 +53,13 @@ def count_label_quality(
     """
     if not given.shape == clean.shape == refined.shape == reliability.shape:
         raise ValueError(
-            f"Received given {tuple(given.shape)}, clean {tuple(clean.shape)}, refined {tuple(refined.shape)} and "
-            f"reliability {tuple(reliability.shape)}; the same shape (B, K) is required. Pass all four of one batch."
+            f"given is of shape {tuple(given.shape)}, clean {tuple(clean.shape)}, refined {tuple(refined.shape)} and "
+            f"reliability {tuple(reliability.shape)}; all must be of the same shape (B, K); pass those of one batch."
         )
     if reliability.dtype.is_floating_point or reliability.dtype == torch.bool:
         raise TypeError(
-            f"Received reliability of dtype {reliability.dtype}; integer codes of Reliability are required. "
-            "Pass the reliability that refine_labels returns, not p_clean or a mask."
+            f"reliability is of dtype {reliability.dtype}; it must be integer codes of Reliability; pass the "
+            "reliability that refine_labels returns, not p_clean or a mask."
         )
     positive, negative = given == 1, given == 0
     truly_clean = given == clean
@@ -106,8 +106,8 @@ def label_quality(counts: torch.Tensor) -> dict[str, float]:
         judged = row[Count.SELECTED] + row[Count.RELABELED] + row[Count.AMBIGUOUS]
         if judged != row[Count.LABELS]:
             raise ValueError(
-                f"Received counts of {row[Count.LABELS]} labels of which {judged} are CLEAN, RELABELED or AMBIGUOUS; "
-                "each label must be one of these. Check that the given labels were 0 or 1 and the reliability codes "
+                f"counts is of {row[Count.LABELS]} labels of which {judged} are CLEAN, RELABELED or AMBIGUOUS; each "
+                "label must be one of these; check that the given labels were 0 or 1 and the reliability codes "
                 f"{[code.value for code in Reliability]}."
             )
     every = [n + p for n, p in zip(negatives, positives, strict=True)]
@@ -129,6 +129,9 @@ class LabelQuality:
         >>> quality.compute()["relabel_accuracy"]
         1.0
     """
+
+    _common: torch.Tensor  # of all ranks, the same on each
+    _own: torch.Tensor  # this rank's since the last `reduce`
 
     def __init__(self) -> None:
         self.reset()
@@ -168,7 +171,7 @@ class LabelQuality:
         """
         if world()[1] > 1 and self._own.any():
             raise RuntimeError(
-                "LabelQuality holds updates of this rank only; the state of all ranks is required. Call reduce() on "
+                "LabelQuality holds updates of this rank only; its state must be that of all ranks; call reduce() on "
                 "every rank before state_dict()."
             )
         return {"counts": self.counts.cpu().clone()}
@@ -181,8 +184,8 @@ class LabelQuality:
         """
         if "counts" not in state:
             raise ValueError(
-                f"Received a label-quality state with {sorted(state)}; the tensor 'counts' is required. "
-                "Pass what state_dict() returned."
+                f"the label-quality state has {sorted(state)}; it must have the tensor 'counts'; pass what "
+                "state_dict() returned."
             )
         _check_counts(state["counts"])
         self.reset()
@@ -192,8 +195,8 @@ class LabelQuality:
 def _check_counts(counts: torch.Tensor) -> None:
     if counts.shape != _SHAPE or counts.dtype != torch.int64:
         raise ValueError(
-            f"Received label-quality counts of shape {tuple(counts.shape)} and dtype {counts.dtype}; int64 of shape "
-            f"{_SHAPE} is required. Pass what count_label_quality returned, or a sum of it."
+            f"counts is of shape {tuple(counts.shape)} and dtype {counts.dtype}; it must be int64 of shape {_SHAPE}; "
+            "pass what count_label_quality returned, or a sum of it."
         )
 
 

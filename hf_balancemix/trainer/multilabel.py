@@ -27,7 +27,7 @@ from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, normalise
 from hf_balancemix.frozen.cache import CachedViews
-from hf_balancemix.metrics import mean_average_precision, multilabel_metrics
+from hf_balancemix.metrics import evaluation_figures
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.processing import squash_processor
 from hf_balancemix.report.model_card import MARK, write_model_card
@@ -304,8 +304,7 @@ class MultiLabelTrainer(AveragingTrainer):
         return None if labels is None else (labels == 1).sum(0).numpy()
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        self._per_class_ap = mean_average_precision(prediction.predictions, prediction.label_ids)["per_class_ap"]
-        return multilabel_metrics(
+        means, self._per_class_ap = evaluation_figures(
             prediction.predictions,
             prediction.label_ids,
             class_counts=self.class_counts,
@@ -313,6 +312,7 @@ class MultiLabelTrainer(AveragingTrainer):
             few=self.args.few_shot,
             class_names=self.class_names,
         )
+        return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; the record of an evaluation also keeps each class's average precision, for the card."""

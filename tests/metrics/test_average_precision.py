@@ -7,9 +7,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import arguments, make_dataset, tiny_vit
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from hf_balancemix.metrics import class_groups, mean_average_precision, multilabel_metrics, precision_recall_f1
+from hf_balancemix import MultiLabelTrainer
+from hf_balancemix.metrics import (
+    average_precision,
+    class_groups,
+    evaluation_figures,
+    mean_average_precision,
+    multilabel_metrics,
+    precision_recall_f1,
+)
 
 
 def _random(seed: int, n: int = 200, k: int = 7, distinct: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +68,7 @@ def test_groups_reject_bad_counts(counts, match):
 
 
 def test_groups_reject_crossed_bounds():
-    with pytest.raises(ValueError, match="few=100 above many=10"):
+    with pytest.raises(ValueError, match="few is 100 and many is 10"):
         class_groups([1], many=10, few=100)
 
 
@@ -193,8 +202,8 @@ def test_every_label_positive_is_perfect():
 @pytest.mark.parametrize(
     ("scores", "labels", "match"),
     [
-        (np.zeros((3, 2)), np.zeros((3, 4)), r"scores of shape \(3, 2\) and labels of shape \(3, 4\)"),
-        (np.zeros(3), np.zeros(3), r"scores of shape \(3,\)"),
+        (np.zeros((3, 2)), np.zeros((3, 4)), r"scores is of shape \(3, 2\) and labels of shape \(3, 4\)"),
+        (np.zeros(3), np.zeros(3), r"scores is of shape \(3,\)"),
         (np.zeros((3, 2), dtype=complex), np.zeros((3, 2)), "complex128"),
         ([["a"]], [[1]], "real numbers"),
         (np.zeros((2, 0)), np.zeros((2, 0)), "at least one class"),
@@ -212,16 +221,16 @@ def test_bad_input_is_named(scores, labels, match):
 def test_nan_scores_are_counted_by_rows_and_classes():
     scores, labels = _random(8, n=10, k=5)
     scores[2, 1] = scores[2, 3] = scores[7, 1] = scores[8, 1] = np.nan
-    with pytest.raises(ValueError, match="scores with NaN in 3 of 10 rows and 2 of 5 classes"):
+    with pytest.raises(ValueError, match="scores is NaN in 3 of 10 rows and 2 of 5 classes"):
         mean_average_precision(scores, labels)
-    with pytest.raises(ValueError, match="logits with NaN in 3 of 10 rows and 2 of 5 classes"):
+    with pytest.raises(ValueError, match="logits is NaN in 3 of 10 rows and 2 of 5 classes"):
         multilabel_metrics(torch.tensor(scores).bfloat16(), labels)
 
 
 def test_wrong_number_of_names_or_counts():
-    with pytest.raises(ValueError, match="3 class_names for 2 classes"):
+    with pytest.raises(ValueError, match="class_names has 3 entries for 2 classes"):
         mean_average_precision(np.zeros((1, 2)), np.ones((1, 2)), class_names=["a", "b", "c"])
-    with pytest.raises(ValueError, match="1 class_counts for 2 classes"):
+    with pytest.raises(ValueError, match="class_counts has 1 entries for 2 classes"):
         mean_average_precision(np.zeros((1, 2)), np.ones((1, 2)), class_counts=[5])
 
 
@@ -286,6 +295,39 @@ def test_flat_figures_equal_their_parts_and_leave_out_empty_groups():
     f1 = precision_recall_f1((scores > 0).astype(float), labels)  # probability > 0.5 where the logit is positive
     assert (figures["CF1"], figures["OF1"]) == pytest.approx((f1["CF1"], f1["OF1"]), abs=1e-12)
     assert set(multilabel_metrics(scores, labels)) == {"mAP", "CF1", "OF1"}
+
+
+def test_the_means_and_the_classes_average_precision_are_of_one_pass():
+    scores, labels = _random(11, k=5)
+    labels[:, 2] = 0
+    means, per_class_ap = evaluation_figures(scores, labels, class_counts=[9, 9, 5, 1, 1], many=8, few=2)
+    expected = [average_precision_score(labels[:, k], scores[:, k]) for k in (0, 1, 3, 4)]
+    assert np.delete(per_class_ap, 2).tolist() == expected
+    assert np.isnan(per_class_ap[2])
+    assert [means["mAP"], means["mAP_many"]] == pytest.approx([np.mean(expected), np.mean(expected[:2])])
+    assert "mAP_medium" not in means
+
+
+def test_a_trainer_computes_each_class_once_an_evaluation_and_says_once_what_is_skipped(caplog, monkeypatch, tmp_path):
+    dataset = make_dataset(tmp_path, names=["once-a", "once-b", "once-c"])
+    without_b = dataset.filter(lambda row: 1 not in row["labels"])
+    args = arguments(tmp_path / "out")
+    trainer = MultiLabelTrainer(model=tiny_vit(3), args=args, train_dataset=dataset, eval_dataset=without_b)
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return average_precision_score(*args)
+
+    monkeypatch.setattr(average_precision, "average_precision_score", counted)
+    with caplog.at_level(logging.WARNING):
+        for evaluations in (1, 2):
+            trainer.evaluate()
+            assert len(calls) == 2 * evaluations  # of three classes one has no positive label
+    assert [record.message for record in caplog.records if "skipped in mAP" in record.message] == [
+        "1 of 3 classes have no positive label here and are skipped in mAP: once-b"
+    ]
+    assert trainer.state.log_history[-1]["eval_per_class_ap"][1] is None
 
 
 def test_flat_figures_at_another_threshold():

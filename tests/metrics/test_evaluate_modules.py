@@ -13,6 +13,7 @@ import torch
 import yaml
 from sklearn.metrics import average_precision_score
 
+from hf_balancemix.core.citation import CITATION
 from hf_balancemix.metrics import LabelQuality, evaluate_path, multilabel_metrics
 
 NAMES = ["label_quality", "multilabel_map"]
@@ -82,14 +83,14 @@ def test_bad_input_is_a_clear_error():
         metric.compute(predictions=[], references=[])
     with pytest.raises(ValueError, match="NaN in 1 of 2 rows"):
         metric.compute(predictions=[[0.1, float("nan")], [0.2, 0.3]], references=[[1, 0], [0, 1]])
-    with pytest.raises(ValueError, match="predictions with rows of unequal length"):
+    with pytest.raises(ValueError, match="predictions has rows of unequal length"):
         metric.compute(predictions=[[0.1, 0.2], [0.2]], references=[[1, 0], [0, 1]])
     with pytest.raises(ValueError, match="other than 0 and 1, the first 2"):
         metric.compute(predictions=[[0.1, 0.2]], references=[[1, 2]])
     quality = evaluate.load(evaluate_path("label_quality"))
     with pytest.raises(ValueError, match="no given"):
         quality.compute(given=[], clean=[], refined=[], reliability=[])
-    with pytest.raises(ValueError, match="clean with values other than 0 and 1"):
+    with pytest.raises(ValueError, match="clean has values other than 0 and 1"):
         quality.compute(given=[[1]], clean=[[-1]], refined=[[1]], reliability=[[0]])
     with pytest.raises(ValueError, match="each label must be one of these"):
         quality.compute(given=[[1]], clean=[[1]], refined=[[1]], reliability=[[7]])
@@ -119,7 +120,9 @@ def test_the_folder_is_a_space(name, tmp_path):
     ast.parse((folder / "app.py").read_text())
     # A Space's folder is called otherwise: its page loads the file beside it.
     shutil.copytree(folder, tmp_path / "app")
-    assert evaluate.load(str(tmp_path / "app" / f"{name}.py")).description
+    loaded = evaluate.load(str(tmp_path / "app" / f"{name}.py"))
+    assert loaded.description
+    assert loaded.citation == CITATION
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -146,9 +146,9 @@ def test_bad_shapes_and_types():
     given, clean, refined, reliability = _batch(0)
     with pytest.raises(ValueError, match=r"clean \(3, 9\).*same shape"):
         count_label_quality(given, clean[:3], refined, reliability)
-    with pytest.raises(TypeError, match=r"float32; integer codes"):
+    with pytest.raises(TypeError, match=r"float32; it must be integer codes"):
         count_label_quality(given, clean, refined, reliability.float())
-    with pytest.raises(TypeError, match=r"bool; integer codes"):
+    with pytest.raises(TypeError, match=r"bool; it must be integer codes"):
         count_label_quality(given, clean, refined, reliability.bool())
 
 
@@ -164,7 +164,7 @@ def test_labels_and_codes_out_of_range_show_in_the_figures(which, value):
 
 
 def test_bad_states():
-    with pytest.raises(ValueError, match=r"\['count'\]; the tensor 'counts'"):
+    with pytest.raises(ValueError, match=r"\['count'\]; it must have the tensor 'counts'"):
         LabelQuality().load_state_dict({"count": torch.zeros(2, 7, dtype=torch.int64)})
     for counts in (torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 7)):
         with pytest.raises(ValueError, match=r"int64 of shape \(2, 7\)"):

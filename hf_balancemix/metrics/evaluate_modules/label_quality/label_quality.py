@@ -4,6 +4,7 @@ import datasets
 import evaluate
 import torch
 
+from hf_balancemix.core.citation import CITATION
 from hf_balancemix.metrics import count_label_quality, label_quality
 
 _DESCRIPTION = """\
@@ -27,16 +28,6 @@ Examples:
     1.0
 """
 
-_CITATION = """\
-@inproceedings{song2024balancemix,
-  title     = {Toward Robustness in Multi-label Classification:
-               A Data Augmentation Strategy against Imbalance and Noise},
-  author    = {Song, Hwanjun and Kim, Minseok and Lee, Jae-Gil},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year      = {2024}
-}
-"""
-
 _NAMES = ("given", "clean", "refined", "reliability")
 
 
@@ -46,7 +37,7 @@ class LabelQuality(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features({name: datasets.Sequence(datasets.Value("int64")) for name in _NAMES}),
         )
@@ -54,15 +45,15 @@ class LabelQuality(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add a batch of given, clean, refined and reliability, `(B, K)` each."""
         if any(kwargs.get(name) is None or len(kwargs[name]) == 0 for name in _NAMES):
-            raise ValueError(f"Received no {', no '.join(_NAMES)}; N >= 1 rows of K of each are required.")
+            raise ValueError(f"no {', no '.join(_NAMES)} is given; each must be N >= 1 rows of K values.")
         super().add_batch(**kwargs)
 
     def _compute(self, given, clean, refined, reliability):
         matrices = {"given": given, "clean": clean, "refined": refined, "reliability": reliability}
         for name, rows in matrices.items():
             if len({len(row) for row in rows}) != 1:
-                raise ValueError(f"Received {name} with rows of unequal length; K values a row are required.")
+                raise ValueError(f"{name} has rows of unequal length; each must be of K values.")
         for name in ("given", "clean", "refined"):
             if not {value for row in matrices[name] for value in row} <= {0, 1}:
-                raise ValueError(f"Received {name} with values other than 0 and 1; labels are required.")
+                raise ValueError(f"{name} has values other than 0 and 1; it must be labels.")
         return label_quality(count_label_quality(*(torch.tensor(matrices[name]) for name in _NAMES)))

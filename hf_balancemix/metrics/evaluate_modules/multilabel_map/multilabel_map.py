@@ -2,8 +2,10 @@
 
 import datasets
 import evaluate
+import numpy as np
 
-from hf_balancemix.metrics import mean_average_precision, multilabel_metrics
+from hf_balancemix.core.citation import CITATION
+from hf_balancemix.metrics import evaluation_figures
 
 _DESCRIPTION = """\
 Mean average precision of multi-label predictions over all classes and, where the classes' numbers of positive training
@@ -28,16 +30,6 @@ Examples:
     {'mAP': 1.0, 'CF1': 1.0, 'OF1': 1.0, 'per_class_ap': [1.0, 1.0], 'skipped': []}
 """
 
-_CITATION = """\
-@inproceedings{song2024balancemix,
-  title     = {Toward Robustness in Multi-label Classification:
-               A Data Augmentation Strategy against Imbalance and Noise},
-  author    = {Song, Hwanjun and Kim, Minseok and Lee, Jae-Gil},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year      = {2024}
-}
-"""
-
 
 class MultilabelMAP(evaluate.Metric):
     """`predictions` and `references` are `(N, K)`."""
@@ -45,7 +37,7 @@ class MultilabelMAP(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {
@@ -58,7 +50,7 @@ class MultilabelMAP(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add a batch of predictions and references, `(B, K)` each."""
         if predictions is None or references is None or len(predictions) == 0:
-            raise ValueError("Received no predictions or no references; N >= 1 rows of K of both are required.")
+            raise ValueError("no predictions or no references are given; both must be N >= 1 rows of K values.")
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def _compute(
@@ -66,9 +58,8 @@ class MultilabelMAP(evaluate.Metric):
     ):
         for name, rows in (("predictions", predictions), ("references", references)):
             if len({len(row) for row in rows}) != 1:
-                raise ValueError(f"Received {name} with rows of unequal length; K values a row are required.")
-        options = {"class_counts": class_counts, "many": many, "few": few, "class_names": class_names}
-        figures = multilabel_metrics(predictions, references, threshold=threshold, **options)
-        ranked = mean_average_precision(predictions, references, **options)
-        per_class_ap = [None if value != value else value for value in ranked["per_class_ap"].tolist()]
-        return figures | {"per_class_ap": per_class_ap, "skipped": ranked["skipped"]}
+                raise ValueError(f"{name} has rows of unequal length; each must be of K values.")
+        means, ap = evaluation_figures(predictions, references, class_counts, many, few, threshold, class_names)
+        names = range(len(ap)) if class_names is None else class_names
+        skipped = [name for name, is_skipped in zip(names, np.isnan(ap), strict=True) if is_skipped]
+        return means | {"per_class_ap": np.where(np.isnan(ap), None, ap).tolist(), "skipped": skipped}
