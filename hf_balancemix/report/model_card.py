@@ -28,6 +28,7 @@ from markupsafe import Markup
 from transformers import Trainer, TrainingArguments
 
 from hf_balancemix import __version__
+from hf_balancemix.core.citation import CITATION
 from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
 from hf_balancemix.frozen.cache import CachedViews
 from hf_balancemix.metrics import class_groups
@@ -122,7 +123,7 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": _percent, "number": _number}
-    text = environment.get_template("model_card.md").render(**facts, mark=Markup(MARK))
+    text = environment.get_template("model_card.md").render(**facts, mark=Markup(MARK), paper=Markup(CITATION))
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}"
 
 
