@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from hf_balancemix.core.loss_histogram import bin_edges
 
 MAX_BARS = 80
-_GROUP_COLORS = {"many": "#4c72b0", "medium": "#55a868", "few": "#c44e52"}
+# Told apart by the colour-blind, too.
+GROUP_COLOURS = {"many": "#0072B2", "medium": "#56B4E9", "few": "#D55E00"}
+_COMPONENT_COLOURS = {"clean": "#0072B2", "noisy": "#D55E00"}
 _MAP_NAMES = {"mAP": "all", "mAP_many": "many", "mAP_medium": "medium", "mAP_few": "few"}
 _QUALITY_NAMES = {
     "label_clean_precision": "clean precision",
@@ -26,9 +28,9 @@ _QUALITY_NAMES = {
 _POLARITIES = ("negative", "positive")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure with its own Agg canvas: nothing is shown or kept anywhere."""
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
+    """A figure of so many inches with its own Agg canvas: nothing is shown or kept anywhere."""
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -82,7 +84,7 @@ def per_class_ap_figure(
         order = order[: MAX_BARS // 2] + order[-MAX_BARS // 2 :]
     colors = np.full(len(ap), "#7f7f7f", dtype=object)
     for name, mask in (groups or {}).items():
-        colors[np.asarray(mask)] = _GROUP_COLORS[name]
+        colors[np.asarray(mask)] = GROUP_COLOURS[name]
 
     figure = new_figure(7, 1.2 + 0.2 * max(len(order), 1))
     axes = figure.subplots()
@@ -96,7 +98,7 @@ def per_class_ap_figure(
     axes.set_axisbelow(True)
     shown = [name for name, mask in (groups or {}).items() if np.asarray(mask)[order].any()]
     if shown:
-        handles = [axes.barh([0], [0], color=_GROUP_COLORS[name], label=f"{name}-shot") for name in shown]
+        handles = [axes.barh([0], [0], color=GROUP_COLOURS[name], label=f"{name}-shot") for name in shown]
         axes.legend(handles=handles, fontsize=7, loc="lower right", framealpha=0.9)
     return figure
 
@@ -189,7 +191,7 @@ def _draw_mixture(axes: Any, shown: ClassMixtures, polarity: int) -> None:
     limit = max(limit, 1e-4)
     if shown.separated[polarity]:
         x = np.linspace(0, limit, 400)
-        for component, (name, color) in enumerate((("clean", "#4c72b0"), ("noisy", "#c44e52"))):
+        for component, (name, color) in enumerate(_COMPONENT_COLOURS.items()):
             z = (x - means[component]) / deviations[component]
             density = shown.weights[polarity][component] * np.exp(-0.5 * z**2) / deviations[component]
             axes.plot(x, density / np.sqrt(2 * np.pi), color=color, label=name)

@@ -30,7 +30,7 @@ from transformers import Trainer, TrainingArguments
 from hf_balancemix import __version__
 from hf_balancemix.core.citation import CITATION
 from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
-from hf_balancemix.frozen.cache import CachedViews
+from hf_balancemix.files import whole_file
 from hf_balancemix.metrics import class_groups
 from hf_balancemix.report.figures import (
     ClassMixtures,
@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
-PER_CLASS_AP = "per_class_ap"  # of a line of the log, after its prefix: K fractions, None for a skipped class
+# In an evaluation's line of `state.log_history`, after its prefix ("eval_"): K fractions, None for a skipped class.
+PER_CLASS_AP = "per_class_ap"
 
 _METRICS = {
     "mAP": "mAP, all classes",
@@ -57,7 +58,7 @@ _METRICS = {
 _METRIC_TYPES = {"mAP": "mean_average_precision", "CF1": "f1", "OF1": "f1"}
 _NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", PER_CLASS_AP}
 _LABEL_FIGURES = {
-    "noise_rate": "given other than the clean label",
+    "noise_rate": "wrong: given other than the clean label",
     "clean_precision": "clean-label precision (Eq. 14): of the labels judged clean, those that are",
     "clean_recall": "clean-label recall (Eq. 14): of the labels that are clean, those judged so",
     "relabel_proportion": "re-labelled (Eq. 15)",
@@ -71,8 +72,6 @@ _SHOWN_ARGUMENTS = (
     "gradient_checkpointing", "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 _DERIVED_ARGUMENTS = {"per_device_train_batch_size", "remove_unused_columns"}
-# BalanceMix and the ablations of it, by the trainer's method_name.
-_BALANCEMIX = ("balancemix", "+minority", "+clean", "+relabel", "balancemix-without-minority")
 _PACKAGES = ("torchvision", "transformers", "accelerate", "datasets", "timm")
 
 
@@ -106,9 +105,11 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
         if figure is None:
             file.unlink(missing_ok=True)
         else:
-            _write(file, figure_png(figure))
+            with whole_file(file) as temporary:
+                temporary.write_bytes(figure_png(figure))
             facts["figures"].add(name)
-    _write(card, render_model_card(facts).encode())
+    with whole_file(card) as temporary:
+        temporary.write_bytes(render_model_card(facts).encode())
     return card
 
 
@@ -129,24 +130,22 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
 
 def card_data(facts: Mapping[str, Any]) -> ModelCardData:
     """The card's metadata, with every recorded figure of the evaluations in its model-index."""
-    results = []
-    for evaluation in facts["evaluations"]:
-        data = evaluation["data"]
-        for name, value in evaluation["metrics"].items():
-            results.append(
-                EvalResult(
-                    task_type="image-classification",
-                    task_name="Multi-label image classification",
-                    dataset_type=data["hub_id"] or _slug(data["name"]) or "unknown",
-                    dataset_name=data["name"] or "not recorded",
-                    dataset_config=data["config"],
-                    dataset_split=data["split"],
-                    dataset_revision=data["revision"],
-                    metric_type=_METRIC_TYPES.get(name.split("_")[0], _slug(name)),
-                    metric_name=_METRICS.get(name, name),
-                    metric_value=float(value),
-                )
-            )
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Multi-label image classification",
+            dataset_type=data["hub_id"] or _slug(data["name"]) or "unknown",
+            dataset_name=data["name"] or "not recorded",
+            dataset_config=data["config"],
+            dataset_split=data["split"],
+            dataset_revision=data["revision"],
+            metric_type=_METRIC_TYPES.get(name.split("_")[0], _slug(name)),
+            metric_name=_METRICS.get(name, name),
+            metric_value=float(value),
+        )
+        for data, metrics in ((evaluation["data"], evaluation["metrics"]) for evaluation in facts["evaluations"])
+        for name, value in metrics.items()
+    ]
     train = facts["train"]
     return ModelCardData(
         base_model=facts["base_model"],
@@ -186,7 +185,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "figures_note": trainer.figures_note,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "image_size": trainer.views.image_size,
-        "cached_views": trainer.views.num_views if isinstance(trainer.views, CachedViews) else None,
+        "cached_views": getattr(trainer.views, "num_views", None),  # of a frozen backbone
         "class_names": names,
         "thresholds": _thresholds(model.config, names),
         "train": _describe(trainer.train_dataset, trainer.train_labels, trainer.clean_labels),
@@ -198,7 +197,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "label_figures": _label_figures(state.log_history),
         "sampler": _newest(state.log_history, "sampler_effective_size"),
         "log_history": state.log_history,
-        "mixtures": _chosen_mixtures(balance_mix, names, per_class),
+        "mixtures": _mixtures_of_two_classes(balance_mix, names, per_class),
         "method": _method(trainer),
         "args": args.to_dict(),
         "changed": changed_arguments(args),
@@ -404,15 +403,11 @@ def _judged_labels(balance_mix: Any) -> np.ndarray | None:
     """`(2, K)` given negative and positive labels with p_G of at most 0.5; None where nothing was judged yet."""
     if balance_mix is None or balance_mix.mixtures is None or not len(balance_mix.clean_probability):
         return None
-    totals = torch.zeros(2, balance_mix.labels.shape[1], dtype=torch.int64)
-    p_clean = balance_mix.clean_probability.cpu()
-    for p, labels in zip(p_clean.split(1 << 14), balance_mix.labels.split(1 << 14), strict=True):
-        for value in (0, 1):
-            totals[value] += ((p <= 0.5) & (labels == value)).sum(0)
-    return totals.numpy()
+    distrusted, labels = balance_mix.clean_probability.cpu() <= 0.5, balance_mix.labels.cpu()
+    return torch.stack([(distrusted & (labels == value)).sum(0) for value in (0, 1)]).numpy()
 
 
-def _chosen_mixtures(
+def _mixtures_of_two_classes(
     balance_mix: Any, names: Sequence[str], per_class: Sequence[float | None] | None
 ) -> list[ClassMixtures]:
     if balance_mix is None or balance_mix.mixtures is None:
@@ -445,7 +440,7 @@ def _method(trainer: Trainer) -> dict[str, Any]:
         "mixes": name != "bce" and getattr(trainer.args, "mixup_alpha", 0) > 0,
         "citation": Markup(citation.replace("```", "")) if citation else None,
         "settings": None if settings is None else dataclasses.asdict(settings),
-        "is_balancemix": name in _BALANCEMIX,
+        "is_balancemix": settings is not None and settings.needs_scan,
     }
 
 
@@ -461,30 +456,21 @@ def _base_model(config: Any) -> str | None:
 def _thresholds(config: Any, names: Sequence[str]) -> list[float] | None:
     """A threshold a class, where the config has them."""
     stored = getattr(config, "thresholds", None)
-    if isinstance(stored, Mapping):
-        stored = [stored.get(name) for name in names]
-    if not stored or len(stored) != len(names) or None in stored:
-        return None
-    return [float(value) for value in stored]
+    return [float(value) for value in stored] if stored and len(stored) == len(names) else None
 
 
 def _hardware(args: TrainingArguments) -> str:
     if args.device.type == "cuda":
         device = torch.cuda.get_device_name(args.device)
     else:
-        threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+        threads = f", threads: {torch.get_num_threads()}" if args.device.type == "cpu" else ""
         device = f"{args.device.type.upper()} ({platform.machine()}{threads})"
     return f"{args.world_size} x {device}"
 
 
 def _versions() -> dict[str, str]:
-    found = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    own = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return own | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _repo_id(name: str | None) -> str | None:
@@ -517,13 +503,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return Markup("not recorded")
     return Markup(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
-
-
-def _write(file: Path, content: bytes) -> None:
-    """The file appears under its name only when whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

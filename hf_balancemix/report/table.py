@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+
+def markdown_table(rows: Sequence[Sequence[str]], num_left: int = 1, *, pad: bool = True) -> str:
+    """A Markdown table, of which the first row is the heading.
+
+    Args:
+        rows: The cells' text, as many in each row.
+        num_left: So many columns are aligned left, those of numbers after them right.
+        pad: Align with spaces, for people who read the text itself; False: with the colons of Markdown.
+
+    Example:
+        >>> rows = [["method", "mAP"], ["bce", "50.0"], ["balancemix", "9.5"]]
+        >>> print(markdown_table(rows))
+        | method     |  mAP |
+        |------------|------|
+        | bce        | 50.0 |
+        | balancemix |  9.5 |
+        >>> print(markdown_table(rows[:2], pad=False))
+        | method | mAP |
+        |---|---:|
+        | bce | 50.0 |
+    """
+    if pad:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        align = [str.ljust if i < num_left else str.rjust for i in range(len(widths))]
+        rows = [[put(cell, width) for put, cell, width in zip(align, row, widths, strict=True)] for row in rows]
+        rule = ["-" * (width + 2) for width in widths]
+    else:
+        rule = ["---" if i < num_left else "---:" for i in range(len(rows[0]))]
+    heading, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([heading, f"|{'|'.join(rule)}|", *others])
 
 
 def results_table(
@@ -39,13 +70,6 @@ def results_table(
             return f"{row[name]:.0f}"
         return f"{100 * row[name]:.1f}" if percent else f"{row[name]:.3f}"
 
-    lines = [["method", *shown.values(), *extra.values()]]
-    lines += [[method, *(cell(row, name) for name in (*shown, *extra))] for method, row in results.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def render(line: list[str]) -> str:
-        first = line[0].ljust(widths[0])
-        return "| " + " | ".join([first, *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
+    rows = [["method", *shown.values(), *extra.values()]]
+    rows += [[method, *(cell(row, name) for name in (*shown, *extra))] for method, row in results.items()]
+    return markdown_table(rows)

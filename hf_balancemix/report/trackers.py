@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,8 @@ class FigureCallback(TrainerCallback):
             self._send(self._mixture_plot)
 
     def _evaluation_plots(self) -> dict[str, np.ndarray]:
-        trainer = self.trainer
+        trainer, per_class_ap = self.trainer, self._per_class_ap()
         plots = {}
-        per_class_ap = (newest_evaluation(trainer.state.log_history) or {}).get(f"eval_{PER_CLASS_AP}")
         if per_class_ap is not None and trainer.class_names is not None:
             groups = class_groups(trainer.class_counts, trainer.args.many_shot, trainer.args.few_shot)
             plots["plots/per_class_ap"] = per_class_ap_figure(trainer.class_names, per_class_ap, groups)
@@ -57,10 +56,12 @@ class FigureCallback(TrainerCallback):
 
     def _mixture_plot(self) -> dict[str, np.ndarray]:
         trainer = self.trainer
-        per_class_ap = (newest_evaluation(trainer.state.log_history) or {}).get(f"eval_{PER_CLASS_AP}")
-        classes = good_and_bad_class(trainer.balance_mix, per_class_ap)
+        classes = good_and_bad_class(trainer.balance_mix, self._per_class_ap())
         shown = chosen_mixtures(trainer.balance_mix, trainer.class_names, classes)
         return {"plots/mixtures": figure_pixels(mixture_figure(shown))}
+
+    def _per_class_ap(self) -> Sequence[float | None] | None:
+        return (newest_evaluation(self.trainer.state.log_history) or {}).get(f"eval_{PER_CLASS_AP}")
 
     def _send(self, plots: Callable[[], Mapping[str, np.ndarray]]) -> None:
         state = self.trainer.state
