@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 
 from benchmarks.paper.cell import SOURCES, GridData, Setup
-from benchmarks.paper.grid import Jobs, in_this_process, launched, render, run_cells
+from benchmarks.paper.grid import GridFolder, in_this_process, launched, render, run_cells
 from benchmarks.paper.tables import FIGURES, TABLES, cells_of
 from hf_balancemix import BalanceMixTrainingArguments
 from hf_balancemix.frozen.backbone import FrozenArguments
@@ -142,10 +142,10 @@ def main(argv: list[str] | None = None) -> None:
     (asked,) = parse_arguments((GridArguments,), argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     datasets.disable_progress_bars()  # the grid has one
-    setup, jobs = setup_of(asked), Jobs(asked.jobs_dir)
+    setup, grid = setup_of(asked), GridFolder(asked.jobs_dir)
     tables = [TABLES[n] for n in asked.table or ()]
     figures = [FIGURES[n] for n in asked.figure or ()]
-    cells = cells_of(tables, setup.dataset, range(asked.seeds), asked.methods, setup.own_settings)
+    cells = cells_of(tables, setup.dataset, range(asked.seeds), asked.methods, setup.grid_settings)
     for cell in cells_of(figures, setup.dataset, range(asked.seeds)):
         if cell not in cells and (not asked.methods or cell.method in asked.methods):
             cells.append(cell)
@@ -165,22 +165,22 @@ def main(argv: list[str] | None = None) -> None:
         data = GridData(setup, data_dir, cache_dir)  # says which files are absent, before anything runs
         counts = data.class_counts().tolist()
         data.eval_classes()
-        jobs.check_setup(setup)
+        grid.check_setup(setup)
         if setup.frozen_backbone:
-            one = in_this_process(setup, data)
+            run_one = in_this_process(setup, data)
         else:
-            one = launched(setup, data_dir, cache_dir, asked.accelerate_config)
-        outcome = run_cells(cells, jobs, one, max_cells=asked.max_cells, max_minutes=asked.max_minutes)
-        done = sum(map(jobs.is_finished, cells))
+            run_one = launched(setup, data_dir, cache_dir, asked.accelerate_config)
+        outcome = run_cells(cells, grid, run_one, max_cells=asked.max_cells, max_minutes=asked.max_minutes)
+        done = sum(map(grid.is_finished, cells))
         print(f"{len(outcome.ran)} cells run now, {done} of {len(cells)} finished.")
         for cell, problem in outcome.failed.items():
             print(f"failed: {cell.dataset} {cell.name}: {problem}", file=sys.stderr)
         if outcome.busy:
             print(f"{len(outcome.busy)} cells are being run by another process.")
-        if outcome.left:
-            print("The sitting's limit is reached; the same command goes on.")
+        if outcome.not_begun:
+            print("--max_cells or --max_minutes is reached; the same command goes on.")
         failed = bool(outcome.failed)
-    for file in render(jobs, setup, asked.table or [], asked.figure or [], asked.methods, counts):
+    for file in render(grid, setup, asked.table or [], asked.figure or [], asked.methods, counts):
         print(file)
     if failed:
         sys.exit(1)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from filelock import Timeout
 from transformers import PrinterCallback, set_seed
 
 import hf_balancemix
@@ -43,6 +45,7 @@ from hf_balancemix.data import (
     load_voc,
     make_scenes,
 )
+from hf_balancemix.files import process_lock, whole_file
 from hf_balancemix.frozen.backbone import FrozenBackbone
 from hf_balancemix.methods.registry import trainer_for
 from hf_balancemix.metrics import class_groups, mean_average_precision
@@ -50,15 +53,10 @@ from hf_balancemix.models import load_model
 from hf_balancemix.scripts.train import NoiseArguments, add_noise
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
-try:
-    import fcntl
-except ImportError:  # not on Windows; there, start one runner at a time
-    fcntl = None
-
 logger = logging.getLogger(__name__)
 
 BUSY = 75  # exit status where another process is at the cell
-Pair = tuple[datasets.Dataset, datasets.Dataset]
+TrainAndEvaluation = tuple[datasets.Dataset, datasets.Dataset]
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,15 @@ class Source:
 
     needs: str
     """The files, for people."""
-    load: Callable[[str | None], Pair]
-    """Training and evaluation set."""
+    load: Callable[[str | None], TrainAndEvaluation]
+    """From the data set's folder."""
     settings: Mapping[str, Any]
     many_shot: int = 10_000
     few_shot: int = 1_000
 
 
 def _coco(year: int) -> Source:
-    def load(root: str | None) -> Pair:
+    def load(root: str | None) -> TrainAndEvaluation:
         return load_coco(root, split="train", year=year), load_coco(root, split="val", year=year)
 
     needs = f"train{year}/, val{year}/ and annotations/instances_train{year}.json, instances_val{year}.json"
@@ -83,22 +81,22 @@ def _coco(year: int) -> Source:
 
 
 def _voc(train: tuple[str, str], evaluation: tuple[str, str], needs: str) -> Source:
-    def load(root: str | None) -> Pair:
+    def load(root: str | None) -> TrainAndEvaluation:
         # The paper's class counts fit difficult objects as negative.
         return load_voc(root, *train, difficult="negative"), load_voc(root, *evaluation, difficult="negative")
 
     return Source(needs, load, {"num_train_epochs": 20, "label_warmup_epochs": 5, "global_batch_size": 32})
 
 
-def _voc2012(root: str | None) -> Pair:
+def _voc2012(root: str | None) -> TrainAndEvaluation:
     return load_voc(root, "2012", "train"), load_voc(root, "2012", "val")
 
 
-def _deepfashion(root: str | None) -> Pair:
+def _deepfashion(root: str | None) -> TrainAndEvaluation:
     return load_deepfashion(root, split="train+val"), load_deepfashion(root, split="test")
 
 
-def _sample(root: str | None) -> Pair:
+def _sample(root: str | None) -> TrainAndEvaluation:
     folder = root or make_scenes()
     return load_coco(folder, split="train"), load_coco(folder, split="val")
 
@@ -156,7 +154,7 @@ class Setup:
     """Instead: their names."""
 
     @property
-    def own_settings(self) -> dict[str, Any]:
+    def grid_settings(self) -> dict[str, Any]:
         """Training arguments that were chosen for the grid; a table's own give way to them."""
         return ({} if self.preset == "default" else {"preset": self.preset}) | dict(self.settings)
 
@@ -216,7 +214,7 @@ class GridData:
             model, processor = self._load_model(**dict(cell.model))
             return {"model": model, "processing_class": processor}
         if self._frozen is None:
-            set_seed(0)  # the same backbone in every sitting, even one from scratch
+            set_seed(0)  # the same backbone in every process, even one from scratch
             self._frozen = FrozenBackbone(
                 *self._load_model(),
                 self.train,
@@ -286,20 +284,21 @@ def run_cell(
         out: The JSON file.
 
     Raises:
-        BlockingIOError: Another process is at this cell.
+        filelock.Timeout: Another process is at this cell.
     """
     folder, out = Path(folder), Path(out)
     if out.is_file():  # another process was faster
         return
     args = arguments_of(cell, setup, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder) if args.process_index == 0 else _nothing():
+    lock_file = folder.with_name(f"{folder.name}.lock")
+    with process_lock(lock_file, wait=False) if args.process_index == 0 else nullcontext():
         began, cpu = time.monotonic(), time.process_time()
-        given = data.model(cell, args)  # before the noise: the features' column is added to data.train
+        network = data.model(cell, args)  # before the noise: the features' column is added to data.train
         noise = {"single-positive": "single_positive"}.get(cell.noise, cell.noise)
         with args.main_process_first():
             train = add_noise(data.train, NoiseArguments(noise=noise, noise_rate=cell.rate, noise_seed=cell.seed))
-        trainer = trainer_for(cell.method, args, train_dataset=train, eval_dataset=data.evaluation, **given)
+        trainer = trainer_for(cell.method, args, train_dataset=train, eval_dataset=data.evaluation, **network)
         if args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
         trained = trainer.train(resume_from_checkpoint=args.save_strategy != "no")
@@ -314,6 +313,8 @@ def run_cell(
             }
             write_json(out, result)
             shutil.rmtree(folder, ignore_errors=True)
+    if args.process_index == 0:
+        lock_file.unlink(missing_ok=True)
 
 
 def _confidence(trainer: Any, train: datasets.Dataset) -> torch.Tensor:
@@ -358,14 +359,17 @@ def _result(
     }
 
 
-_LOGGED = ("loss", "label_", "sampler_", "p_clean", "co_teaching")
+# What Trainer logs of itself, by the names' beginnings. All else is the loss, or the method's own.
+_TRAINERS_OWN = ("epoch", "step", "grad_norm", "learning_rate", "num_input", "total_flos", "train_", "eval_", "test_")
 
 
 def _by_epoch(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was logged at the end of each epoch: training loss, label quality, the sampler's figures."""
+    """What was logged at the end of each epoch: the training loss and whatever figures the method has of its own, such
+    as label quality; None for one that is not finite."""
     by_epoch: dict[int, dict[str, Any]] = {}
     for line in history:
-        kept = {name: value for name, value in line.items() if name.startswith(_LOGGED)}
+        figures = {name: value for name, value in line.items() if not name.startswith(_TRAINERS_OWN)}
+        kept = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         if kept and float(line["epoch"]).is_integer():
             by_epoch.setdefault(int(line["epoch"]), {}).update(kept)
     return [{"epoch": epoch, **by_epoch[epoch]} for epoch in sorted(by_epoch)]
@@ -377,49 +381,28 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}
 
 
-def git_commit() -> str | None:
-    """The commit of this package's repository, `+changes` where files differ from it; None without a repository."""
-    folder = Path(__file__).parent
+def git_commit(root: Path = Path(__file__).parents[2]) -> str | None:
+    """The commit of the repository, `+changes` where the package or the benchmarks differ from it or have files that
+    are no part of it; None without a repository."""
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        root = Path(git("rev-parse", "--show-toplevel"))
-        if root != folder.parents[1]:  # an installed package inside somebody else's repository
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(root):  # a copy inside somebody else's repository
             return None
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", "--", ".") else "")
+        changes = git("status", "--porcelain", "--", "hf_balancemix", "benchmarks")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def write_json(file: Path, value: Any) -> None:
     """The file under its name only once it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False, default=str)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """One process at a time; a process that dies lets go."""
-    file = folder.with_name(f"{folder.name}.lock")
-    with open(file, "w") as stream:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    file.unlink()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+    with whole_file(file) as temporary:
+        text = json.dumps(value, indent=1, allow_nan=False, default=str)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def cell_from_json(value: Mapping[str, Any]) -> Cell:
@@ -440,7 +423,7 @@ def main(argv: list[str]) -> None:
     cell, setup = cell_from_json(job["cell"]), setup_from_json(job["setup"])
     try:
         run_cell(cell, setup, GridData(setup, job["data_dir"], job["cache_dir"]), job["folder"], job["out"])
-    except BlockingIOError:
+    except Timeout:
         sys.exit(BUSY)
     leave_process_group()
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.paper.numbers import mean_and_error, pearson
+from hf_balancemix.metrics import class_groups
+from hf_balancemix.report.figures import GROUP_COLOURS, new_figure
 
-GROUP_COLOURS = {"many": "#0072B2", "medium": "#56B4E9", "few": "#D55E00"}  # told apart by the colour-blind, too
+# Told apart by the colour-blind, too.
 _METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
@@ -28,9 +29,9 @@ def confidence_against_ap(
     figure, axes = _panels(len(panels), 4.6, 4.0)
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         for group, colour in GROUP_COLOURS.items():
-            own = [(c, ap) for g, c, ap in points if g == group]
-            if own:
-                axis.scatter(*zip(*own, strict=True), c=colour, label=f"{group}-shot", s=24)
+            of_group = [(c, ap) for g, c, ap in points if g == group]
+            if of_group:
+                axis.scatter(*zip(*of_group, strict=True), c=colour, label=f"{group}-shot", s=24)
         for name, (_, confidence, ap) in zip((names or {}).get(title, ()), points, strict=False):
             axis.annotate(
                 name.replace("$", r"\$"), (confidence, ap), fontsize=6, xytext=(2, 2), textcoords="offset points"
@@ -97,20 +98,20 @@ def class_counts_figure(panels: Mapping[str, Sequence[int]], many: int, few: int
     figure, axes = _panels(len(panels), 5.0, 3.4)
     for axis, (title, counts) in zip(axes, panels.items(), strict=True):
         counts = np.sort(np.asarray(counts))[::-1]
-        group = np.where(counts > many, "many", np.where(counts < few, "few", "medium"))
-        axis.bar(range(len(counts)), np.maximum(counts, 0.5), color=[GROUP_COLOURS[g] for g in group], width=0.9)
+        groups = class_groups(counts, many, few)
+        colours = [GROUP_COLOURS[name] for k in range(len(counts)) for name, mask in groups.items() if mask[k]]
+        axis.bar(range(len(counts)), np.maximum(counts, 0.5), color=colours, width=0.9)
         axis.set_yscale("log")
         for bound, text in ((many, "many"), (few, "few")):
             if counts.min(initial=bound) <= bound <= counts.max(initial=bound):
                 axis.axhline(bound, color="black", linewidth=0.8, linestyle="--")
                 axis.annotate(f"{text}: {bound:,}", (len(counts) - 1, bound), fontsize=7, ha="right", va="bottom")
-        sizes = ", ".join(f"{int((group == g).sum())} {g}" for g in GROUP_COLOURS)
+        sizes = ", ".join(f"{mask.sum()} {name}" for name, mask in groups.items())
         axis.set(title=f"{title}: {sizes}", xlabel="class by rank", ylabel="positive labels")
     return figure
 
 
 def _panels(number: int, width: float, height: float, polar: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * max(number, 1), height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width * max(number, 1), height, dpi=150)
     kind = {"projection": "polar"} if polar else {}
     return figure, [figure.add_subplot(1, number, i + 1, **kind) for i in range(number)]

@@ -23,32 +23,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from tqdm.auto import tqdm
 
 from benchmarks.paper.cell import BUSY, GridData, Setup, cell_from_json, run_cell, write_json
 from benchmarks.paper.numbers import as_csv, markdown
 from benchmarks.paper.tables import TABLES, Cell, entries_of, figure_of
+from hf_balancemix.files import is_temporary, whole_file
+from hf_balancemix.report.figures import figure_png
 
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[2]  # from where `benchmarks.paper` is imported
 
-Run = Callable[[Cell, Path, Path], None]
+RunCell = Callable[[Cell, Path, Path], None]  # given the cell, its work folder and the file that it writes
 
 
 @dataclass
-class Outcome:
-    """What a sitting did."""
+class CellsByOutcome:
+    """What became of the cells that were not finished when :func:`run_cells` was called."""
 
     ran: list[Cell] = field(default_factory=list)
+    """Finished now."""
     failed: dict[Cell, str] = field(default_factory=dict)
+    """With the error."""
     busy: list[Cell] = field(default_factory=list)
     """Another process is at them."""
-    left: list[Cell] = field(default_factory=list)
-    """Not begun, as the sitting's limit was reached."""
+    not_begun: list[Cell] = field(default_factory=list)
+    """As `max_cells` or `max_minutes` was reached."""
 
 
-class Jobs:
+class GridFolder:
     """The folder of a grid."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -68,6 +73,8 @@ class Jobs:
         """The finished cells of every data set. A file that cannot be read is left out with a warning."""
         found = {}
         for file in sorted(self.folder.glob("cells/*/*.json")):
+            if is_temporary(file.name):  # of a process that was killed
+                continue
             try:
                 result = json.loads(file.read_text(encoding="utf-8"))
                 found[cell_from_json(result["cell"])] = result
@@ -97,43 +104,43 @@ class Jobs:
 
 def run_cells(
     cells: Sequence[Cell],
-    jobs: Jobs,
-    run: Run,
+    grid: GridFolder,
+    run: RunCell,
     *,
     max_cells: int | None = None,
     max_minutes: float | None = None,
     show_progress: bool = True,
-) -> Outcome:
+) -> CellsByOutcome:
     """Run the cells that are not finished, one after another.
 
-    A cell that fails does not stop the others; it is tried again in the next sitting.
+    A cell that fails does not stop the others; the next call tries it again.
 
     Args:
         cells: In the order in which they are wanted.
-        jobs: The grid's folder.
-        run: Runs one cell: given the cell, its work folder and the file that it writes.
+        grid: Its folder.
+        run: Runs one cell.
         max_cells: Begin no more than so many.
         max_minutes: Begin none after so many minutes.
         show_progress: Show a bar over the whole grid.
     """
-    outcome, began = Outcome(), time.monotonic()
-    finished = sum(map(jobs.is_finished, cells))
+    outcome, began = CellsByOutcome(), time.monotonic()
+    finished = sum(map(grid.is_finished, cells))
     bar = tqdm(total=len(cells), initial=finished, unit="cell", dynamic_ncols=True, disable=not show_progress)
     with bar:
         for cell in cells:
-            if jobs.is_finished(cell):
+            if grid.is_finished(cell):
                 continue
             begun = len(outcome.ran) + len(outcome.failed)
             over = max_minutes is not None and time.monotonic() - began >= 60 * max_minutes
             if over or (max_cells is not None and begun >= max_cells):
-                outcome.left.append(cell)
+                outcome.not_begun.append(cell)
                 continue
             bar.set_description(f"{cell.dataset} {cell.name}")
             try:
-                run(cell, jobs.work_folder(cell), jobs.result_file(cell))
+                run(cell, grid.work_folder(cell), grid.result_file(cell))
                 outcome.ran.append(cell)
                 bar.update()
-            except BlockingIOError:
+            except Timeout:
                 outcome.busy.append(cell)
             except Exception as error:  # whatever goes wrong in one cell, the others are wanted
                 logger.exception("The cell %s failed.", cell.name)
@@ -142,7 +149,7 @@ def run_cells(
     return outcome
 
 
-def in_this_process(setup: Setup, data: GridData) -> Run:
+def in_this_process(setup: Setup, data: GridData) -> RunCell:
     """Cells of a frozen backbone are done in seconds, most of which a process of their own would take to start."""
 
     def run(cell: Cell, folder: Path, out: Path) -> None:
@@ -151,7 +158,7 @@ def in_this_process(setup: Setup, data: GridData) -> Run:
     return run
 
 
-def launched(setup: Setup, data_dir: str | None, cache_dir: str, accelerate_config: str | None) -> Run:
+def launched(setup: Setup, data_dir: str | None, cache_dir: str, accelerate_config: str | None) -> RunCell:
     """Each cell under `accelerate launch`, with its output in `log.txt` beside its checkpoints."""
     configured = ["--config_file", accelerate_config] if accelerate_config else []
     launch = [sys.executable, "-m", "accelerate.commands.launch", *configured, "-m", "benchmarks.paper.cell"]
@@ -164,7 +171,7 @@ def launched(setup: Setup, data_dir: str | None, cache_dir: str, accelerate_conf
         with open(log, "a", encoding="utf-8") as stream:
             status = _wait([*launch, str(folder / "job.json")], stream)
         if status == BUSY:
-            raise BlockingIOError
+            raise Timeout(str(folder))
         if status != 0 or not out.is_file():
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise RuntimeError(f"exit status {status}; {lines[-1] if lines else 'no output'} (see {log})")
@@ -202,7 +209,7 @@ def _as_interrupt(number: int) -> Iterator[None]:
 
 
 def render(
-    jobs: Jobs,
+    grid: GridFolder,
     setup: Setup,
     tables: Sequence[int],
     figures: Sequence[int],
@@ -212,7 +219,7 @@ def render(
     """Write the tables (Markdown, CSV) and figures (PNG) of the finished cells into the grid's folder.
 
     Args:
-        jobs: The grid's folder.
+        grid: Its folder.
         setup: Whose data set is shown.
         tables: Numbers in `TABLES`.
         figures: Numbers in `FIGURES`. One that no cell says anything about is not written.
@@ -222,27 +229,29 @@ def render(
     Returns:
         The files.
     """
-    results, written = jobs.results(), []
-    own = [result for cell, result in results.items() if cell.dataset == setup.dataset]
+    results, written = grid.results(), []
+    of_dataset = [result for cell, result in results.items() if cell.dataset == setup.dataset]
     for number in tables:
         table = TABLES[number]
-        entries = entries_of(table, setup.dataset, results, methods, setup.own_settings)
+        entries = entries_of(table, setup.dataset, results, methods, setup.grid_settings)
         quoted = "" if setup.dataset in table.datasets else f" ({table.datasets[0]})"
-        note = " ".join(filter(None, [_conditions(setup, own), table.note]))
+        note = " ".join(filter(None, [_conditions(setup, of_dataset), table.note]))
         text = markdown(f"Table {number}: {table.title}", entries, note, f"paper{quoted}")
         for suffix, content in ((".md", text), (".csv", as_csv(entries))):
-            file = jobs.folder / f"table{number}{suffix}"
-            _write_text(file, content)
+            file = grid.folder / f"table{number}{suffix}"
+            with whole_file(file) as temporary:
+                temporary.write_text(content, encoding="utf-8")
             written.append(file)
-    if class_counts is None and own:
-        class_counts = own[0]["class_counts"]
+    if class_counts is None and of_dataset:
+        class_counts = of_dataset[0]["class_counts"]
     for number in figures:
         drawn = figure_of(number, setup.dataset, results, class_counts, setup.many_shot, setup.few_shot)
         if drawn is None:
             logger.warning("Figure %d is not drawn: none of its cells is finished.", number)
             continue
-        file = jobs.folder / f"figure{number}.png"
-        drawn.savefig(file, metadata={"Software": None})
+        file = grid.folder / f"figure{number}.png"
+        with whole_file(file) as temporary:
+            temporary.write_bytes(figure_png(drawn))
         written.append(file)
     return written
 
@@ -266,10 +275,3 @@ def _conditions(setup: Setup, results: Sequence[dict[str, Any]]) -> str:
             f"median training time {seconds[len(seconds) // 2]:.0f} s a run",
         ]
     return "; ".join(parts) + "."
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

@@ -10,6 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scipy.stats import pearsonr, rankdata, sem
+
+from hf_balancemix.report import markdown_table
+
 _HERE = Path(__file__).parent
 
 
@@ -54,8 +58,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """
     if not values:
         raise ValueError("no value is given; a mean needs at least one.")
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+    return statistics.fmean(values), float(sem(values)) if len(values) > 1 else None
 
 
 def shown(values: Sequence[float]) -> str:
@@ -72,19 +75,16 @@ def markdown(title: str, entries: Sequence[Entry], note: str = "", paper_heading
     if note:
         text += [note, ""]
     for part in _distinct(entry.part for entry in entries):
-        own = [entry for entry in entries if entry.part == part]
-        columns, by_place = _distinct(e.column for e in own), {(e.row, e.column): e for e in own}
+        of_part = [entry for entry in entries if entry.part == part]
+        columns, by_place = _distinct(e.column for e in of_part), {(e.row, e.column): e for e in of_part}
         lines = [["", *(f"{column}: {who}" for column in columns for who in (paper_heading, "ours"))]]
-        for row in _distinct(e.row for e in own):
+        for row in _distinct(e.row for e in of_part):
             cells = [row]
             for column in columns:
                 entry = by_place.get((row, column), Entry(part, row, column))
                 cells += ["-" if entry.paper is None else f"{entry.paper:.1f}", shown(entry.ours)]
             lines.append(cells)
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
-        rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-        text += [f"## {part}", "", rows[0], rule, *rows[1:], ""]
+        text += [f"## {part}", "", markdown_table(lines, num_left=len(lines[0])), ""]
     return "\n".join(text)
 
 
@@ -110,7 +110,7 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     """
     if len(x) < 2 or len(set(x)) == 1 or len(set(y)) == 1:
         return math.nan
-    return statistics.correlation(x, y)
+    return float(pearsonr(x, y).statistic)
 
 
 def ranks(values: dict[str, float]) -> dict[str, float]:
@@ -120,9 +120,7 @@ def ranks(values: dict[str, float]) -> dict[str, float]:
         >>> ranks({"a": 3.0, "b": 5.0, "c": 3.0})
         {'a': 2.5, 'b': 1.0, 'c': 2.5}
     """
-    larger = {a: sum(v > values[a] for v in values.values()) for a in values}
-    equal = {a: sum(v == values[a] for v in values.values()) for a in values}
-    return {a: larger[a] + (equal[a] + 1) / 2 for a in values}
+    return dict(zip(values, rankdata([-value for value in values.values()]).tolist(), strict=True))
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,6 +22,7 @@ from benchmarks.paper.figures import (
     sampling_over_epochs,
 )
 from benchmarks.paper.numbers import Entry, mean_and_error, ranks, read_paper_numbers
+from hf_balancemix.core import BalanceMixSettings
 from hf_balancemix.methods.registry import METHODS
 from hf_balancemix.scripts.train import single_positive_settings
 
@@ -34,7 +35,6 @@ FLIP: tuple[Noise, ...] = (("flip", 0.2), ("flip", 0.4))
 SINGLE: Noise = ("single-positive", 0.0)
 REAL: Noise = ("real-world", 0.0)  # the labels as published
 GROUPS = ("all", "many", "medium", "few")
-_DEFAULTS = {"relabel_threshold": 0.975, "mixup_alpha": 4.0}
 _QUALITY = {
     "clean precision": "clean_precision",
     "clean recall": "clean_recall",
@@ -270,7 +270,7 @@ def cells_of(
     dataset: str,
     seeds: Sequence[int],
     methods: Sequence[str] | None = None,
-    own_settings: Mapping[str, Any] | None = None,
+    grid_settings: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """The training runs that the tables are made of, each once, the first seed's first.
 
@@ -279,7 +279,7 @@ def cells_of(
         dataset: The data set's name.
         seeds: One run each; the seed is that of the noise, too.
         methods: As for :func:`rows_of`.
-        own_settings: Training arguments of the whole grid, to which a search table's are compared: a search's cell
+        grid_settings: Training arguments of the whole grid, to which a search table's are compared: a search's cell
             with the usual value is the usual cell.
     """
     cells: dict[Cell, None] = {}
@@ -288,15 +288,15 @@ def cells_of(
             for row in rows_of(table, methods):
                 for noise in row.noises or table.noises:
                     if row.method is not None:
-                        cells[cell_of(row, noise, dataset, seed, own_settings)] = None
+                        cells[cell_of(row, noise, dataset, seed, grid_settings)] = None
     return list(cells)
 
 
-def cell_of(row: Row, noise: Noise, dataset: str, seed: int, own_settings: Mapping[str, Any] | None = None) -> Cell:
+def cell_of(row: Row, noise: Noise, dataset: str, seed: int, grid_settings: Mapping[str, Any] | None = None) -> Cell:
     """The run of a row with a noise and a seed."""
-    own = dict(own_settings or {})
-    usual = _DEFAULTS | settings_by_noise(noise[0], own.get("preset", "default")) | own
-    settings = {name: value for name, value in row.recipe.items() if name not in (own_settings or {})}
+    chosen = dict(grid_settings or {})
+    usual = asdict(BalanceMixSettings()) | settings_by_noise(noise[0], chosen.get("preset", "default")) | chosen
+    settings = {name: value for name, value in row.recipe.items() if name not in chosen}
     settings |= {name: value for name, value in row.settings.items() if usual.get(name) != value}
     return Cell(dataset, *noise, row.method or "", seed, tuple(settings.items()), tuple(row.model.items()))
 
@@ -309,7 +309,7 @@ def entries_of(
     dataset: str,
     results: Results,
     methods: Sequence[str] | None = None,
-    own_settings: Mapping[str, Any] | None = None,
+    grid_settings: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
     """The numbers of a table in per cent: the paper's, and those of the finished cells.
 
@@ -318,7 +318,7 @@ def entries_of(
         dataset: Whose cells are shown.
         results: What the finished cells say.
         methods: As for :func:`rows_of`.
-        own_settings: As for :func:`cells_of`.
+        grid_settings: As for :func:`cells_of`.
 
     Returns:
         Parts without any number are left out.
@@ -326,7 +326,7 @@ def entries_of(
     runs = _by_condition(results)
     quoted = dataset if dataset in table.datasets else table.datasets[0]
     build = _quality_entries if table.label_quality else _map_entries
-    entries = build(table, dataset, quoted, runs, rows_of(table, methods), own_settings)
+    entries = build(table, dataset, quoted, runs, rows_of(table, methods), grid_settings)
     filled = {entry.part for entry in entries if entry.paper is not None or entry.ours}
     return [entry for entry in entries if entry.part in filled]
 
@@ -337,7 +337,7 @@ def _map_entries(
     quoted: str,
     runs: Mapping[Cell, Sequence[Mapping[str, Any]]],
     rows: Sequence[Row],
-    own_settings: Mapping[str, Any] | None,
+    grid_settings: Mapping[str, Any] | None,
 ) -> list[Entry]:
     paper = {
         (*_where(line), line["method"], line["class_group"], line["setting"]): float(line["mAP_percent"])
@@ -352,7 +352,7 @@ def _map_entries(
             for noise in row.noises or table.noises:
                 key = (quoted, *noise, row.paper_method or row.name, group, row.paper_setting)
                 entry = Entry(_group_name(group), row.name, noise_name(noise), paper.get(key))
-                for result in runs.get(cell_of(row, noise, dataset, -1, own_settings), ()) if row.method else ():
+                for result in runs.get(cell_of(row, noise, dataset, -1, grid_settings), ()) if row.method else ():
                     if (value := result["mAP"].get(group)) is not None:
                         entry.ours.append(100 * value)
                         by_seed[result["cell"]["seed"]].append(100 * value)
@@ -370,7 +370,7 @@ def _quality_entries(
     quoted: str,
     runs: Mapping[Cell, Sequence[Mapping[str, Any]]],
     rows: Sequence[Row],
-    own_settings: Mapping[str, Any] | None,
+    grid_settings: Mapping[str, Any] | None,
 ) -> list[Entry]:
     paper = {
         (*_where(line), line["training_progress"]): line
@@ -381,7 +381,7 @@ def _quality_entries(
     for row in rows:
         for noise in row.noises or table.noises:
             part = noise_name(noise) if len(rows) == 1 else f"{row.name}, {noise_name(noise)}"
-            found = runs.get(cell_of(row, noise, dataset, -1, own_settings), ())
+            found = runs.get(cell_of(row, noise, dataset, -1, grid_settings), ())
             for progress in (25, 50, 75, 100):
                 line = paper.get((quoted, *noise, f"{progress}%"), {}) if row.name == "balancemix" else {}
                 for heading, figure in _QUALITY.items():
@@ -493,8 +493,8 @@ def _rank_panels(table: Table, dataset: str, runs: Mapping[Cell, Sequence[Mappin
                 return float(line["mAP_percent"])
         return None
 
-    own = corner_ranks(ours)
-    return {"paper": corner_ranks(printed)} | ({f"ours ({dataset})": own} if own else {})
+    our_ranks = corner_ranks(ours)
+    return {"paper": corner_ranks(printed)} | ({f"ours ({dataset})": our_ranks} if our_ranks else {})
 
 
 def _sampling_panels(table: Table, dataset: str, runs: Mapping[Cell, Sequence[Mapping[str, Any]]]) -> Any:

@@ -7,10 +7,13 @@ import io
 import json
 import math
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,13 +22,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, make_dataset
-from scipy.stats import pearsonr, rankdata
+from filelock import Timeout
 from sklearn.metrics import average_precision_score
 from test_examples import EXAMPLES, error_of, make_coco
 
 from benchmarks.paper import cell as cell_module
-from benchmarks.paper.cell import GridData, Setup, Source, arguments_of, run_cell
-from benchmarks.paper.grid import Jobs, launched, render, run_cells
+from benchmarks.paper.cell import GridData, Setup, Source, arguments_of, git_commit, run_cell
+from benchmarks.paper.grid import GridFolder, launched, render, run_cells
 from benchmarks.paper.numbers import (
     Entry,
     as_csv,
@@ -48,6 +51,7 @@ from benchmarks.paper.tables import (
     quality_at,
     rows_of,
 )
+from hf_balancemix.files import is_temporary, process_lock
 
 # ---- the tables as data ----
 
@@ -147,8 +151,8 @@ def test_table_6_is_trained_with_the_recipe_unless_the_grid_says_otherwise(tmp_p
     assert cell.settings == (("preset", "ml-decoder"),)
     a = args(cell, **own)
     assert (a.num_train_epochs, a.global_batch_size, a.ema_decay, a.cutout) == (2, 8, 0.5, 0.5)
-    assert Setup("coco2014").own_settings == {}
-    own = Setup("coco2014", preset="paper", settings={"bf16": True}).own_settings  # `--preset paper`
+    assert Setup("coco2014").grid_settings == {}
+    own = Setup("coco2014", preset="paper", settings={"bf16": True}).grid_settings  # `--preset paper`
     assert own == {"preset": "paper", "bf16": True}
     (cell,) = cells_of([TABLES[6]], "coco2014", [0], ["ml-decoder, resnet101@448"], own)
     assert args(cell, preset="paper").optim == "sgd"
@@ -195,14 +199,15 @@ def test_means_and_errors_by_hand():
         mean_and_error([])
 
 
-def test_ranks_and_correlation_against_scipy():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        values = {str(i): float(v) for i, v in enumerate(rng.integers(0, 5, 8))}
-        assert list(ranks(values).values()) == rankdata([-v for v in values.values()]).tolist()
-        x, y = rng.random(9), rng.random(9)
-        assert pearson(x.tolist(), y.tolist()) == pytest.approx(pearsonr(x, y).statistic)
-    assert math.isnan(pearson([1.0, 1.0], [2.0, 3.0]))
+def test_ranks_and_correlation_by_hand():
+    assert ranks({"a": 0.7, "b": 0.2, "c": 0.7, "d": 0.9, "e": 0.7}) == {"a": 3, "b": 5, "c": 3, "d": 1, "e": 3}
+    assert ranks({"a": 0.5}) == {"a": 1}
+    # Deviations -1, 0, 1 and -2, 1, 1: r = 3 / sqrt(2 * 6).
+    assert pearson([1.0, 2.0, 3.0], [5.0, 8.0, 8.0]) == pytest.approx(3 / math.sqrt(12))
+    assert pearson([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(math.isnan(pearson(x, y)) for x, y in (([], []), ([1.0], [2.0]), ([1.0, 1.0], [2.0, 3.0])))
 
 
 def result(cell: Cell, ap: dict[str, float | None], **more) -> dict:
@@ -298,11 +303,32 @@ def test_figures_are_drawn_from_what_is_finished():
     assert set(FIGURES) == {3, 4, 6, 7}
 
 
+@pytest.mark.parametrize(
+    ("name", "numbers", "methods"),
+    [
+        (
+            "voc2012_frozen",
+            (1, 2, 3, 5),
+            "bce mixup asl co-teaching t-estimator ll-r ll-ct balancemix +minority +clean +relabel",
+        ),
+        ("voc2012_finetuned", (1, 2), "bce mixup asl balancemix"),
+    ],
+)
+def test_the_tables_of_the_docs_are_those_of_their_cells(name, numbers, methods, tmp_path):
+    source = EXAMPLES.parent / "docs" / "results" / name
+    shutil.copytree(source / "cells", tmp_path / "cells")
+    setup = cell_module.setup_from_json(json.loads((source / "setup-voc2012.json").read_text()))
+    files = render(GridFolder(tmp_path), setup, numbers, [], methods.split())
+    assert {file.name for file in files} == {file.name for file in source.glob("table*")}
+    for file in files:
+        assert file.read_bytes() == (source / file.name).read_bytes()
+
+
 # ---- running ----
 
 
 def test_finished_cells_are_not_run_again_and_a_failure_stops_nothing(tmp_path):
-    jobs, cells = Jobs(tmp_path), cells_of([TABLES[8]], "coco", [0])
+    jobs, cells = GridFolder(tmp_path), cells_of([TABLES[8]], "coco", [0])
     asked: list[str] = []
 
     def run(cell: Cell, folder: Path, out: Path) -> None:
@@ -310,12 +336,12 @@ def test_finished_cells_are_not_run_again_and_a_failure_stops_nothing(tmp_path):
         if "alpha-2" in cell.name and len(asked) < 4:
             raise RuntimeError("too warm")
         if "alpha-8" in cell.name and len(asked) < 6:
-            raise BlockingIOError
+            raise Timeout("cell.lock")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result(cell, {"all": 0.5})))
 
     first = run_cells(cells, jobs, run, max_cells=2, show_progress=False)
-    assert (first.ran, len(first.left)) == ([cells[0]], 2)
+    assert (first.ran, len(first.not_begun)) == ([cells[0]], 2)
     assert first.failed == {cells[1]: "RuntimeError: too warm"}
     second = run_cells(cells, jobs, run, show_progress=False)
     assert second.ran == [cells[2]]
@@ -325,13 +351,13 @@ def test_finished_cells_are_not_run_again_and_a_failure_stops_nothing(tmp_path):
     assert len(asked) == 7
     assert run_cells(cells, jobs, run, show_progress=False).ran == []
     assert set(jobs.results()) == set(cells)
-    assert run_cells(cells, Jobs(tmp_path / "new"), run, max_minutes=0, show_progress=False).left == cells
+    assert run_cells(cells, GridFolder(tmp_path / "new"), run, max_minutes=0, show_progress=False).not_begun == cells
 
 
 def test_another_setup_needs_another_folder(tmp_path):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"1")
-    setup, jobs = Setup("voc", backbone_weights=str(weights), eval_classes=("cat",)), Jobs(tmp_path / "jobs")
+    setup, jobs = Setup("voc", backbone_weights=str(weights), eval_classes=("cat",)), GridFolder(tmp_path / "jobs")
     jobs.check_setup(setup)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -352,17 +378,15 @@ FLAGS = [
 ]  # fmt: skip
 SHORT = ["--set", "use_cpu=true", "num_train_epochs=2", "label_warmup_epochs=1", "global_batch_size=8"]
 KILLED = """
-import os, runpy, signal, sys
-from benchmarks.paper import cell
-write, left = cell.write_json, [3]
-def write_or_die(file, value):
-    if file.parent.name == "coco":
+import os, pathlib, runpy, signal
+replace, left = os.replace, [3]
+def replace_or_die(temporary, file):
+    if pathlib.Path(file).parent.name == "coco":
         left[0] -= 1
         if left[0] == 0:
-            file.with_suffix(".tmp").write_text('{"cell":')
             os.kill(os.getpid(), signal.SIGKILL)
-    write(file, value)
-cell.write_json = write_or_die
+    replace(temporary, file)
+os.replace = replace_or_die
 runpy.run_module("benchmarks.paper", run_name="__main__")
 """
 
@@ -389,8 +413,10 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(coco, tmp_path, monkeypatch,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    before = {file: file.stat().st_mtime_ns for file in (jobs / "cells" / "coco").glob("*.json")}
-    assert len(before) == 2
+    files = sorted((jobs / "cells" / "coco").iterdir())
+    assert [is_temporary(file.name) for file in files] == [True, False, False]
+    assert len(GridFolder(jobs).results()) == 2  # the third is written, but nobody was told that it is whole
+    before = {file: file.stat().st_mtime_ns for file in files[1:]}
     (cache,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
     made = (cache / "features.npy").stat().st_mtime_ns
 
@@ -399,7 +425,7 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(coco, tmp_path, monkeypatch,
     assert "4 cells run now, 6 of 6 finished." in printed
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert (cache / "features.npy").stat().st_mtime_ns == made
-    assert not list((jobs / "cells").rglob("*.tmp"))
+    assert len(GridFolder(jobs).results()) == 6
     assert not list((jobs / "work").rglob("*"))[1:]  # nothing is left but the data set's folder
     names = {"table1.md", "table1.csv", "table14.md", "table14.csv", "figure3.png", "figure6.png", "figure7.png"}
     assert names <= {p.name for p in jobs.iterdir()}
@@ -481,6 +507,65 @@ def test_a_cell_goes_on_from_its_checkpoint_and_counts_the_named_classes(tmp_pat
     assert asdict(cell_module.cell_from_json(stored["cell"])) == asdict(cell)
 
 
+def epochs_of(method: str, tmp_path: Path, monkeypatch) -> list[dict]:
+    """What the JSON of a cell says of each epoch."""
+    setup, data = tiny_setup(monkeypatch, tmp_path)
+    cell, out = Cell("sample", "mislabel", 0.4, method, 0), tmp_path / "cell.json"
+    run_cell(cell, setup, data, tmp_path / "work", out)
+    return json.loads(out.read_text())["epochs"]
+
+
+def test_the_figures_that_a_method_logs_of_itself_are_kept(tmp_path, monkeypatch):
+    of_method = {
+        "co-teaching": {"clean_instances_first", "clean_instances_second", "clean_instances_both"},
+        "t-estimator": {"t_up_mean", "t_down_mean"},
+        "ll-cp": {"large_loss_corrected"},
+        "balancemix": {"label_clean_precision", "sampler_effective_size", "p_clean_mean"},
+        "bce": set(),
+    }
+    for method, names in of_method.items():
+        epochs = epochs_of(method, tmp_path / method, monkeypatch)
+        assert [line["epoch"] for line in epochs] == [1, 2, 3]
+        assert all(line["loss"] > 0 for line in epochs)
+        assert names <= set().union(*epochs), method
+        if method == "bce":  # and nothing of Trainer's own
+            assert set().union(*epochs) == {"epoch", "loss"}
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
+    setup, data = tiny_setup(monkeypatch, tmp_path)
+    cell = Cell("sample", "clean", 0.0, "bce", 0)
+    with process_lock(tmp_path / "work.lock"), pytest.raises(Timeout):
+        run_cell(cell, setup, data, tmp_path / "work", tmp_path / "cell.json")
+    run_cell(cell, setup, data, tmp_path / "work", tmp_path / "cell.json")
+    assert (tmp_path / "cell.json").is_file()
+    assert not (tmp_path / "work.lock").exists()
+
+
+def test_the_commit_says_whether_the_code_differs_from_it(tmp_path):
+    def git(*command: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True)
+
+    assert git_commit(tmp_path) is None
+    for folder in ("hf_balancemix/core", "benchmarks/paper", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text("as committed")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "docs" / "file").write_text("other")
+    assert git_commit(tmp_path) == commit
+    for folder in ("hf_balancemix/core", "benchmarks/paper"):
+        for name in ("file", "new"):
+            (tmp_path / folder / name).write_text("other")
+            assert git_commit(tmp_path) == f"{commit}+changes"
+            git("stash", "--include-untracked")
+    assert git_commit(tmp_path / "docs") is None  # a copy inside somebody else's repository
+
+
 def test_min_positives_counts_both_parts(tmp_path, monkeypatch):
     setup, data = tiny_setup(monkeypatch, tmp_path)
     train, val = (np.bincount(np.concatenate(p["labels"]), minlength=5) for p in (data.train, data.evaluation))
@@ -495,7 +580,7 @@ def test_min_positives_counts_both_parts(tmp_path, monkeypatch):
 def test_a_cell_under_accelerate_launch(coco, tmp_path):
     settings = {"use_cpu": True, "num_train_epochs": 1, "global_batch_size": 8}
     values = {"from_scratch": True, "model_name_or_path": "test_resnet", "head": "linear", "image_size": 32}
-    setup, jobs = Setup("coco", settings=settings, **values), Jobs(tmp_path)
+    setup, jobs = Setup("coco", settings=settings, **values), GridFolder(tmp_path)
     config = str(EXAMPLES / "accelerate_configs" / "cpu.yaml")
     cells = [cell_of(TABLES[1].rows[0], CLEAN, "coco", 0)]
     wrong = launched(setup, str(coco), "", str(tmp_path / "nowhere.yaml"))
