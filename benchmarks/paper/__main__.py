@@ -6,7 +6,8 @@ r"""Fill the paper's tables (1 to 15) and figures (3, 4, 6, 7) with numbers of y
 
 A table is a grid of training runs, its cells. Finished cells are never run again, and one that was stopped goes on
 from its last checkpoint: run the same command as often as needed. With --frozen_backbone a small head is trained on
-cached features of the backbone, which takes seconds to minutes a cell.
+cached features of the backbone, which takes seconds to minutes a cell. --render_only needs no data and no weights: it
+shows the finished cells of --jobs_dir.
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     datasets.disable_progress_bars()  # the grid has one
     setup, grid = setup_of(asked), GridFolder(asked.jobs_dir)
+    if asked.render_only:
+        setup = grid.stored_setup(setup.dataset) or setup
     tables = [TABLES[n] for n in asked.table or ()]
     figures = [FIGURES[n] for n in asked.figure or ()]
     cells = cells_of(tables, setup.dataset, range(asked.seeds), asked.methods, setup.grid_settings)

@@ -26,7 +26,7 @@ from typing import Any
 from filelock import Timeout
 from tqdm.auto import tqdm
 
-from benchmarks.paper.cell import BUSY, GridData, Setup, cell_from_json, run_cell, write_json
+from benchmarks.paper.cell import BUSY, GridData, Setup, cell_from_json, run_cell, setup_from_json, write_json
 from benchmarks.paper.numbers import as_csv, markdown
 from benchmarks.paper.tables import TABLES, Cell, entries_of, figure_of
 from hf_balancemix.files import is_temporary, whole_file
@@ -82,17 +82,24 @@ class GridFolder:
                 logger.warning("%s is left out: it is no result of a cell (%r).", file, error)
         return found
 
+    def stored_setup(self, dataset: str) -> Setup | None:
+        """The setup of the data set's cells, with the name alone of the file with the weights; None without cells."""
+        facts = self._setup_facts(dataset)
+        if facts is None:
+            return None
+        weights = facts["backbone_weights"]
+        return setup_from_json(facts | {"backbone_weights": weights and weights["file"]})
+
     def check_setup(self, setup: Setup) -> None:
         """Remember the setup with the first cell; afterwards it must stay the same.
 
         Raises:
             ValueError: It differs from that of the cells that are there.
         """
-        file, facts = self.folder / f"setup-{setup.dataset}.json", setup.facts()
-        if not file.is_file():
-            write_json(file, facts)
+        facts, stored = setup.facts(), self._setup_facts(setup.dataset)
+        if stored is None:
+            write_json(self._setup_file(setup.dataset), facts)
             return
-        stored = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in facts if stored.get(name) != facts[name]]
         if changed:
             differences = "; ".join(f"{n} was {stored.get(n)!r} and is {facts[n]!r}" for n in changed)
@@ -100,6 +107,13 @@ class GridFolder:
                 f"{self.folder} holds cells of another setup: {differences}. Their numbers cannot be compared: "
                 "pass the same flags, or another --jobs_dir."
             )
+
+    def _setup_file(self, dataset: str) -> Path:
+        return self.folder / f"setup-{dataset}.json"
+
+    def _setup_facts(self, dataset: str) -> dict[str, Any] | None:
+        file = self._setup_file(dataset)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def run_cells(
