@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from hf_balancemix.core.loss_histogram import LossHistogram, bin_edges
 from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures, MixtureSettings
+from hf_balancemix.report import markdown_table
 
 NOISES = ("clean", "mislabel40", "flip40")
 SMALL = ((100, 1), (1_000, 1), (10_000, 1), (100, 80), (1_000, 80), (10_000, 80))
@@ -186,13 +187,9 @@ def main() -> None:
     steps += sum(2 * num_classes for _, num_classes in SMALL) * len(MIXTURE_PRESETS) * args.rounds
     bar = tqdm(total=steps, unit="sklearn fit", mininterval=1)
 
-    lines = [
-        f"N = {shape[0]:,}, K = {shape[1]}, {num_sets} sets, {args.rounds} rounds, one thread",
-        "",
-        "| losses | preset | faster, counting + fit | faster, fit alone | ours, ms | same p > 0.5, with tolerance | "
-        "sets that stop elsewhere | max difference of p, fixed iterations |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heading = ["losses", "preset", "faster, counting + fit", "faster, fit alone", "ours, ms"]
+    heading += ["same p > 0.5, with tolerance", "sets that stop elsewhere", "max difference of p, fixed iterations"]
+    main_table = [heading]
     for noise in (*NOISES, "flip40, no model noise"):
         timed = noise in NOISES
         arms = Arms(*simulate(noise.split(",")[0], *shape, model_noise=0.3 if timed else 0.0))
@@ -210,14 +207,12 @@ def main() -> None:
             mixtures, *_ = arms.ours(fixed(settings))
             _, largest, _ = arms.compare(mixtures, arms.sklearn(fixed(settings), bar)[0])
             row = rows[preset]
-            speed = f"{ratio(row.whole)} | {ratio(row.fit)} | {statistics.median(row.milliseconds):.0f}"
-            lines.append(
-                f"| {noise} | {preset} | {speed if timed else '- | - | -'} | {100 * same:.4f} % | "
-                f"{stopped} of {num_sets} | {largest:.1e} ({fixed(settings).max_iter} iterations) |"
-            )
+            speed = [ratio(row.whole), ratio(row.fit), f"{statistics.median(row.milliseconds):.0f}"]
+            agrees = [f"{100 * same:.4f} %", f"{stopped} of {num_sets}"]
+            agrees += [f"{largest:.1e} ({fixed(settings).max_iter} iterations)"]
+            main_table.append([noise, preset, *(speed if timed else "---"), *agrees])
 
-    lines += ["", "Where it gains little (mislabel40):", ""]
-    lines += ["| N | K | preset | faster, counting + fit |", "|---|---|---|---|"]
+    small_table = [["N", "K", "preset", "faster, counting + fit"]]
     for num_instances, num_classes in SMALL:
         arms = Arms(*simulate("mislabel40", num_instances, num_classes))
         rows = {preset: Row() for preset in MIXTURE_PRESETS}
@@ -227,9 +222,12 @@ def main() -> None:
                 _, seconds = arms.sklearn(settings, bar)
                 rows[preset].add(*own, seconds)
         for preset, row in rows.items():
-            lines.append(f"| {num_instances:,} | {num_classes} | {preset} | {ratio(row.whole)} |")
+            small_table.append([f"{num_instances:,}", f"{num_classes}", preset, ratio(row.whole)])
     bar.close()
-    print("\n".join(lines))
+    print(f"N = {shape[0]:,}, K = {shape[1]}, {num_sets} sets, {args.rounds} rounds, one thread\n")
+    print(markdown_table(main_table, num_left=len(main_table[0]), pad=False))
+    print("\nWhere it gains little (mislabel40):\n")
+    print(markdown_table(small_table, num_left=len(small_table[0]), pad=False))
 
 
 if __name__ == "__main__":

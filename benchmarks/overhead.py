@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PrinterCallback
 
 from hf_balancemix import BalanceMixTrainingArguments, Mislabel, load_coco, load_model, make_scenes
 from hf_balancemix.data import class_names
 from hf_balancemix.methods import trainer_for
+from hf_balancemix.report import markdown_table
 
 PARTS = ("data", "views", "step", "scan", "mixture fit")
 
@@ -57,6 +59,7 @@ def one_epoch(method: str, args: BalanceMixTrainingArguments, network: str, trai
     torch.manual_seed(0)
     model, processor = load_model(network, class_names(train), image_size=args.image_size, pretrained=False)
     trainer = trainer_for(method, args, model=model, train_dataset=train, processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
     clock, marks = Clock(), []
     trainer.training_step = clock.wrap("step", trainer.training_step)
     trainer.get_batch_samples = clock.wrap("data", trainer.get_batch_samples)
@@ -114,12 +117,12 @@ def main() -> None:
     base = medians["bce"]["epoch"]
     print(f"\n{len(train)} images, {options.network}, 64 px, batch {options.batch_size}, "
           f"{torch.get_num_threads()} threads, median of {options.rounds} rounds; seconds an epoch\n")  # fmt: skip
-    print("| method | " + " | ".join(PARTS) + " | other | epoch | ratio to bce |")
-    print("|---|" + "---:|" * (len(PARTS) + 3))
+    table = [["method", *PARTS, "other", "epoch", "ratio to bce"]]
     for method, row in medians.items():
         other = row["epoch"] - sum(row[p] for p in PARTS)
-        cells = [*(row[p] for p in PARTS), other, row["epoch"]]
-        print(f"| {method} | " + " | ".join(f"{c:.2f}" for c in cells) + f" | {row['epoch'] / base:.2f} |")
+        numbers = [*(row[p] for p in PARTS), other, row["epoch"], row["epoch"] / base]
+        table.append([method, *(f"{number:.2f}" for number in numbers)])
+    print(markdown_table(table, pad=False))
 
 
 if __name__ == "__main__":

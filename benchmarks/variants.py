@@ -27,6 +27,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from scipy.stats import sem
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -47,9 +48,11 @@ from hf_balancemix.core import (
 )
 from hf_balancemix.core.sampling import confidence_sums, confidences_from_sums, systematic_resample
 from hf_balancemix.data import ViewMaker, class_names, given_labels, label_matrix
+from hf_balancemix.files import cache_folder
 from hf_balancemix.frozen.cache import ROW_COLUMN, cache_features
 from hf_balancemix.frozen.head import backbone_digest, pooled_features
 from hf_balancemix.metrics import class_groups, mean_average_precision
+from hf_balancemix.report import markdown_table
 
 GROUPS = ("all", "many", "medium", "few")
 NOISES: dict[str, Callable[[float, int], Any]] = {
@@ -424,20 +427,20 @@ def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: mAP of each variant, and its difference to the first one."""
     reference = next(iter(results.values()))
-    lines = [f"| variant | {' | '.join(GROUPS)} | few: precision / recall of clean | ESS |", "|---|" + "---:|" * 6]
+    rows = [["variant", *GROUPS, "few: precision / recall of clean", "ESS"]]
     for name, runs in results.items():
         cells = []
         for group in GROUPS:
             value = 100 * np.array([run[group] for run in runs])
             apart = value - 100 * np.array([run[group] for run in reference[: len(runs)]])
-            error = apart.std(ddof=1) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+            error = sem(apart) if len(apart) > 1 else 0.0
             difference = "" if runs is reference else f" ({apart.mean():+.2f} ± {error:.2f})"
             cells.append(f"{value.mean():.2f}{difference}")
         kept = [np.mean([run[k] for run in runs]) for k in ("few_precision", "few_recall") if k in runs[0]]
         cells.append(" / ".join(f"{100 * k:.0f}" for k in kept) or "-")
         cells.append(f"{np.mean([run['sampler_effective_size'] for run in runs]):.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown_table(rows, pad=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -448,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise", default="mislabel-0.4", help="such as mislabel-0.4, flip-0.2, single, clean")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
-    parser.add_argument("--cache_dir", default=str(Path("~/.cache/hf_balancemix/features").expanduser()))
+    parser.add_argument("--cache_dir", default=str(cache_folder() / "features"))
     parser.add_argument("--out", type=Path, default=Path("outputs/variants.jsonl"))
     asked = parser.parse_args(argv)
     if not asked.sample and not (asked.data_dir and asked.backbone_weights):
