@@ -26,7 +26,7 @@ _HOME = {
     "Query2LabelHead": "models",
     "RandomFlip": "data",
     "SinglePositive": "data",
-    "describe": "data",
+    "describe": "report.description",
     "drop_bad_images": "data",
     "evaluate_path": "metrics",
     "export_onnx": "models",

@@ -50,6 +50,25 @@ def dataset(tmp_path: Path) -> datasets.Dataset:
     return make_dataset(tmp_path / "images")
 
 
+def label_dataset(labels, names=None, ids=None, **others) -> datasets.Dataset:
+    """A data set without images from (N, K) matrices of 0 and 1."""
+    names = names or [f"class {k}" for k in range(np.shape(labels)[1])]
+    feature = datasets.List(datasets.ClassLabel(names=list(names)))
+    columns = {
+        name: [np.flatnonzero(row).tolist() for row in matrix] for name, matrix in {"labels": labels, **others}.items()
+    }
+    features = dict.fromkeys(columns, feature)
+    columns["image_id"] = list(range(len(labels))) if ids is None else list(ids)
+    features["image_id"] = datasets.Value("string" if isinstance(columns["image_id"][0], str) else "int64")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def long_tailed_labels(seed: int, rows: int, classes: int) -> np.ndarray:
+    """`(rows, classes)` uint8, the commonest class first."""
+    rng = np.random.default_rng(seed)
+    return (rng.random((rows, classes)) < np.geomspace(0.5, 0.005, classes)).astype(np.uint8)
+
+
 def tiny_resnet(num_labels: int = len(NAMES), seed: int = 0) -> torch.nn.Module:
     """With batch norm."""
     from transformers import ResNetConfig, ResNetForImageClassification

@@ -1,4 +1,4 @@
-"""Label columns: from what a `datasets.Dataset` stores to an (N, K) matrix of 0 and 1.
+"""Label columns: from what a `datasets.Dataset` stores to an (N, K) matrix of 0, 1 and, where unknown, -1.
 
 Two forms are understood. A *class list* is `List(ClassLabel(names=...))`, the ids of the classes that are present in
 an instance; it is what this package's loaders make, because the class names travel with the data. A *multi-hot*
@@ -15,6 +15,29 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+
+
+def column_feature(dataset: Any, column: str, fix: str) -> Any:
+    """The feature of a column.
+
+    Args:
+        dataset: What should be a `datasets.Dataset`.
+        column: Name of the column.
+        fix: What to do where there is no such column, for the message.
+
+    Raises:
+        TypeError: It is no `datasets.Dataset`.
+        ValueError: It has no such column.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        hint = "pass one of its splits" if isinstance(dataset, dict) else "load it with streaming=False"
+        raise TypeError(
+            f"the data set is a {type(dataset).__name__}; it must be a datasets.Dataset, whose rows have numbers; "
+            f"{hint}."
+        )
+    if column not in dataset.features:
+        raise ValueError(f"the data set's columns are {dataset.column_names}; '{column}' must be among them; {fix}.")
+    return dataset.features[column]
 
 
 def is_class_list(feature: Any) -> bool:
@@ -39,9 +62,11 @@ def class_names(dataset: datasets.Dataset, column: str = "labels") -> list[str]:
         ValueError: The column is absent, or it is multi-hot and no row tells its length.
     """
     feature = _label_feature(dataset, column)
-    if is_class_list(feature):
-        return list(_names(feature, column))
-    return [f"LABEL_{k}" for k in range(_multi_hot_length(dataset, feature, column))]
+    if not is_class_list(feature):
+        return [f"LABEL_{k}" for k in range(_multi_hot_length(dataset, feature, column))]
+    if not feature.feature.names:
+        raise ValueError(f"column '{column}' is {feature}; its classes must have names; give ClassLabel(names=[...]).")
+    return list(feature.feature.names)
 
 
 def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Tensor:
@@ -56,13 +81,15 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
 
     Raises:
         TypeError: As `class_names`.
-        ValueError: As `class_names`, or a row is not a valid label list (see `multi_hot`).
+        ValueError: As `class_names`; a row is not a valid label list (see `multi_hot`); or `labels` is there, too,
+            and has other classes.
     """
-    feature = _label_feature(dataset, column)
-    if is_class_list(feature):
-        num_classes = len(_names(feature, column))
-    else:
-        num_classes = _multi_hot_length(dataset, feature, column)
+    feature, names = _label_feature(dataset, column), class_names(dataset, column)
+    if column != "labels" and "labels" in dataset.features and names != class_names(dataset):
+        raise ValueError(
+            f"column '{column}' has other classes than 'labels'; both must have the same, in the same order; give "
+            f"them the same feature with dataset.cast_column('{column}', dataset.features['labels'])."
+        )
     lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
     if lists.null_count:
         _raise_not_a_list(column, int(np.flatnonzero(lists.is_null())[0]), None)
@@ -73,7 +100,7 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
         _raise_bad_value(column, _row_of(lengths, position), None, is_class_list(feature))
     values = values.to_numpy(zero_copy_only=False)
     fill = _from_class_ids if is_class_list(feature) else _from_zeros_and_ones
-    return torch.from_numpy(fill(values, lengths, num_classes, column))
+    return torch.from_numpy(fill(values, lengths, len(names), column))
 
 
 def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
@@ -89,18 +116,40 @@ def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
     Raises:
         TypeError, ValueError: As `label_matrix`; or a class is both present and unknown in an instance.
     """
-    labels = label_matrix(dataset).to(torch.int8)
-    if "unknown_labels" not in dataset.column_names:
-        return labels
-    unknown = label_matrix(dataset, "unknown_labels").bool()
-    both = (unknown & (labels == 1)).nonzero()
-    if len(both):
-        row, k = both[0].tolist()
+    labels = label_matrix(dataset).numpy()
+    if "unknown_labels" not in dataset.features:
+        return torch.from_numpy(labels.astype(np.int8))
+    unknown = label_matrix(dataset, "unknown_labels").numpy()
+    return torch.from_numpy(mark_unknown(labels, unknown, class_names(dataset)))
+
+
+def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Labels with -1 where they are unknown.
+
+    Args:
+        labels: (N, K) of 0 and 1.
+        unknown: (N, K), true or 1 where a label, 0 in `labels`, is not known.
+        names: The K class names, for messages.
+
+    Returns:
+        (N, K) int8 array of 0, 1 and -1.
+
+    Raises:
+        ValueError: The shapes differ, or a label is both present and unknown.
+    """
+    if unknown.shape != labels.shape:
         raise ValueError(
-            f"row {row} lists the class {class_names(dataset)[k]!r} in 'labels' and in 'unknown_labels'; a label is "
-            "present or unknown, not both. Remove it from one of them."
+            f"unknown has the shape {unknown.shape}; it must have that of labels, {labels.shape}; give one value for "
+            "each label."
         )
-    return labels.masked_fill(unknown, -1)
+    both = np.argwhere((unknown != 0) & (labels == 1))
+    if len(both):
+        row, k = both[0]
+        raise ValueError(
+            f"row {row}: class '{names[k]}' is in 'labels' and in 'unknown_labels'; a label must be present or "
+            "unknown, not both; remove it from one."
+        )
+    return np.where(unknown != 0, -1, labels).astype(np.int8)
 
 
 def multi_hot(
@@ -143,32 +192,18 @@ def multi_hot(
 
 
 def _label_feature(dataset: datasets.Dataset, column: str) -> Any:
-    if not isinstance(dataset, datasets.Dataset):
-        hint = "pass one of its splits" if isinstance(dataset, dict) else "load it as a map-style data set"
-        raise TypeError(f"labels are read from a datasets.Dataset, got {type(dataset).__name__}: {hint}.")
-    if column not in dataset.features:
-        raise ValueError(
-            f"no column '{column}' in the data set, which has {dataset.column_names}. "
-            f"Rename the one that holds the labels: dataset.rename_column(..., '{column}')."
-        )
-    feature = dataset.features[column]
+    fix = f"rename the one that holds the labels: dataset.rename_column(..., '{column}')"
+    feature = column_feature(dataset, column, fix)
     if not is_class_list(feature):
         inner = getattr(feature, "feature", None)
         storage = inner.pa_type if isinstance(inner, datasets.Value) else pa.null()
         if not (pa.types.is_integer(storage) or pa.types.is_floating(storage) or pa.types.is_boolean(storage)):
             raise TypeError(
-                f"column '{column}' is {feature}; labels must be List(ClassLabel(names=[...])) with the classes that "
-                f"are present, or a list of K numbers 0 or 1. Ids or names of classes become the first with "
+                f"column '{column}' is {feature}; it must be List(ClassLabel(names=[...])) with the classes that are "
+                f"present, or a list of K numbers 0 or 1; ids or names of classes become the first with "
                 f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
             )
     return feature
-
-
-def _names(feature: Any, column: str) -> list[str]:
-    names = feature.feature.names
-    if not names:
-        raise ValueError(f"column '{column}' is {feature}, without class names: give ClassLabel(names=[...]).")
-    return names
 
 
 def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> int:
@@ -176,7 +211,7 @@ def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> i
     if length < 0:
         if len(dataset) == 0:
             raise ValueError(
-                f"the number of classes of column '{column}' ({feature}) is not known because the data set is empty: "
+                f"column '{column}' is {feature} in a data set without rows; its number of classes must be known; "
                 f"give the feature a length, or use List(ClassLabel(names=[...]))."
             )
         first = dataset.select_columns([column]).with_format("arrow")[0:1][column][0]
@@ -184,7 +219,7 @@ def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> i
             _raise_not_a_list(column, 0, None)
         length = len(first)
     if length == 0:
-        raise ValueError(f"column '{column}', row 0: 0 values, expected one for each of the K >= 1 classes.")
+        raise ValueError(f"column '{column}', row 0 is empty; it must have a 0 or 1 for each class; give the values.")
     return length
 
 
@@ -195,27 +230,28 @@ def _row_of(lengths: np.ndarray, position: int) -> int:
 
 def _raise_not_a_list(column: str, row: int, value: Any) -> None:
     raise ValueError(
-        f"column '{column}', row {row}: expected a list, got {value!r}. "
-        f"An instance without labels has an empty list (or K zeros); drop or repair this row."
+        f"column '{column}', row {row} is {value!r}; it must be a list, empty (or K zeros) for an instance without "
+        f"labels; drop or repair the row."
     )
 
 
 def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> None:
-    expected = "class ids (whole numbers from 0)" if class_list else "0 or 1"
+    expected = "class ids (whole numbers from 0)" if class_list else "0 and 1"
     fix = (
         "if the rows are multi-hot, pass one_hot_input=True or store them as lists of numbers, not as ClassLabel"
         if class_list
         else f"a list of class ids needs names: dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
     )
-    raise ValueError(f"column '{column}', row {row}: expected {expected}, got {value!r}. Repair the row; {fix}.")
+    raise ValueError(f"column '{column}', row {row} has {value!r}; it must be of {expected}; repair the row; {fix}.")
 
 
 def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
     outside = np.flatnonzero((ids < 0) | (ids >= num_classes))
     if len(outside):
         raise ValueError(
-            f"column '{column}', row {_row_of(lengths, outside[0])}: class id {int(ids[outside[0]])} is outside "
-            f"0..{num_classes - 1} (K = {num_classes} classes). Correct the id or add the class to ClassLabel(names)."
+            f"column '{column}', row {_row_of(lengths, outside[0])} has the class id {int(ids[outside[0]])}; it must "
+            f"be in 0..{num_classes - 1} for K = {num_classes} classes; correct the id or add the class to "
+            f"ClassLabel(names)."
         )
     rows = np.repeat(np.arange(len(lengths)), lengths)
     matrix = np.zeros((len(lengths), num_classes), dtype=np.uint8)
@@ -225,8 +261,8 @@ def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, colu
         ordered = np.sort(cells)
         row, twice = divmod(int(ordered[1:][ordered[1:] == ordered[:-1]][0]), num_classes)
         raise ValueError(
-            f"column '{column}', row {row}: class id {twice} is listed more than once. "
-            f"List each present class once, for instance sorted(set(ids))."
+            f"column '{column}', row {row} lists the class id {twice} more than once; each present class must be "
+            f"there once; take for instance sorted(set(ids))."
         )
     return matrix
 
@@ -235,8 +271,8 @@ def _from_zeros_and_ones(values: np.ndarray, lengths: np.ndarray, num_classes: i
     wrong = np.flatnonzero(lengths != num_classes)
     if len(wrong):
         raise ValueError(
-            f"column '{column}', row {int(wrong[0])}: {int(lengths[wrong[0]])} values, expected one for each of the "
-            f"K = {num_classes} classes. Repair the row; if the values are class ids, use "
+            f"column '{column}', row {int(wrong[0])} has {int(lengths[wrong[0]])} values; there must be one for each "
+            f"of the K = {num_classes} classes; repair the row, or if the values are class ids, use "
             f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
         )
     bad = np.flatnonzero(~((values == 0) | (values == 1)))  # NaN is neither

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hf_balancemix.core.loss_histogram import bin_edges
+from hf_balancemix.data.describe import Description, RealisedNoise, per_cent
 
 MAX_BARS = 80
 # Told apart by the colour-blind, too.
@@ -214,3 +215,100 @@ def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[flo
 def _short(name: str, length: int = 40) -> str:
     name = " ".join(str(name).split())
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+# ------------------------------------------------------------------------------------ the classes of a data set
+
+_NAMED = 120  # classes whose names are readable in the figure
+
+
+def class_figure(description: Description) -> Figure:
+    """The class counts, the labels per instance and, where it is known, the realised noise.
+
+    Classes go from the commonest to the rarest; a line marks the clean positive labels of each where they are known.
+    """
+    rows = 1 if description.noise is None else 2
+    width = min(15.0, max(5.0, 0.13 * description.num_classes))  # inches
+    figure = new_figure(width + 3.5, 4.4 if rows == 1 else 6.8)
+    grid = figure.add_gridspec(rows, 2, width_ratios=[width, 2.5], height_ratios=[3, 2][:rows])
+    lowest = counts = figure.add_subplot(grid[0, 0])
+    _draw_counts(counts, description)
+    _draw_labels_per_instance(figure.add_subplot(grid[:, 1]), description.labels_per_instance)
+    if description.noise is not None:
+        lowest = figure.add_subplot(grid[1, 0], sharex=counts)
+        _draw_noise(lowest, description.noise, description.order)
+        counts.tick_params(bottom=False, labelbottom=False)
+    if description.num_classes <= _NAMED:
+        names = [_short(description.names[k]) for k in description.order]
+        lowest.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+    else:
+        lowest.set_xlabel("class, from the commonest to the rarest")
+    figure.suptitle("\n".join(description.headline), fontsize=10, x=0.01, horizontalalignment="left")
+    return figure
+
+
+def _draw_counts(axes: Any, description: Description) -> None:
+    order = description.order
+    positives, place = description.positives[order], np.arange(len(order))
+    for group, mask in description.groups.items():
+        inside = mask[order]
+        if inside.any():
+            label = f"{group}-shot: {inside.sum()}"
+            axes.bar(place[inside], positives[inside], width=0.8, color=GROUP_COLOURS[group], label=label)
+    drawn = positives
+    if description.noise is not None:
+        clean = description.noise.clean_positives[order]
+        axes.hlines(clean, place - 0.4, place + 0.4, color="black", linewidth=1.2, label="clean positive labels")
+        drawn = np.concatenate([drawn, clean])
+    for k in np.flatnonzero(positives == 0):
+        axes.annotate("0", (k, 0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+    drawn = drawn[drawn > 0]
+    bottom, top = (10 ** np.floor(np.log10(drawn.min() / 2)), 1.6 * drawn.max()) if len(drawn) else (1, 10)
+    axes.set_ylim(max(bottom, 0.5), top)
+    axes.set_yscale("log")
+    for bound in {description.many, description.few}:
+        if bottom < bound < top:
+            axes.axhline(bound, color="0.35", linestyle="--", linewidth=0.8)
+    axes.set_ylabel("positive labels")
+    axes.set_xlim(-0.8, len(order) - 0.2)
+    _tidy(axes, axes.yaxis, "{x:,.0f}", legend=True)
+
+
+def _draw_labels_per_instance(axes: Any, numbers: np.ndarray) -> None:
+    axes.barh(np.arange(len(numbers)), numbers, height=0.8, color="0.55")
+    axes.set_ylim(max(len(numbers), 6) - 0.4, -0.6)  # 0 at the top
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=3)
+    axes.set_ylabel("positive labels of an instance")
+    axes.set_xlabel("instances")
+    _tidy(axes, axes.xaxis, "{x:,.0f}", legend=False)
+
+
+def _draw_noise(axes: Any, noise: RealisedNoise, order: np.ndarray) -> None:
+    directions = (
+        ("positive to negative", noise.positive_to_negative, "v", "#CC79A7"),
+        ("negative to positive", noise.negative_to_positive, "^", "#009E73"),
+    )
+    drawn = []
+    for name, shares, marker, colour in directions:
+        label = f"{name}: {per_cent(noise.overall[name.replace(' ', '_')])} overall"
+        axes.plot(np.arange(len(order)), 100 * shares[order], marker, color=colour, markersize=4, label=label)
+        drawn += (100 * shares[shares > 0]).tolist()
+    if drawn and max(drawn) > 20 * min(drawn):  # then rates of 0 are not shown
+        axes.set_ylim(min(drawn) / 1.5, 130)
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(-2, 102)
+    axes.set_ylabel("realised noise")
+    _tidy(axes, axes.yaxis, "{x:g}%", legend=True)
+
+
+def _tidy(axes: Any, numbers: Any, number_format: str, legend: bool) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    numbers.set_major_formatter(number_format)
+    numbers.set_minor_formatter("")
+    axes.tick_params(labelsize=8)
+    if legend:
+        axes.legend(
+            frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderpad=0, handlelength=1.2
+        )

@@ -14,9 +14,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from hf_balancemix import describe
 from hf_balancemix.data.adapters import from_csv, from_detection, from_tags
 from hf_balancemix.data.coco import load_coco
-from hf_balancemix.data.describe import describe
 from hf_balancemix.data.labels import class_names, label_matrix
 
 DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))

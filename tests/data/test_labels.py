@@ -12,7 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value, concatenate_datasets
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from hf_balancemix.data.labels import class_names, is_class_list, label_matrix, multi_hot
+from hf_balancemix.data.labels import class_names, given_labels, is_class_list, label_matrix, mark_unknown, multi_hot
 
 NAMES = ["cat", "dog", "car", "tree"]
 ROWS = [[0, 2], [], [3], [3, 1, 0], [2]]
@@ -98,7 +98,7 @@ def test_label_matrix_of_another_column_reads_no_image():
     features = Features({"image": Image(), "clean_labels": List(ClassLabel(names=NAMES))})
     dataset = Dataset.from_dict({"image": ["/nowhere/a.jpg"] * 5, "clean_labels": ROWS}, features=features)
     np.testing.assert_array_equal(label_matrix(dataset, "clean_labels").numpy(), MATRIX)
-    with pytest.raises(ValueError, match=r"no column 'labels'.*'clean_labels'"):
+    with pytest.raises(ValueError, match=r"columns are \['image', 'clean_labels'\]; 'labels' must be among them"):
         label_matrix(dataset)
 
 
@@ -138,38 +138,38 @@ def test_is_class_list():
 @pytest.mark.parametrize("function", [class_names, label_matrix])
 def test_columns_of_another_type(function, feature):
     dataset = Dataset.from_dict({"labels": []}, features=Features({"labels": feature}))
-    with pytest.raises(TypeError, match=r"column 'labels' is .*labels must be List\(ClassLabel.*cast_column"):
+    with pytest.raises(TypeError, match=r"column 'labels' is .*; it must be List\(ClassLabel.*cast_column"):
         function(dataset)
 
 
 @pytest.mark.parametrize("function", [class_names, label_matrix])
 def test_other_containers(function):
-    with pytest.raises(TypeError, match="got DatasetDict: pass one of its splits"):
+    with pytest.raises(TypeError, match=r"is a DatasetDict; it must be a datasets\.Dataset.*; pass one of its splits"):
         function(datasets.DatasetDict({"train": class_list()}))
-    with pytest.raises(TypeError, match="got IterableDataset: load it as a map-style"):
+    with pytest.raises(TypeError, match=r"is a IterableDataset; .*; load it with streaming=False"):
         function(class_list().to_iterable_dataset())
 
 
 def test_unknown_number_of_classes():
-    with pytest.raises(ValueError, match=r"not known because the data set is empty"):
+    with pytest.raises(ValueError, match=r"a data set without rows; its number of classes must be known"):
         label_matrix(multi_hot_column([], "int64"))
-    with pytest.raises(ValueError, match=r"column 'labels', row 0: 0 values"):
+    with pytest.raises(ValueError, match=r"column 'labels', row 0 is empty"):
         label_matrix(multi_hot_column([[]], "int64"))
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[0], [4]], r"column 'noisy', row 1: class id 4 is outside 0\.\.3"),
-        ([[0], [1, -1]], r"column 'noisy', row 1: class id -1 is outside 0\.\.3"),
-        ([[], [2, 0, 2]], r"column 'noisy', row 1: class id 2 is listed more than once"),
-        ([[0], None], r"column 'noisy', row 1: expected a list, got None"),
-        ([[0], 3], r"column 'noisy', row 1: expected a list, got 3"),
-        ([[0], "cat"], r"column 'noisy', row 1: expected a list, got 'cat'"),
-        ([[0], [1, None]], r"column 'noisy', row 1: expected class ids .* got None"),
-        ([[0], [1, 2.5]], r"column 'noisy', row 1: expected class ids .* got 2\.5"),
-        ([[], [True]], r"column 'noisy', row 1: expected class ids .* got True.*one_hot_input=True"),
-        ([["cat"]], r"column 'noisy', row 0: expected class ids .* got 'cat'"),
+        ([[0], [4]], r"column 'noisy', row 1 has the class id 4; it must be in 0\.\.3"),
+        ([[0], [1, -1]], r"column 'noisy', row 1 has the class id -1; it must be in 0\.\.3"),
+        ([[], [2, 0, 2]], r"column 'noisy', row 1 lists the class id 2 more than once"),
+        ([[0], None], r"column 'noisy', row 1 is None; it must be a list"),
+        ([[0], 3], r"column 'noisy', row 1 is 3; it must be a list"),
+        ([[0], "cat"], r"column 'noisy', row 1 is 'cat'; it must be a list"),
+        ([[0], [1, None]], r"column 'noisy', row 1 has None; it must be of class ids"),
+        ([[0], [1, 2.5]], r"column 'noisy', row 1 has 2\.5; it must be of class ids"),
+        ([[], [True]], r"column 'noisy', row 1 has True; it must be of class ids .*one_hot_input=True"),
+        ([["cat"]], r"column 'noisy', row 0 has 'cat'; it must be of class ids"),
     ],
 )
 def test_wrong_class_lists(rows, message):
@@ -180,13 +180,13 @@ def test_wrong_class_lists(rows, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[0, 1], [0, 2]], r"column 'labels', row 1: expected 0 or 1, got 2\. .*cast_column"),
-        ([[0, 1], [0, -1]], r"column 'labels', row 1: expected 0 or 1, got -1"),
-        ([[0, 1], [0.5, 1.0]], r"column 'labels', row 1: expected 0 or 1, got 0\.5"),
-        ([[0, 1], [float("nan"), 1.0]], r"column 'labels', row 1: expected 0 or 1, got nan"),
-        ([[0, 1], [None, 1]], r"column 'labels', row 1: expected 0 or 1, got None"),
-        ([[0, 1], [1]], r"column 'labels', row 1: 1 values, expected one for each of the K = 2 classes"),
-        ([[0, 1], None], r"column 'labels', row 1: expected a list, got None"),
+        ([[0, 1], [0, 2]], r"column 'labels', row 1 has 2; it must be of 0 and 1; .*cast_column"),
+        ([[0, 1], [0, -1]], r"column 'labels', row 1 has -1; it must be of 0 and 1"),
+        ([[0, 1], [0.5, 1.0]], r"column 'labels', row 1 has 0\.5; it must be of 0 and 1"),
+        ([[0, 1], [float("nan"), 1.0]], r"column 'labels', row 1 has nan; it must be of 0 and 1"),
+        ([[0, 1], [None, 1]], r"column 'labels', row 1 has None; it must be of 0 and 1"),
+        ([[0, 1], [1]], r"column 'labels', row 1 has 1 values; there must be one for each of the K = 2 classes"),
+        ([[0, 1], None], r"column 'labels', row 1 is None; it must be a list"),
     ],
 )
 def test_wrong_multi_hot_rows_in_lists_and_in_arrow(rows, message):
@@ -201,12 +201,41 @@ def test_wrong_multi_hot_rows_in_lists_and_in_arrow(rows, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[0], [-1]], r"column 'labels', row 1: class id -1 is outside"),  # ClassLabel allows -1 for "none"
-        ([[0], None], r"column 'labels', row 1: expected a list, got None"),
-        ([[0], [], [1, None]], r"column 'labels', row 2: expected class ids .* got None"),
-        ([[0], [], [1, 1]], r"column 'labels', row 2: class id 1 is listed more than once"),
+        ([[0], [-1]], r"column 'labels', row 1 has the class id -1; it must be in"),  # ClassLabel allows -1 for "none"
+        ([[0], None], r"column 'labels', row 1 is None; it must be a list"),
+        ([[0], [], [1, None]], r"column 'labels', row 2 has None; it must be of class ids"),
+        ([[0], [], [1, 1]], r"column 'labels', row 2 lists the class id 1 more than once"),
     ],
 )
 def test_wrong_class_lists_in_arrow(rows, message):
     with pytest.raises(ValueError, match=message):
         label_matrix(raw(rows, List(ClassLabel(names=NAMES))))
+
+
+# labels that are not known
+
+
+def test_given_labels_are_minus_one_where_unknown():
+    unknown = [[1], [0, 1, 2, 3], [], [2], []]
+    dataset = class_list().add_column("unknown_labels", unknown, feature=List(ClassLabel(names=NAMES)))
+    expected = [[-1 if k in u else int(k in row) for k in range(4)] for row, u in zip(ROWS, unknown, strict=True)]
+    found = given_labels(dataset)
+    assert found.dtype == torch.int8
+    assert found.tolist() == expected
+    assert given_labels(class_list()).tolist() == MATRIX.tolist()
+
+
+def test_a_label_both_present_and_unknown():
+    dataset = class_list().add_column("unknown_labels", [[], [], [], [1], []], feature=List(ClassLabel(names=NAMES)))
+    with pytest.raises(ValueError, match=r"row 3: class 'dog' is in 'labels' and in 'unknown_labels'.*remove it"):
+        given_labels(dataset)
+    with pytest.raises(ValueError, match=r"unknown has the shape \(2, 2\); it must have that of labels, \(2, 3\)"):
+        mark_unknown(np.zeros((2, 3)), np.zeros((2, 2)), "abc")
+
+
+@pytest.mark.parametrize("names", [["dog", "cat", "car", "tree"], ["cat", "dog", "car"], [*NAMES, "kite"]])
+@pytest.mark.parametrize("column", ["unknown_labels", "clean_labels"])
+def test_columns_of_other_classes_than_labels(column, names):
+    dataset = class_list().add_column(column, [[]] * 5, feature=List(ClassLabel(names=names)))
+    with pytest.raises(ValueError, match=f"column '{column}' has other classes than 'labels'.*cast_column"):
+        given_labels(dataset) if column == "unknown_labels" else label_matrix(dataset, column)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pickle
-import random
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +32,10 @@ MISSING = [0.0, 0.2, 0.3, 0.5, 0.0]
 ADDED = [0.0, 0.1, 0.0, 0.3, 0.05]
 ALL = [
     Mislabel(0.4, seed=1),
-    Mislabel(0.4, seed=1, exclude_present=False),
-    Mislabel(0.4, seed=1, exact_count=True),
     RandomFlip(0.2, seed=1),
     SinglePositive(1),
-    SinglePositive(protocol="cole2021"),
     ClassConditional(MATRIX, MISSING, ADDED, seed=1),
-    Compose([Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(protocol="cole2021")]),
+    Compose([Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(seed=2)]),
 ]
 
 
@@ -133,19 +129,16 @@ def test_an_id_is_its_text_whatever_holds_it():
 
 @pytest.mark.parametrize("value", [None, 1.0, True, b"9", (9,)])
 def test_ids_of_another_type(value):
-    with pytest.raises(ValueError, match=r"row 1: image_id must be an integer or a string, got"):
+    with pytest.raises(ValueError, match=r"row 1: image_id is .*; it must be an integer or a string"):
         id_words([9, value])
 
 
 GOLDEN = [  # in the order of ALL; one string an image
     ("10100", "10101", "10000", "00101", "01000"),
-    ("10000", "10101", "10000", "00111", "01000"),
-    ("10100", "11001", "00010", "01101", "01000"),
     ("11000", "00101", "00110", "01110", "01000"),
     ("10000", "00001", "00010", "01000", "01000"),
-    ("01000", "00100", "00010", "01000", "01000"),
     ("10010", "10100", "01010", "01010", "00000"),
-    ("01000", "00001", "00010", "10000", "01000"),
+    ("00010", "00001", "00010", "00100", "01000"),
 ]
 
 
@@ -188,71 +181,6 @@ def test_small_data_equals_a_slow_reference():
 
 def reference_draw(stream: str, image_id: int | str, k: int) -> float:
     return reference_uniform(reference_word(stream), reference_word(str(image_id)), k)
-
-
-@pytest.mark.parametrize("exclude_present", [True, False])
-def test_exact_count_moves_the_labels_with_the_smallest_draws(exclude_present):
-    labels = (np.random.default_rng(1).random((60, 5)) < [0.9, 0.8, 0.8, 0.7, 0.0]).astype(np.uint8)
-    labels[:15, :4] = 1  # no target, as the fifth class has no positive
-    noise = Mislabel(0.3, seed=3, exclude_present=exclude_present, exact_count=True).fit(dataset_of(labels))
-    bernoulli = Mislabel(0.99999, seed=3, exclude_present=exclude_present).fit(dataset_of(labels))
-    expected = np.zeros_like(labels)
-    for k in range(5):
-        rows = [n for n in range(60) if labels[n, k] and (not exclude_present or not labels[n, :4].all())]
-        rows.sort(key=lambda n: reference_draw("Mislabel/3/move", n, k))
-        expected[rows[: round(0.3 * int(labels[:, k].sum()))], k] = 1
-    noisy = noise.apply(labels, range(60))
-    if exclude_present:
-        assert (labels[:15] == noisy[:15]).all()
-        np.testing.assert_array_equal(labels > noisy, expected.astype(bool))
-    # A row all of whose labels are chosen gets the targets that it has where (nearly) every label moves.
-    everything = bernoulli.apply(labels, range(60))
-    rows = (expected == labels).all(1)
-    assert rows.sum() > 0
-    np.testing.assert_array_equal(noisy[rows], everything[rows])
-
-
-def published_single_positives(labels: np.ndarray, ids: list[str], seed: int = 1200) -> np.ndarray:
-    """The protocol in plain Python, down to the generator: Mersenne Twister, masked rejection, Fisher-Yates."""
-    key = [seed]
-    for i in range(1, 624):
-        key.append((1812433253 * (key[-1] ^ (key[-1] >> 30)) + i) % 2**32)
-    twister = random.Random()
-    twister.setstate((3, (*key, 624), None))
-
-    def shuffle(items: list[int]) -> list[int]:
-        for i in range(len(items) - 1, 0, -1):
-            j = i + 1
-            while j > i:
-                j = twister.getrandbits(32) & (2 ** i.bit_length() - 1)
-            items[i], items[j] = items[j], items[i]
-        return items
-
-    observed = np.zeros_like(labels)
-    for _, row in sorted(zip(ids, range(len(ids)), strict=True)):
-        if labels[row].any():
-            first, *_ = shuffle([k for k in range(labels.shape[1]) if labels[row, k]])
-            observed[row, first] = 1
-            shuffle([k for k in range(labels.shape[1]) if not labels[row, k]])
-    return observed
-
-
-@pytest.mark.parametrize("as_text", [False, True])
-def test_the_published_single_positives(as_text):
-    """Ids whose order as strings is not that as numbers, rows without positives, rows without negatives."""
-    labels = label_matrix(small()).numpy()
-    labels[7], labels[8] = 0, 1
-    ids = np.random.default_rng(0).permutation(2000)[:300].tolist()
-    texts = [str(i) for i in ids]
-    dataset = dataset_of(labels, texts)
-    if not as_text:
-        dataset = dataset.cast_column("image_id", Value("int64"))
-    expected = published_single_positives(labels, texts)
-    assert (expected.sum(1) == labels.any(1)).all()
-    np.testing.assert_array_equal(SinglePositive(protocol="cole2021").fit(dataset).apply(labels, ids), expected)
-    other = SinglePositive(7, protocol="cole2021").fit(dataset).apply(labels, ids)
-    np.testing.assert_array_equal(other, published_single_positives(labels, texts, seed=7))
-    assert (other != expected).any()
 
 
 def test_class_conditional_equals_a_slow_reference():
@@ -314,37 +242,31 @@ def test_mislabel_moves_single_labels_as_equation_11_says():
     """With one positive an image nothing is excluded, so rho(i->j) = tau N_j / (N_pos - N_i) holds exactly."""
     classes = np.repeat(np.arange(4), [60_000, 30_000, 9_000, 1_000])
     labels = np.eye(5, dtype=np.uint8)[classes]  # the fifth class has no positive: never a target
-    for exclude_present in (True, False):
-        noise = Mislabel(0.4, seed=0, exclude_present=exclude_present).fit(dataset_of(labels))
-        noisy = noise.apply(labels, range(len(labels)))
-        assert (noisy.sum(1) == 1).all()
-        found = labels.T.astype(int) @ noisy
-        counts = labels.sum(0, dtype=int)
-        for i in range(4):
-            rho = 0.4 * counts / (counts.sum() - counts[i])
-            rho[i] = 0.6
-            assert found[i, 4] == 0
-            within(found[i, :4], counts[i] * rho[:4], counts[i] * (rho * (1 - rho))[:4])
+    noisy = Mislabel(0.4, seed=0).fit(dataset_of(labels)).apply(labels, range(len(labels)))
+    assert (noisy.sum(1) == 1).all()
+    found = labels.T.astype(int) @ noisy
+    counts = labels.sum(0, dtype=int)
+    for i in range(4):
+        rho = 0.4 * counts / (counts.sum() - counts[i])
+        rho[i] = 0.6
+        assert found[i, 4] == 0
+        within(found[i, :4], counts[i] * rho[:4], counts[i] * (rho * (1 - rho))[:4])
 
 
-def test_mislabel_never_targets_present_classes_by_default():
+def test_mislabel_never_targets_present_classes():
     labels = label_matrix(small()).numpy()
     noise = Mislabel(0.9, seed=0).fit(small())
     noisy = noise.apply(labels, range(300))
     assert (noisy.sum(1) <= labels.sum(1)).all()  # shared targets shrink
     assert ((noisy > labels).sum(1) <= (noisy < labels).sum(1)).all()
     assert (noisy.sum(1)[labels.sum(1) > 0] > 0).all()  # a label moves, it does not vanish
-    anywhere = Mislabel(0.9, seed=0, exclude_present=False).fit(small()).apply(labels, range(300))
-    assert ((anywhere < labels).sum(1) != (noisy < labels).sum(1)).any()  # some moved onto a present class
 
 
 def test_mislabel_without_a_possible_target_changes_nothing():
     labels = np.ones((200, 3), dtype=np.uint8)
     assert (Mislabel(0.9).fit(dataset_of(labels)).apply(labels, range(200)) == labels).all()
     one_class = np.eye(3, dtype=np.uint8)[np.zeros(200, dtype=int)]  # the others have N_j = 0
-    for exclude_present in (True, False):
-        noise = Mislabel(0.9, exclude_present=exclude_present).fit(dataset_of(one_class))
-        assert (noise.apply(one_class, range(200)) == one_class).all()
+    assert (Mislabel(0.9).fit(dataset_of(one_class)).apply(one_class, range(200)) == one_class).all()
     nothing = np.zeros((5, 3), dtype=np.uint8)
     assert (Mislabel(0.9).fit(dataset_of(nothing)).apply(nothing, range(5)) == 0).all()
 
@@ -426,26 +348,6 @@ def test_random_flip_on_coco(coco):
     counts = labels.sum(0, dtype=float)
     within((labels > noisy).sum(0), counts * 0.2, counts * 0.16)
     within((noisy > labels).sum(0), (len(labels) - counts) * 0.2, (len(labels) - counts) * 0.16)
-
-
-def test_exact_count_on_coco(coco):
-    labels, ids, dataset = coco
-    noisy = Mislabel(0.4, seed=0, exact_count=True).fit(dataset).apply(labels, ids)
-    assert (labels > noisy).sum(0).tolist() == [round(0.4 * count) for count in labels.sum(0).tolist()]
-    chosen, bernoulli = labels > noisy, labels > Mislabel(0.4, seed=0).fit(dataset).apply(labels, ids)
-    assert (chosen != bernoulli).sum() < 0.03 * chosen.sum()  # the same draws, cut off elsewhere
-
-
-def test_published_single_positives_on_coco(coco):
-    labels, ids, dataset = coco
-    noisy = SinglePositive(protocol="cole2021").fit(dataset).apply(labels, ids)
-    assert (noisy.sum(1) == 1).all()
-    assert (noisy <= labels).all()
-    first = np.argsort(ids.astype(str))[:1500]  # the draws of the first do not depend on the rest
-    expected = published_single_positives(labels[first], ids[first].astype(str).tolist())
-    np.testing.assert_array_equal(noisy[first], expected)
-    probability = labels / labels.sum(1, keepdims=True)
-    within(noisy.sum(0), probability.sum(0), (probability * (1 - probability)).sum(0))
 
 
 def test_class_conditional_on_coco(coco):
@@ -555,18 +457,19 @@ def test_composing_keeps_the_first_clean_labels():
 
 def test_compose_maps_one_after_another():
     dataset = small()
-    parts = [Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(protocol="cole2021")]
+    parts = [Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(seed=2)]
     step = dataset
     for part in parts:
         step = step.map(part.fit(step), batched=True, features=part.features)
-    fresh = [Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(protocol="cole2021")]
+    fresh = [Mislabel(0.4, seed=2), RandomFlip(0.1, seed=2), SinglePositive(seed=2)]
     for noise in (Compose(fresh), Compose([Compose(fresh[:2]), fresh[2]])):
         noise.fit(dataset)
         noisy = dataset.map(noise, batched=True, features=noise.features)
         assert noisy.features == step.features
         assert noisy.to_dict() == step.to_dict()
         assert noisy["clean_labels"][:] == dataset["labels"][:]
-    assert fresh[0]._counts is None  # copies were fitted
+    with pytest.raises(ValueError, match="is not fitted"):  # copies were
+        fresh[0].features  # noqa: B018
     assert Compose([Compose(fresh[:2]), fresh[2]]).parameters == Compose(fresh).parameters
 
 
@@ -596,13 +499,10 @@ def test_mislabel_draws_among_the_known_absent_classes():
     labels = np.tile(np.array([1, 0, 0, 0], dtype=np.uint8), (n, 1))
     unknown = np.tile([False, True, False, False], (n, 1))
     counted = dataset_of(np.repeat(np.eye(4, dtype=np.uint8), [1, 5, 3, 1], axis=0))
-    for exact_count in (False, True):
-        noisy = Mislabel(0.4, exact_count=exact_count).fit(counted)
-        noisy._thresholds = (0.4, 0, 0, 0)  # of a data set that is not this one
-        found = noisy.apply(labels, range(n), unknown).sum(0)
-        assert found.sum() == n
-        assert found[1] == 0
-        within(found[[2, 3]], n * 0.4 * np.array([0.75, 0.25]), n * np.array([0.3 * 0.7, 0.1 * 0.9]))
+    found = Mislabel(0.4).fit(counted).apply(labels, range(n), unknown).sum(0)
+    assert found.sum() == n
+    assert found[1] == 0
+    within(found[[2, 3]], n * 0.4 * np.array([0.75, 0.25]), n * np.array([0.3 * 0.7, 0.1 * 0.9]))
 
 
 def test_string_ids_draw_as_their_integers():
@@ -625,8 +525,7 @@ def test_state_is_tiny_and_hashes_by_value():
     noise = Mislabel(0.4, seed=0).fit(dataset)
     assert len(pickle.dumps(noise)) < 2000
     large = dataset_of(np.eye(5, dtype=np.uint8)[np.arange(10_000) % 5])
-    assert len(pickle.dumps(Mislabel(0.4, exact_count=True).fit(large))) < 2000
-    assert len(pickle.dumps(SinglePositive(protocol="cole2021").fit(large))) < 12 * 10_000 + 2000
+    assert len(pickle.dumps(Mislabel(0.4).fit(large))) < 2000
     assert Hasher.hash(noise) == Hasher.hash(pickle.loads(pickle.dumps(noise)))
     assert Hasher.hash(noise) == Hasher.hash(Mislabel(0.4, seed=0).fit(small()))
     assert Hasher.hash(noise) != Hasher.hash(Mislabel(0.4, seed=1).fit(dataset))
@@ -638,12 +537,11 @@ def test_state_is_tiny_and_hashes_by_value():
 
 
 def test_parameters_and_repr():
-    mislabel = {"name": "Mislabel", "rate": 0.4, "seed": 0, "exclude_present": True, "exact_count": False}
+    mislabel = {"name": "Mislabel", "rate": 0.4, "seed": 0}
     flip = {"name": "RandomFlip", "rate": 0.2, "seed": 7}
     assert Mislabel(0.4).parameters == mislabel
     assert RandomFlip(0.2, seed=7).parameters == flip
-    assert SinglePositive().parameters == {"name": "SinglePositive", "seed": 0, "protocol": "keyed"}
-    assert SinglePositive(protocol="cole2021").parameters["seed"] == 1200
+    assert SinglePositive().parameters == {"name": "SinglePositive", "seed": 0}
     given = np.array(MATRIX), np.array(MISSING), 0.25
     assert ClassConditional(*given).parameters == {
         "name": "ClassConditional", "matrix": MATRIX, "missing": MISSING, "added": 0.25, "seed": 0,
@@ -664,18 +562,15 @@ def test_parameters_and_repr():
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.0, 40, float("nan"), float("inf"), "0.4", None, True])
 @pytest.mark.parametrize("kind", [Mislabel, RandomFlip])
 def test_rate_outside_its_range(kind, rate):
-    with pytest.raises(ValueError, match=r"noise rate must be a number in \[0, 1\), got"):
+    with pytest.raises(ValueError, match=r"rate is .*; it must be a number in \[0, 1\)"):
         kind(rate)
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "0", None, True])
 def test_seed_outside_its_range(seed):
-    makes = [lambda: Mislabel(0.4, seed), lambda: RandomFlip(0.4, seed), lambda: ClassConditional(seed=seed)]
-    if seed is not None:  # the protocol's own
-        makes += [lambda: SinglePositive(seed), lambda: SinglePositive(seed, "cole2021")]
-    for make in makes:
-        with pytest.raises(ValueError, match="seed must be an integer of at least 0, got"):
-            make()
+    for kind in (Mislabel, RandomFlip, ClassConditional, SinglePositive):
+        with pytest.raises(ValueError, match=r"seed is .*; it must be an integer of at least 0"):
+            kind(**({"rate": 0.4} if kind in (Mislabel, RandomFlip) else {}), seed=seed)
 
 
 @pytest.mark.parametrize("noise", ALL, ids=repr)
@@ -687,18 +582,18 @@ def test_use_before_fit(noise):
         lambda: noise.apply(np.zeros((1, 5)), [1]),
     )
     for use in uses:
-        with pytest.raises(ValueError, match=r"is not fitted: call \.fit\(train_dataset\) first"):
+        with pytest.raises(ValueError, match=r"is not fitted; .* call \.fit\(train_dataset\) first"):
             use()
 
 
 def test_image_id_is_required_and_better_unique(caplog):
     dataset = small()
-    with pytest.raises(ValueError, match=r"no 'image_id' among the columns .*add_column"):
+    with pytest.raises(ValueError, match=r"'image_id' must be among them; .*add_column"):
         Mislabel(0.4).fit(dataset.remove_columns("image_id"))
     noise = Mislabel(0.4).fit(dataset)
-    with pytest.raises(ValueError, match=r"no 'image_id' among the columns"):
+    with pytest.raises(ValueError, match=r"columns are \['labels'\]; 'image_id' must be among them"):
         noise({"labels": [[0]]})
-    with pytest.raises(ValueError, match=r"no 'labels' among the columns"):
+    with pytest.raises(ValueError, match=r"columns are \['image_id'\]; 'labels' must be among them"):
         noise({"image_id": [0]})
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
@@ -708,13 +603,13 @@ def test_image_id_is_required_and_better_unique(caplog):
 
 def test_map_without_batches():
     noise = Mislabel(0.4).fit(small())
-    with pytest.raises(ValueError, match=r"one row, not a batch.*batched=True"):
+    with pytest.raises(ValueError, match=r"with one row; it must be a batch.*batched=True"):
         small().map(noise, features=noise.features)
 
 
 def test_mislabel_needs_two_classes_the_others_do_not():
     labels = np.ones((4, 1), dtype=np.uint8)
-    with pytest.raises(ValueError, match=r"needs at least 2 classes.*has 1"):
+    with pytest.raises(ValueError, match=r"is fitted on 1 class; it must be at least 2"):
         Mislabel(0.4).fit(dataset_of(labels))
     assert RandomFlip(0.2).fit(dataset_of(labels)).apply(labels, range(4)).shape == (4, 1)
     assert (SinglePositive().fit(dataset_of(labels)).apply(labels, range(4)) == 1).all()
@@ -722,15 +617,15 @@ def test_mislabel_needs_two_classes_the_others_do_not():
 
 def test_other_labels_than_the_fitted_ones():
     noise = Mislabel(0.4).fit(small())
-    with pytest.raises(ValueError, match=r"class id 5 is outside 0\.\.4"):
+    with pytest.raises(ValueError, match=r"class id 5; it must be in 0\.\.4"):
         noise({"labels": [[5]], "image_id": [0]})
-    with pytest.raises(ValueError, match=r"shape \(N, 5\) are required, as fitted; got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 4\); it must be \(N, 5\), as fitted"):
         noise.apply(np.zeros((2, 4)), [0, 1])
-    with pytest.raises(ValueError, match="labels must be 0 or 1 only"):
+    with pytest.raises(ValueError, match="labels has other values than 0 and 1"):
         noise.apply(np.full((2, 5), 2), [0, 1])
-    with pytest.raises(ValueError, match="labels must be 0 or 1 only"):
+    with pytest.raises(ValueError, match="labels has other values than 0 and 1"):
         noise.apply(np.full((2, 5), np.nan), [0, 1])
-    with pytest.raises(ValueError, match=r"one image_id for each of the 2 rows is required, got 1"):
+    with pytest.raises(ValueError, match=r"image_ids has 1 values; it must have one for each of the 2 rows"):
         noise.apply(np.zeros((2, 5)), [0])
 
 
@@ -745,7 +640,7 @@ def probabilities(row: int, column: int, value: float, size: int = 3) -> np.ndar
     [
         (
             {"matrix": probabilities(1, 2, 0.6)},
-            r"row 1 of the transition matrix sums to 1\.1, .* at most 1",
+            r"row 1 of matrix sums to 1\.1, .* at most 1",
         ),
         (
             {"matrix": np.eye(3), "missing": [0, 0, 0.1]},
@@ -753,16 +648,16 @@ def probabilities(row: int, column: int, value: float, size: int = 3) -> np.ndar
         ),
         (
             {"matrix": probabilities(0, 1, -0.1)},
-            r"matrix of probabilities in \[0, 1\], got -0\.1",
+            r"with -0\.1; it must be a \(K, K\) matrix of probabilities in \[0, 1\]",
         ),
-        ({"matrix": probabilities(0, 1, np.nan)}, "got nan"),
-        ({"matrix": [[1, 0], [0]]}, "got nan"),
-        ({"matrix": np.ones(3) / 3}, r"matrix must be a \(K, K\) matrix .* got shape \(3,\)"),
-        ({"matrix": np.zeros((0, 0))}, r"got shape \(0, 0\)"),
-        ({"matrix": np.zeros((2, 3))}, r"got the shapes \(2, 3\), \(\) and \(\)"),
-        ({"matrix": np.eye(3) / 2, "missing": [0.1, 0.1]}, r"got the shapes \(3, 3\), \(2,\) and \(\)"),
-        ({"missing": 1.1}, r"missing must be a number or K numbers of probabilities in \[0, 1\], got 1\.1"),
-        ({"added": [0.1, "much"]}, "added must be a number or K numbers"),
+        ({"matrix": probabilities(0, 1, np.nan)}, "with nan; it must be"),
+        ({"matrix": [[1, 0], [0]]}, r"\[\[1, 0\], \[0\]\] with nan"),
+        ({"matrix": np.ones(3) / 3}, r"matrix is of shape \(3,\); it must be a \(K, K\) matrix"),
+        ({"matrix": np.zeros((0, 0))}, r"matrix is of shape \(0, 0\)"),
+        ({"matrix": np.zeros((2, 3))}, r"have the shapes \(2, 3\), \(\) and \(\)"),
+        ({"matrix": np.eye(3) / 2, "missing": [0.1, 0.1]}, r"have the shapes \(3, 3\), \(2,\) and \(\)"),
+        ({"missing": 1.1}, r"missing is 1\.1 .*; it must be a number or K numbers of probabilities in \[0, 1\]"),
+        ({"added": [0.1, "much"]}, "added is .*; it must be a number or K numbers"),
     ],
 )
 def test_class_conditional_of_impossible_probabilities(arguments, message):
@@ -772,43 +667,24 @@ def test_class_conditional_of_impossible_probabilities(arguments, message):
 
 def test_class_conditional_for_another_number_of_classes():
     for noise in (ClassConditional(np.eye(3)), Compose([RandomFlip(0.1), ClassConditional(added=[0.1] * 3)])):
-        with pytest.raises(ValueError, match="is for 3 classes, the data set has 5"):
+        with pytest.raises(ValueError, match="is for 3 classes; it must be for the 5 of the data set"):
             noise.fit(small())
 
 
 def test_compose_of_what_cannot_be_composed():
     with pytest.raises(ValueError, match="at least one noise"):
         Compose([])
-    with pytest.raises(TypeError, match=r"given noise such as Mislabel\(0\.2\), got 0\.4"):
+    with pytest.raises(TypeError, match=r"noises has 0\.4; each must be noise"):
         Compose([0.4])
-    with pytest.raises(ValueError, match="two RandomFlip with the seed 3 would draw the same numbers"):
+    with pytest.raises(ValueError, match="noises has two RandomFlip with the seed 3"):
         Compose([RandomFlip(0.1, 3), Mislabel(0.1, 3), Compose([RandomFlip(0.2, 3)])])
-
-
-def test_noise_that_needs_the_whole_data_set():
-    twice = concatenate_datasets([small(), small(1)])
-    noises = (Mislabel(0.4, exact_count=True), SinglePositive(protocol="cole2021"))
-    for noise in (*noises, Compose([RandomFlip(0.1), noises[0]])):
-        with pytest.raises(ValueError, match="needs unique ids, but image_id '0' occurs twice"):
-            noise.fit(twice)
-    published = SinglePositive(protocol="cole2021").fit(small())
-    with pytest.raises(ValueError, match=r"image_id 300 is not one of the images that .* was fitted on"):
-        published.apply(np.ones((2, 5)), [0, 300])
-    labels = label_matrix(small()).numpy()
-    row = int(labels.any(1).nonzero()[0][-1])
-    with pytest.raises(ValueError, match=f"image_id {row} has other labels than the image"):
-        published.apply(1 - labels[row : row + 1], [row])
-    with pytest.raises(ValueError, match=r"seed must be below 2\^32"):
-        SinglePositive(2**32, protocol="cole2021")
-    with pytest.raises(ValueError, match="protocol must be 'keyed' or 'cole2021', got 'cole'"):
-        SinglePositive(protocol="cole")
 
 
 def test_labels_both_present_and_unknown():
     noise = RandomFlip(0.1).fit(small())
-    with pytest.raises(ValueError, match="image_id 8 has a class that is both present and unknown"):
+    with pytest.raises(ValueError, match="row 1: class '1' is in 'labels' and in 'unknown_labels'"):
         noise.apply(np.eye(5), range(7, 12), np.eye(5) * [[0], [1], [0], [1], [0]])
-    with pytest.raises(ValueError, match=r"unknown must have the shape \(5, 5\) of labels, got \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"unknown has the shape \(5, 4\); it must have that of labels, \(5, 5\)"):
         noise.apply(np.eye(5), range(5), np.zeros((5, 4)))
 
 

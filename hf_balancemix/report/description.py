@@ -1,0 +1,51 @@
+"""What a data set is like, to print and to draw."""
+
+from __future__ import annotations
+
+import os
+
+import datasets
+from matplotlib.figure import Figure
+
+from hf_balancemix.data.describe import Description
+from hf_balancemix.report.figures import class_figure
+
+
+class DrawableDescription(Description):
+    """A :class:`~hf_balancemix.data.Description` that draws itself."""
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the class counts, the labels per instance and, where it is known, the realised noise.
+
+        Args:
+            path: Where to save the figure too, as PNG, PDF or SVG by its ending.
+
+        Returns:
+            The matplotlib figure, which belongs to no window.
+        """
+        figure = class_figure(self)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def describe(dataset: datasets.Dataset, many: int = 10_000, few: int = 1_000) -> DrawableDescription:
+    """Describe the labels of a data set; no image is read.
+
+    Args:
+        dataset: With `labels`, optionally `unknown_labels` and `clean_labels`.
+        many: A class with more positive labels than this is many-shot.
+        few: A class with fewer positive labels than this is few-shot; at most `many`.
+
+    Returns:
+        The figures: print them, or draw them with `.plot("figure.png")`.
+
+    Raises:
+        TypeError: `dataset` is no `datasets.Dataset`, or a label column is of another type.
+        ValueError: A label column is absent or not valid (see `data.labels.label_matrix`), has other classes than
+            `labels`, or lists a class as unknown that `labels` lists too; `few` is above `many`.
+
+    Example:
+        >>> print(describe(load_coco("coco")))  # doctest: +SKIP
+    """
+    return DrawableDescription.of(dataset, many, few)
