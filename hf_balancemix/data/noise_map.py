@@ -12,16 +12,15 @@ The parquet has one row for each changed label, with the columns
 
 An image without a changed label has one row in which `class`, `given` and `clean` are null, so that the map knows all
 N images. Its metadata (key `noise_map`, JSON) hold the name and the parameters of the noise, its seed, N, K, the class
-names and a digest of all clean labels by image_id, which does not depend on the order of the rows.
+names and a digest of all clean labels by image_id, which does not depend on the order of the rows. It is written and
+read with pyarrow, as `datasets.Dataset.to_parquet` has no place for such metadata.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,10 +41,45 @@ from huggingface_hub.errors import (
 
 from hf_balancemix.data.labels import class_names, given_labels, is_class_list
 from hf_balancemix.data.noise import LabelNoise, read_ids, record_noise
+from hf_balancemix.files import whole_file
 
 FILE_NAME = "noise_map.parquet"
 _KEY = b"noise_map"
 _COLUMNS = {"class": pa.string(), "given": pa.uint8(), "clean": pa.uint8(), "check": pa.uint32()}
+
+_README = """---
+tags:
+- label-noise
+- multi-label
+- hf_balancemix
+configs:
+- config_name: default
+  data_files: {file}
+---
+
+# Noise map {map.name}
+
+The labels of a multi-label data set that noise changed, and no images. Who has the data set gets the very same noisy
+labels from it:
+
+```python
+from hf_balancemix import load_noise_map
+
+noisy = load_noise_map("{repo_id}").apply(dataset)  # noisy `labels`, the clean ones as `clean_labels`
+```
+
+| | |
+|---|---|
+| Noise | `{parameters}` |
+| Images | {map.num_instances:,} |
+| Classes | {num_classes:,} |
+| Labels removed (1 to 0) | {map.num_removed:,} |
+| Labels added (0 to 1) | {map.num_added:,} |
+| Digest of the clean labels | `{map.clean_digest}` |
+
+`{file}` has one row for each changed label: `image_id`, `class`, `given` (noisy), `clean`, and `check`, a
+checksum of the clean labels of the image. An image without a changed label has one row with an empty `class`.
+"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,17 +101,16 @@ class NoiseMap:
     def __post_init__(self) -> None:
         ids, image, classes = self._index
         changed = classes >= 0
-        cells = image[changed] * len(self.class_names) + classes[changed]
+        labels = np.stack([image, classes])[:, changed]
         values = self.table["given"].to_numpy()[changed] + 2 * self.table["clean"].to_numpy()[changed]
-        empty = np.flatnonzero(~changed)
-        for right, what in (
+        for right, problem in (
             (len(set(map(str, ids))) == len(ids), "an image_id occurs in two places"),
-            (len(np.unique(cells)) == len(cells), "a label is listed twice"),
-            (bool(np.isin(values, (1, 2)).all()), "'given' and 'clean' of a row are not 0 and 1, or 1 and 0"),
-            (bool((np.bincount(image)[image[empty]] == 1).all()), "an image has a row without a class beside others"),
+            (np.unique(labels, axis=1).shape == labels.shape, "a label is listed twice"),
+            (np.isin(values, (1, 2)).all(), "'given' and 'clean' of a row are not 0 and 1, or 1 and 0"),
+            ((np.bincount(image)[image[~changed]] == 1).all(), "an image has a row without a class beside others"),
         ):
             if not right:
-                raise ValueError(f"not a noise map: {what}. Make it anew with NoiseMap.from_datasets.")
+                raise ValueError(f"table is no noise map: {problem}; make it anew with NoiseMap.from_datasets.")
 
     @classmethod
     def from_datasets(
@@ -96,65 +129,53 @@ class NoiseMap:
             noise: The noise that was applied, or its name and parameters as a dictionary that JSON can hold, to be
                 kept with the map.
 
-        Returns:
-            The noise map.
-
         Raises:
             ValueError: The images, the class names or the unknown labels of the two differ, an image_id occurs twice,
-                or a column is absent or not valid (see `data.labels.label_matrix`).
-            TypeError: `noisy` is not given, one is not a `datasets.Dataset`, or JSON cannot hold the parameters.
+                or a column is absent or not valid (see `data.labels.given_labels`).
+            TypeError: `noisy` is None, one is not a `datasets.Dataset`, or JSON cannot hold the parameters.
         """
         if noisy is None:
-            raise TypeError("a noisy data set is required, got none: NoiseMap.from_datasets(clean, noisy).")
+            raise TypeError("noisy is None; it must be the data set with noise; NoiseMap.from_datasets(clean, noisy).")
         if clean is None:
             if "clean_labels" not in getattr(noisy, "features", {}):
-                raise ValueError("the noisy data set has no column 'clean_labels': pass the clean data set, too.")
+                raise ValueError(
+                    "clean is None; noisy must have the column 'clean_labels' then; pass the clean data set, too."
+                )
             clean = noisy.remove_columns("labels").rename_column("clean_labels", "labels")
         parameters = noise.parameters if isinstance(noise, LabelNoise) else dict(noise or {})
         json.dumps(parameters)  # TypeError where it cannot be saved
 
-        names, ids = class_names(clean), read_ids(clean)
-        _check_unique(ids, "the clean data set")
-        order = sorted(range(len(ids)), key=ids.__getitem__)
+        names, ids = class_names(clean), read_ids(clean, unique=True, dataset_name="the clean data set")
+        order = sorted(range(len(ids)), key=lambda row: ids[row])
         ids = [ids[row] for row in order]
         before = given_labels(clean).numpy()[order]
-        rows, columns = _match(noisy, ids, names, "the noisy data set", "the clean one")
-        after = given_labels(noisy).numpy()[rows][:, columns]
+        after = given_labels(noisy).numpy()[_cells_of(noisy, ids, names, "the noisy data set", "the clean one")]
         other = np.argwhere((before < 0) != (after < 0))
         if len(other):
             row, k = other[0]
             raise ValueError(
-                f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only; a noise "
-                f"map holds changes from 0 to 1 and from 1 to 0. Give both the same column 'unknown_labels'."
+                f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only; it must be "
+                "in both or in none; give both the same column 'unknown_labels'."
             )
 
-        image, classes = np.nonzero(before != after)
-        unchanged = np.setdiff1d(np.arange(len(ids)), image)
-        image, classes = np.concatenate([image, unchanged]), np.concatenate([classes, np.full_like(unchanged, -1)])
-        by_image = np.argsort(image, kind="stable")
-        image, classes = image[by_image], classes[by_image]
-        none = classes < 0
+        changed = before != after
+        # One column more, true for an image without a changed label: it has a row of its own, without a class.
+        image, classes = np.nonzero(np.hstack([changed, ~changed.any(axis=1, keepdims=True)]))
+        none = classes == len(names)
+        classes[none] = 0
         prints = _fingerprints(ids, before)
-        table = pa.table(
-            {
-                "image_id": pa.array(ids, pa.int64() if ids and isinstance(ids[0], int) else pa.string()).take(image),
-                "class": pa.array(names, pa.string()).take(pa.array(classes, mask=none)),
-                "given": pa.array(after[image, classes].astype(np.uint8), mask=none),
-                "clean": pa.array(before[image, classes].astype(np.uint8), mask=none),
-                "check": pa.array(_checks(prints)[image]),
-            }
-        )
-        return cls(table, names, parameters, _digest(prints))
+        columns = {
+            "image_id": pa.array(ids, pa.int64() if ids and isinstance(ids[0], int) else pa.string()).take(image),
+            "class": pa.array(names, pa.string()).take(pa.array(classes, mask=none)),
+            "given": pa.array(after[image, classes].astype(np.uint8), mask=none),
+            "clean": pa.array(before[image, classes].astype(np.uint8), mask=none),
+            "check": pa.array(_checks(prints)[image]),
+        }
+        return cls(pa.table(columns), names, parameters, _digest(prints))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a noise map from a file.
-
-        Args:
-            path: A parquet file that `save` has written.
-
-        Returns:
-            The noise map.
+        """Read a noise map from a parquet file that `save` has written.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -162,46 +183,37 @@ class NoiseMap:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: pass the parquet file that NoiseMap.save has written.")
+            raise FileNotFoundError(
+                f"no file {path}; it must be the parquet that NoiseMap.save wrote; check the path."
+            )
         try:
             table = pq.ParquetFile(path).read()
             content = json.loads(table.schema.metadata[_KEY])
             if content["format"] != 1:
-                raise ValueError(f"its format is {content['format']!r}, 1 is required: update hf_balancemix")
-            table = table.select(["image_id", *_COLUMNS]).cast(
-                pa.schema([table.schema.field("image_id"), *(pa.field(name, kind) for name, kind in _COLUMNS.items())])
-            )
+                raise ValueError(f"its format is {content['format']!r}; it must be 1; update hf_balancemix")
+            columns = [table.schema.field("image_id"), *(pa.field(name, kind) for name, kind in _COLUMNS.items())]
+            table = table.select([column.name for column in columns]).cast(pa.schema(columns))
             found = cls(table, content["class_names"], content["parameters"], content["clean_digest"])
             if found.num_instances != content["num_instances"]:
                 raise ValueError(f"{found.num_instances} images instead of {content['num_instances']}")
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged or not a noise map ({type(error).__name__}: {error}). Copy it again, or make it "
-                f"anew with NoiseMap.from_datasets(...).save(path)."
+                f"{path} is damaged or not a noise map ({type(error).__name__}: {error}); copy it again, or make it "
+                "anew with NoiseMap.from_datasets(...).save(path)."
             ) from error
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the noise map to a parquet file, which appears under its name only when whole.
 
-        The bytes depend on the noise map alone, not on the order of the rows that it was made from.
-
-        Args:
-            path: The file; one that exists is replaced.
+        The bytes depend on the noise map alone, not on the order of the rows that it was made from. A file that exists
+        is replaced.
 
         Raises:
             OSError: The file cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(self._parquet())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(self._parquet())
 
     def push_to_hub(
         self,
@@ -233,9 +245,12 @@ class NoiseMap:
         files = set(api.list_repo_files(repo_id, repo_type="dataset"))
         operations = [CommitOperationAdd(FILE_NAME, self._parquet())]
         if "README.md" not in files or FILE_NAME in files:
-            operations.append(CommitOperationAdd("README.md", self._readme(repo_id).encode()))
-        commit = api.create_commit(repo_id, operations, commit_message=commit_message, repo_type="dataset")
-        return commit.commit_url
+            parameters, num_classes = json.dumps(self.parameters)[:2000], len(self.class_names)
+            readme = _README.format(
+                map=self, file=FILE_NAME, repo_id=repo_id, parameters=parameters, num_classes=num_classes
+            )
+            operations.append(CommitOperationAdd("README.md", readme.encode()))
+        return api.create_commit(repo_id, operations, commit_message=commit_message, repo_type="dataset").commit_url
 
     def apply(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Give a data set the noisy labels of this map.
@@ -253,14 +268,13 @@ class NoiseMap:
             TypeError: `dataset` is not a `datasets.Dataset`, or its labels are of an unknown type.
         """
         ids, image, classes = self._index
-        rows, columns = _match(dataset, ids, self.class_names, "the data set", "the noise map")
+        cells = _cells_of(dataset, ids, self.class_names, "the data set", "the noise map")
         stored = given_labels(dataset).numpy()
-        labels = stored[rows][:, columns]
+        labels = stored[cells]
         self._check_clean(labels, "clean_labels" in dataset.features)
-
         changed = classes >= 0
         labels[image[changed], classes[changed]] = self.table["given"].to_numpy()[changed]
-        stored[np.ix_(rows, columns)] = labels
+        stored[cells] = labels
         return record_noise(_with_labels(dataset, (stored == 1).astype(np.uint8)), self.parameters)
 
     @property
@@ -318,16 +332,12 @@ class NoiseMap:
         message = f"the labels of {len(other)} of {len(ids)} images differ from those that the noise map was made from"
         if len(other):  # in theory a check may be the same by chance
             message += f", such as image_id {ids[other[0]]!r}"
-            expected = np.where(classes >= 0, self.table["clean"].to_numpy(), 0)
-            wrong = (image == other[0]) & (classes >= 0)
-            wrong[wrong] = labels[image[wrong], classes[wrong]] != expected[wrong]
-            if wrong.any():
-                row = int(wrong.argmax())
-                label = labels[image[row], classes[row]]
-                message += (
-                    f", whose label '{self.class_names[classes[row]]}' is {'unknown' if label < 0 else label} "
-                    f"instead of {int(expected[row])}"
-                )
+            for row in np.flatnonzero((image == other[0]) & (classes >= 0)):
+                label, expected = labels[other[0], classes[row]], self.table["clean"][int(row)]
+                if label != expected.as_py():
+                    found = "unknown" if label < 0 else label
+                    message += f", whose label '{self.class_names[classes[row]]}' is {found} instead of {expected}"
+                    break
         if has_clean_labels:
             message += ". The data set has 'clean_labels', so its labels may be noisy already"
         raise ValueError(f"{message}. Apply the map to the same clean data set, loaded in the same way.")
@@ -343,45 +353,10 @@ class NoiseMap:
             "class_names": self.class_names,
             "clean_digest": self.clean_digest,
         }
-        buffer = io.BytesIO()
+        sink = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({_KEY: json.dumps(content)})
-        pq.write_table(table, buffer, compression="zstd", use_dictionary=["class"])
-        return buffer.getvalue()
-
-    def _readme(self, repo_id: str) -> str:
-        return f"""---
-tags:
-- label-noise
-- multi-label
-- hf_balancemix
-configs:
-- config_name: default
-  data_files: {FILE_NAME}
----
-
-# Noise map {self.name}
-
-The labels of a multi-label data set that noise changed, and no images. Who has the data set gets the very same noisy
-labels from it:
-
-```python
-from hf_balancemix import load_noise_map
-
-noisy = load_noise_map("{repo_id}").apply(dataset)  # noisy `labels`, the clean ones as `clean_labels`
-```
-
-| | |
-|---|---|
-| Noise | `{json.dumps(self.parameters)[:2000]}` |
-| Images | {self.num_instances:,} |
-| Classes | {len(self.class_names):,} |
-| Labels removed (1 to 0) | {self.num_removed:,} |
-| Labels added (0 to 1) | {self.num_added:,} |
-| Digest of the clean labels | `{self.clean_digest}` |
-
-`{FILE_NAME}` has one row for each changed label: `image_id`, `class`, `given` (noisy), `clean`, and `check`, a
-checksum of the clean labels of the image. An image without a changed label has one row with an empty `class`.
-"""
+        pq.write_table(table, sink, compression="zstd", use_dictionary=["class"])
+        return sink.getvalue().to_pybytes()
 
 
 def load_noise_map(
@@ -395,9 +370,6 @@ def load_noise_map(
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub; by default the one that is logged in.
 
-    Returns:
-        The noise map.
-
     Raises:
         FileNotFoundError: It is none of these.
         ValueError: The file is damaged or not a noise map.
@@ -408,57 +380,43 @@ def load_noise_map(
         path /= FILE_NAME
     if path.is_file():
         return NoiseMap.load(path)
+    repo_id = str(path_or_repo_id)
     try:
-        path = hf_hub_download(str(path_or_repo_id), FILE_NAME, repo_type="dataset", revision=revision, token=token)
+        return NoiseMap.load(hf_hub_download(repo_id, FILE_NAME, repo_type="dataset", revision=revision, token=token))
     except LocalEntryNotFoundError:
         raise  # not reachable, and not in the cache
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{str(path_or_repo_id)!r} is neither a file here nor a data set repository on the Hub with a {FILE_NAME} "
-            f"({type(error).__name__}). Check the name, and your access if the repository is private."
+            f"{repo_id!r} is neither a file here nor a data set repository on the Hub with a {FILE_NAME} "
+            f"({type(error).__name__}); it must be one of them; check the name, and your access if it is private."
         ) from error
-    return NoiseMap.load(path)
 
 
-def _match(
-    dataset: datasets.Dataset, ids: list[int | str], names: list[str], this: str, other: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) rows and (K,) columns of the data set's label matrix for the given ids and class names.
+def _cells_of(dataset: datasets.Dataset, ids: list[int | str], names: list[str], this: str, other: str) -> Any:
+    """What indexes the data set's label matrix so that it has the N ids as its rows and the K names as its columns.
 
     Raises ValueError where these differ; `this` and `other` say what is compared.
     """
-    own_names, own_ids = class_names(dataset), read_ids(dataset)
-    _check_unique(own_ids, this)
-    _check_equal_sets(own_names, names, "class", this, other)
-    row_of = {str(image_id): row for row, image_id in enumerate(own_ids)}
-    _check_equal_sets(list(row_of), list(map(str, ids)), "image_id", this, other)
-    column_of = {name: k for k, name in enumerate(own_names)}
-    rows, columns = [row_of[str(image_id)] for image_id in ids], [column_of[name] for name in names]
-    return np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64)
+    column_of = {name: k for k, name in enumerate(class_names(dataset))}
+    row_of = {str(value): i for i, value in enumerate(read_ids(dataset, unique=True, dataset_name=this))}
+    rows = list(map(str, ids))
+    for kind, what, found, expected in (
+        ("classes", "class", column_of, names),
+        ("images", "image_id", row_of, rows),
+    ):
+        differences = []
+        for verb, some, rest in (("lacks", expected, found), ("also has", found, set(expected))):
+            if missing := [value for value in some if value not in rest]:
+                differences.append(f"it {verb} {len(missing)}, the first is {what} {missing[0]!r}")
+        if differences:
+            raise ValueError(
+                f"{this} has other {kind} than {other}: {'; '.join(differences)}. Use the same data set and split, "
+                "loaded in the same way."
+            )
+    return np.ix_([row_of[row] for row in rows], [column_of[name] for name in names])
 
 
-def _check_equal_sets(own: Sequence[str], expected: Sequence[str], what: str, this: str, other: str) -> None:
-    differences = []
-    for verb, some, rest in (("lacks", expected, set(own)), ("also has", own, set(expected))):
-        found = [value for value in some if value not in rest]
-        if found:
-            differences.append(f"it {verb} {len(found)}, the first is {what} {found[0]!r}")
-    if differences:
-        kind = "classes" if what == "class" else "images"
-        raise ValueError(
-            f"{this} has other {kind} than {other}: {'; '.join(differences)}. "
-            f"Use the same data set and split, loaded in the same way."
-        )
-
-
-def _check_unique(ids: list[int | str], what: str) -> None:
-    if ids:
-        image_id, times = Counter(map(str, ids)).most_common(1)[0]
-        if times > 1:
-            raise ValueError(f"image_id {image_id!r} occurs {times} times in {what}, not once: remove the other rows.")
-
-
-def _fingerprints(ids: list[int | str], labels: np.ndarray) -> list[bytes]:
+def _fingerprints(ids: Sequence[int | str], labels: np.ndarray) -> list[bytes]:
     """16 bytes for each image, of its id and its (K,) int8 labels."""
     rows = np.ascontiguousarray(labels, dtype=np.int8)
     return [
