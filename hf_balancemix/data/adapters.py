@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_balancemix.data.files import absolute, check_choice, image_dataset, is_plain_path, present_files
-from hf_balancemix.data.training_data import undecoded_images
+from hf_balancemix.data.files import (
+    absolute,
+    check_choice,
+    check_plain_path,
+    few,
+    first_repeat,
+    image_dataset,
+    present_files,
+)
+from hf_balancemix.data.labels import column_feature
+from hf_balancemix.data.noise import read_ids
+from hf_balancemix.data.views import undecoded_images
 
 logger = logging.getLogger(__name__)
+
+Where = Callable[[int], str]  # names a row, for messages
 
 _UNKNOWN = 2
 _CODES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "": _UNKNOWN, "?": _UNKNOWN, "-1": _UNKNOWN, "-1.0": _UNKNOWN}
@@ -57,17 +69,17 @@ def from_detection(
             strings.
     """
     undecoded_images(dataset)
-    feature = _column_feature(dataset, objects, "objects")
+    feature = column_feature(dataset, objects, "name the one that holds the objects (objects=...)")
     fields = feature if isinstance(feature, dict) else getattr(feature, "feature", None)
     if not isinstance(fields, dict):
         raise TypeError(
-            f"column '{objects}' is {feature}; a dict of lists or a list of dicts, one for each object, is required. "
-            f"For a plain column of class lists use from_tags(dataset, column='{objects}')."
+            f"column '{objects}' is {feature}; it must be a dict of lists or a list of dicts, one for each object; "
+            f"for a plain column of class lists use from_tags(dataset, column='{objects}')."
         )
     if category not in fields:
         raise ValueError(
-            f"the objects of column '{objects}' have the fields {list(fields)}, not '{category}'. "
-            f"Name the one that holds the class with category=..."
+            f"the objects of column '{objects}' have the fields {list(fields)}; '{category}' must be among them; name "
+            "the one that holds the class with category=..."
         )
     column = dataset.select_columns([objects]).with_format("arrow")[:][objects]
     if fields is feature:
@@ -111,22 +123,17 @@ def from_tags(
         >>> from_tags(dataset, column="keywords", separator=";")  # doctest: +SKIP
     """
     undecoded_images(dataset)
-    feature = _column_feature(dataset, column, "tags")
-    lists = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    is_text = _is_string(feature)
-    if is_text != (separator is not None):
+    feature = column_feature(dataset, column, "name the one that holds the tags (column=...)")
+    tags = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    if _is_string(feature) != (separator is not None):
         raise ValueError(
-            f"column '{column}' is {feature}, got separator={separator!r}. "
-            + (
-                "A string of tags needs the separator between them, such as separator=','."
-                if is_text
-                else "A separator splits strings only: leave it out."
-            )
+            f"separator is {separator!r} and column '{column}' is {feature}; it must be what stands between the tags "
+            "of a string, and None for lists; pass separator=',' or leave it out."
         )
-    if is_text:
-        lists = [None if text is None else _split(text, separator) for text in lists]
-    tag_feature = feature if is_text else getattr(feature, "feature", None)
-    return _labelled(dataset, lists, tag_feature, names, f"column '{column}'")
+    if separator is None:
+        return _labelled(dataset, tags, getattr(feature, "feature", None), names, f"column '{column}'")
+    lists = [None if text is None else _split(text, separator) for text in tags]
+    return _labelled(dataset, lists, feature, names, f"column '{column}'")
 
 
 def from_csv(
@@ -182,33 +189,30 @@ def from_csv(
     """
     check_choice("unknown", unknown, ("negative", "masked"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
-    _check_label_arguments(label_column, separator, class_ids, names, unknown)
     names = _checked_names(names)
     file = absolute(file)
     image_dir = file.parent if image_dir is None else absolute(image_dir)
     if not file.is_file():
-        raise FileNotFoundError(f"no CSV file {file}. Check the path.")
+        raise FileNotFoundError(f"no CSV file {file}; check the path.")
     if not image_dir.is_dir():
-        raise FileNotFoundError(f"no image folder {image_dir}. Pass the folder that the file names start from.")
+        raise FileNotFoundError(f"no image folder {image_dir}; pass the folder that the file names start from.")
 
     table = _Table(file, delimiter)
     cells = table.column(image_column, "image_column")
     files = [cell and cell + suffix for cell in cells]
     table.check_unique(files, image_column)
     for line, name in zip(table.lines, files, strict=True):
-        if not is_plain_path(name):
-            raise ValueError(
-                f"{file}, line {line}: the file name {name!r} is not a plain path inside the image folder. "
-                f"Use a relative path with '/' and without '..', such as 'images/0001.jpg'."
-            )
+        check_plain_path(name, f"{file}, line {line}: the file name")
     image_ids = cells
     if "image_id" in table.header and image_column != "image_id":
         image_ids = table.column("image_id")
         table.check_unique(image_ids, "image_id")
 
-    unknown_lists = None
+    unknown_lists: list[list[int]] | None = None
     if label_column is not None:
-        names, lists = _label_column(table, label_column, separator, class_ids, names)
+        names, lists = _label_column(table, label_column, separator, class_ids, names, unknown)
+    elif separator is not None or class_ids:
+        raise ValueError("label_column is None; it must be given with separator or class_ids; pass label_column=...")
     else:
         names, codes = _multi_hot_columns(table, names, (image_column, "image_id"))
         lists = [np.flatnonzero(row).tolist() for row in codes == 1]
@@ -219,40 +223,27 @@ def from_csv(
             logger.info("%s: %d of %d labels are unknown and become negative.", file.name, number, codes.size)
 
     try:
-        kept = np.flatnonzero(present_files(image_dir, files, file, on_bad_image))
+        present = present_files(image_dir, files, file, on_bad_image)
     except FileNotFoundError as error:
-        absent = (name for name in files if not os.path.isfile(os.path.join(image_dir, name)))
-        line = table.lines[files.index(next(absent))]
-        raise FileNotFoundError(f"{error} The first is in line {line}.") from None
+        absent = next(i for i, name in enumerate(files) if not os.path.isfile(os.path.join(image_dir, name)))
+        raise FileNotFoundError(f"{error} The first is in line {table.lines[absent]}.") from None
+    number = sum(present)
     return image_dataset(
-        [os.path.join(image_dir, files[i]) for i in kept],
-        [lists[i] for i in kept],
-        [image_ids[i] for i in kept],
+        [os.path.join(image_dir, name) for name in compress(files, present)],
+        list(compress(lists, present)),
+        list(compress(image_ids, present)),
         names,
-        unknown_labels=None if unknown_lists is None else [unknown_lists[i] for i in kept],
+        unknown_labels=None if unknown_lists is None else list(compress(unknown_lists, present)),
         name=file.stem,
-        description=f"{file.name}, {len(kept)} images, {len(names)} classes",
+        description=f"{file.name}, {number} images, {len(names)} classes",
     )
 
 
 # ------------------------------------------------------------------------------------- from a datasets.Dataset
 
 
-def _column_feature(dataset: datasets.Dataset, column: str, argument: str) -> Any:
-    if column not in dataset.features:
-        raise ValueError(
-            f"no column '{column}' in the data set, which has {dataset.column_names}. "
-            f"Name the one that holds the {argument}."
-        )
-    return dataset.features[column]
-
-
 def _labelled(
-    dataset: datasets.Dataset,
-    lists: list[list[Any] | None],
-    feature: Any,
-    names: Sequence[str] | None,
-    what: str,
+    dataset: datasets.Dataset, tags: list[list[Any] | None], feature: Any, names: Sequence[str] | None, what: str
 ) -> datasets.Dataset:
     """`image`, `labels` and `image_id` of a data set, from the tags of each row and the feature of one tag."""
     names = _checked_names(names)
@@ -261,15 +252,18 @@ def _labelled(
         return f"{what}, row {row}"
 
     if isinstance(feature, datasets.ClassLabel):
-        lists = _named(lists, dict(enumerate(feature.names)), where)
+        tags = _names_of(tags, dict(enumerate(feature.names)), where)
         names = feature.names if names is None else names
     elif isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type):
         if names is None:
-            raise ValueError(f"{what}: the classes are {feature.dtype} ids; pass their names in order, names=[...].")
-        lists = _named(lists, dict(enumerate(names)), where)
+            raise ValueError(f"{what}: the classes are {feature.dtype} ids; they must have names; pass names=[...].")
+        tags = _names_of(tags, dict(enumerate(names)), where)
     elif not _is_string(feature):
-        raise TypeError(f"{what}: a list of strings, ClassLabels or integer ids is required; see dataset.features.")
-    names, labels = _class_lists(lists, names, where)
+        raise TypeError(
+            f"{what}: a class is of the type {feature}; it must be a string, a ClassLabel or an integer id; see "
+            "dataset.features."
+        )
+    names, labels = _class_lists(tags, names, where)
 
     image_ids = _image_ids(dataset)
     columns = ["image", "image_id"] if image_ids is None else ["image"]
@@ -283,26 +277,16 @@ def _labelled(
 def _image_ids(dataset: datasets.Dataset) -> list[str] | list[int] | None:
     """The ids to add: file names, else row numbers; None where the data set has (good) ids."""
     paths = _image_paths(dataset)
-    if "image_id" not in dataset.column_names:
-        # The base name: the same on every machine. Archives are written as member::archive.
-        files = [os.path.basename((path or "").split("::")[0]) for path in paths]
-        if all(files) and len(set(files)) == len(files):
-            return files
-        if any(files):
-            logger.warning("Not every row has a file name of its own: image_id is the row number.")
-        return list(range(len(files)))
-    ids = dataset.select_columns(["image_id"]).with_format("arrow")[:]["image_id"]
-    fix = "Repair the column, or have ids made: dataset.remove_columns('image_id')."
-    if not (pa.types.is_integer(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
-        raise ValueError(f"column 'image_id' is of type {ids.type}; integers or strings are required. {fix}")
-    seen: dict[Any, int] = {}
-    for row, value in enumerate(ids.to_pylist()):
-        if value is None:
-            raise ValueError(f"column 'image_id', row {row}: expected an id, got None. {fix}")
-        if value in seen:
-            raise ValueError(f"column 'image_id': rows {seen[value]} and {row} both have {value!r}. {fix}")
-        seen[value] = row
-    return None
+    if "image_id" in dataset.column_names:
+        read_ids(dataset, unique=True)
+        return None
+    # The base name: the same on every machine. Archives are written as member::archive.
+    files = [os.path.basename((path or "").split("::")[0]) for path in paths]
+    if all(files) and len(set(files)) == len(files):
+        return files
+    if any(files):
+        logger.warning("Not every row has a file name of its own: image_id is the row number.")
+    return list(range(len(files)))
 
 
 def _image_paths(dataset: datasets.Dataset) -> list[str | None]:
@@ -316,7 +300,9 @@ def _image_paths(dataset: datasets.Dataset) -> list[str | None]:
     if parts.data["image.bytes"].null_count:  # else every row has its bytes, and there is no need to read any
         for row in np.flatnonzero(paths.is_null()):
             if parts[int(row)]["image.bytes"] is None:
-                raise ValueError(f"column 'image', row {row}: no image. Drop the row: dataset.filter(...).")
+                raise ValueError(
+                    f"column 'image', row {row} is None; it must be an image; drop the row with dataset.filter(...)."
+                )
     return paths.to_pylist()
 
 
@@ -327,7 +313,9 @@ class _Table:
     """The cells of a CSV file as text, and the line that each row starts in."""
 
     def __init__(self, file: Path, delimiter: str) -> None:
-        self.file, self.lines, self.rows = file, [], []
+        self.file = file
+        self.lines: list[int] = []
+        self.rows: list[list[str]] = []
         start = 1
         try:
             with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -337,86 +325,76 @@ class _Table:
                 for row in reader:
                     if row and len(row) != len(self.header):
                         raise ValueError(
-                            f"{file}, line {start}: {len(row)} cells, but the header has {len(self.header)}. "
-                            f"Repair the row, put cells that hold the delimiter {delimiter!r} in quotes, or pass "
-                            f"another delimiter."
+                            f"{file}, line {start}: {len(row)} cells, but the header has {len(self.header)}; repair "
+                            f"the row, put cells that hold the delimiter {delimiter!r} in quotes, or pass another "
+                            "delimiter."
                         )
                     if row:  # a blank line has no cells
                         self.lines.append(start)
                         self.rows.append(row)
                     start = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{file}, line {start}: malformed CSV ({error}). Repair the row's quotes.") from error
+            raise ValueError(f"{file}, line {start}: malformed CSV ({error}); repair the row's quotes.") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-        twice = sorted(name for name, number in Counter(self.header).items() if name and number > 1)
-        if twice:
-            raise ValueError(f"{file}, line 1: the header names {_few(twice)} more than once. Rename or remove one.")
+            raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
+        if twice := sorted(name for name, number in Counter(self.header).items() if name and number > 1):
+            raise ValueError(f"{file}, line 1: the header names {few(twice)} more than once; rename or remove one.")
         if not self.rows:
-            raise ValueError(f"{file} has no rows below its header. A header and a row for each image are required.")
+            raise ValueError(f"{file} has no rows below its header; there must be one for each image; add them.")
 
     def column(self, name: str, argument: str = "names") -> list[str]:
+        """The cells under a heading; `argument` is what named it, for the message."""
         if name not in self.header:
             raise ValueError(
-                f"{self.file}, line 1: no column {name!r} in the header {_few(self.header)}. "
-                f"Correct {argument}, or the delimiter."
+                f"{self.file}, line 1: no column {name!r} in the header {few(self.header)}; correct {argument}, or "
+                "the delimiter."
             )
         index = self.header.index(name)
         return [row[index].strip() for row in self.rows]
 
     def check_unique(self, cells: Sequence[str], column: str) -> None:
-        seen: dict[str, int] = {}
-        for line, cell in zip(self.lines, cells, strict=True):
-            if not cell:
-                raise ValueError(f"{self.file}, line {line}: column '{column}' is empty. Fill it in or drop the row.")
-            if cell in seen:
-                raise ValueError(
-                    f"{self.file}, line {line}: {cell!r} in column '{column}' a second time, first in line "
-                    f"{seen[cell]}. List each image in one row."
-                )
-            seen[cell] = line
-
-
-def _check_label_arguments(
-    label_column: str | None, separator: str | None, class_ids: bool, names: Sequence[str] | None, unknown: str
-) -> None:
-    if label_column is None:
-        if separator is not None or class_ids:
-            raise ValueError("separator and class_ids describe a label column: pass label_column=... with them.")
-        return
-    if not separator:
-        raise ValueError(f"label_column={label_column!r} needs the separator of its classes, such as separator='|'.")
-    if class_ids and names is None:
-        raise ValueError("class_ids=True needs the class names in the order of the ids: names=[...].")
-    if unknown == "masked":
-        raise ValueError("unknown='masked' needs multi-hot columns; in a label column nothing is unknown.")
+        """Raises ValueError unless each cell is filled in, and with another text than the others."""
+        if "" in cells:
+            line = self.lines[cells.index("")]
+            raise ValueError(f"{self.file}, line {line}: column '{column}' is empty; fill it in or drop the row.")
+        if repeat := first_repeat(cells):
+            first, second = (self.lines[row] for row in repeat)
+            raise ValueError(
+                f"{self.file}, line {second}: {cells[repeat[1]]!r} in column '{column}' a second time, first in line "
+                f"{first}; each image must be in one row; remove the other."
+            )
 
 
 def _label_column(
-    table: _Table, column: str, separator: str, class_ids: bool, names: Sequence[str] | None
+    table: _Table, column: str, separator: str | None, class_ids: bool, names: list[str] | None, unknown: str
 ) -> tuple[list[str], list[list[int]]]:
+    if not separator:
+        raise ValueError(f"separator is {separator!r}; it must be what stands between classes; pass for instance '|'.")
+    if unknown == "masked":
+        raise ValueError("unknown is 'masked'; it must be 'negative' with label_column, where no label is unknown.")
+
     def where(row: int) -> str:
         return f"{table.file}, line {table.lines[row]}, column '{column}'"
 
-    lists = [_split(cell, separator) for cell in table.column(column, "label_column")]
+    tags: list[list[str] | None] = [_split(cell, separator) for cell in table.column(column, "label_column")]
     if class_ids:
-        lists = _named(lists, {str(k): name for k, name in enumerate(names)}, where)
-    return _class_lists(lists, names, where)
+        if names is None:
+            raise ValueError("names is None; with class_ids it must be the class names in the order of the ids.")
+        tags = _names_of(tags, {str(k): name for k, name in enumerate(names)}, where)
+    return _class_lists(tags, names, where)
 
 
-def _multi_hot_columns(
-    table: _Table, names: Sequence[str] | None, others: Sequence[str]
-) -> tuple[list[str], np.ndarray]:
+def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The class names and `(N, K)` uint8 codes 0, 1 and _UNKNOWN."""
     if names is None:
         names = [name for name in table.header if name not in others]
         if "" in names:
             raise ValueError(
-                f"{table.file}, line 1: column {table.header.index('') + 1} of the header has no name. "
-                f"Name the class, or pass the class columns in names."
+                f"{table.file}, line 1: column {table.header.index('') + 1} of the header has no name; name the "
+                "class, or pass the class columns in names."
             )
         if not names:
-            raise ValueError(f"{table.file}, line 1: no class among the columns {_few(table.header)}. Add a column.")
+            raise ValueError(f"{table.file}, line 1: no class among the columns {few(table.header)}; add a column.")
     codes = []
     for name in names:
         cells = table.column(name)
@@ -425,52 +403,53 @@ def _multi_hot_columns(
         except KeyError as error:
             line = table.lines[cells.index(error.args[0])]
             raise ValueError(
-                f"{table.file}, line {line}, column '{name}': {error.args[0]!r} is not 0, 1 or unknown (empty, -1 "
-                f"or ?). Correct it; if '{name}' is no class, list the class columns in names."
+                f"{table.file}, line {line}, column '{name}' is {error.args[0]!r}; it must be 0, 1 or unknown (empty, "
+                f"-1 or ?); correct it, or if '{name}' is no class, list the class columns in names."
             ) from None
-    return list(names), np.stack(codes, axis=1)
+    return names, np.stack(codes, axis=1)
 
 
 # ----------------------------------------------------------------------------------------------------- classes
 
 
-def _named(
-    lists: Sequence[Sequence[Any] | None], names: dict[Any, str], where: Callable[[int], str]
-) -> list[list[str] | None]:
-    """Ids to names."""
+def _names_of(ids: Sequence[Sequence[Any] | None], names: dict[Any, str], where: Where) -> list[list[str] | None]:
+    """The class names of the ids in each row; None stays None."""
     result = []
-    for row, ids in enumerate(lists):
+    for row, values in enumerate(ids):
         try:
-            result.append(None if ids is None else [names[value] for value in ids])
+            result.append(None if values is None else [names[value] for value in values])
         except KeyError as error:
             raise ValueError(
-                f"{where(row)}: {error.args[0]!r} is no class id, a whole number from 0 to {len(names) - 1}. "
-                f"Correct it, or give all names."
+                f"{where(row)} has {error.args[0]!r}; it must be a class id, a whole number from 0 to "
+                f"{len(names) - 1}; correct it, or give all names."
             ) from None
     return result
 
 
 def _class_lists(
-    lists: Sequence[Sequence[str] | None], names: Sequence[str] | None, where: Callable[[int], str]
+    tags: Sequence[Sequence[str] | None], names: list[str] | None, where: Where
 ) -> tuple[list[str], list[list[int]]]:
     """Names of the K classes (those that occur, sorted, unless they are given), and each row's in ascending order."""
-    for row, tags in enumerate(lists):
-        if tags is None:
-            raise ValueError(f"{where(row)}: expected a list of classes, got None. Without labels, it is empty.")
-        if None in tags or "" in tags:
-            raise ValueError(f"{where(row)}: a class of {tags!r} is empty. Remove it or name the class.")
-    names = sorted(set(chain.from_iterable(lists))) if names is None else list(names)
+    rows: list[Sequence[str]] = []
+    for row, classes in enumerate(tags):
+        if classes is None or None in classes or "" in classes:
+            raise ValueError(
+                f"{where(row)} is {classes!r}; it must be a list of class names, empty where there is none; repair or "
+                "drop the row."
+            )
+        rows.append(classes)
+    names = sorted(set(chain.from_iterable(rows))) if names is None else names
     if not names:
-        raise ValueError(f"no class in any of the {len(lists)} rows, {where(0)} and after. Pass names=[...].")
+        raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
     index = {name: k for k, name in enumerate(names)}
     labels = []
-    for row, tags in enumerate(lists):
+    for row, classes in enumerate(rows):
         try:
-            labels.append(sorted({index[tag] for tag in tags}))
+            labels.append(sorted({index[name] for name in classes}))
         except KeyError as error:
             raise ValueError(
-                f"{where(row)}: {error.args[0]!r} is none of the {len(names)} classes {_few(names)}. "
-                f"Correct it or add it to names."
+                f"{where(row)} has {error.args[0]!r}; it must be one of the {len(names)} classes {few(names)}; "
+                "correct it or add it to names."
             ) from None
     return names, labels
 
@@ -479,10 +458,9 @@ def _checked_names(names: Sequence[str] | None) -> list[str] | None:
     if names is None:
         return None
     if isinstance(names, str) or not all(isinstance(name, str) and name for name in names) or len(names) == 0:
-        raise TypeError(f"names must be a list of class names, got {names!r}.")
-    twice = sorted(name for name, number in Counter(names).items() if number > 1)
-    if twice:
-        raise ValueError(f"names lists {_few(twice)} more than once. Name each class once.")
+        raise TypeError(f"names is {names!r}; it must be a list of class names; pass for instance ['cat', 'dog'].")
+    if repeat := first_repeat(names):
+        raise ValueError(f"names has {names[repeat[0]]!r} more than once; each class must be there once; remove one.")
     return list(names)
 
 
@@ -492,7 +470,3 @@ def _is_string(feature: Any) -> bool:
 
 def _split(text: str, separator: str) -> list[str]:
     return [tag for tag in map(str.strip, text.split(separator)) if tag]
-
-
-def _few(values: Sequence[Any], number: int = 5) -> str:
-    return ", ".join(map(repr, values[:number])) + (", ..." if len(values) > number else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
+    check_plain_path,
+    first_repeat,
     image_dataset,
-    is_plain_path,
     present_files,
 )
 
@@ -84,13 +86,13 @@ def load_coco(
     kept = [image_id for image_id in files if keep_unlabelled or present[image_id]]
     if not kept:
         raise ValueError(
-            f"{annotation_file}: none of the {len(files)} images has an annotation. "
-            f"Check the file, or pass keep_unlabelled=True to keep images without labels."
+            f"{annotation_file}: none of the {len(files)} images has an annotation; one must have; check the file, or "
+            "pass keep_unlabelled=True to keep images without labels."
         )
     if len(kept) < len(files):
         logger.info("%s: dropped %d images without an annotation.", annotation_file.name, len(files) - len(kept))
     exists = present_files(image_dir, [files[image_id] for image_id in kept], annotation_file, on_bad_image)
-    kept = [image_id for image_id, found in zip(kept, exists, strict=True) if found]
+    kept = list(compress(kept, exists))
     return image_dataset(
         [os.path.join(image_dir, files[image_id]) for image_id in kept],
         [sorted(present[image_id]) for image_id in kept],
@@ -108,17 +110,16 @@ def _read_json(file: Path) -> dict[str, list[Any]]:
             content = json.load(stream, object_hook=_without_outline)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}). "
-            f"It may be cut off: copy or download it again."
+            f"{file} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); it may be cut off: "
+            "copy or download it again."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}). Copy or download it again.") from error
-    lists = content if isinstance(content, dict) else {}
+        raise ValueError(f"{file} is not UTF-8 text ({error}); copy or download it again.") from error
     for key in ("images", "annotations", "categories"):
-        if not isinstance(lists.get(key), list):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(
-                f"{file} has no list '{key}'. A JSON object with the lists 'images', 'annotations' and 'categories' "
-                f"(COCO's instances format) is required: point to such a file."
+                f"{file} has no list '{key}'; it must be a JSON object with the lists 'images', 'annotations' and "
+                "'categories' (COCO's instances format); point to such a file."
             )
     return content
 
@@ -132,24 +133,28 @@ def _get(record: Any, key: str, kinds: tuple[type, ...], part: str, index: int, 
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) not in kinds:  # exact types: True is no id
         wanted = " or ".join({int: "an integer", str: "a string"}[kind] for kind in kinds)
-        got = repr(value) if isinstance(record, dict) else f"{record!r} for the whole record"
-        raise ValueError(f"{file}: {part}[{index}] needs '{key}', {wanted}; got {got}. Repair the file.")
+        if isinstance(record, dict):
+            problem = f"has the {key} {value!r}; it must be {wanted}"
+        else:
+            problem = f"is {record!r}; it must be an object with the {key}, {wanted}"
+        raise ValueError(f"{file}: {part}[{index}] {problem}; repair the file.")
     return value
 
 
-def _ids(records: list[Any], part: str, file: Path) -> list[int] | list[str]:
+def _ids(records: list[Any], part: str, file: Path) -> list[int | str]:
     """The ids of all records: all integers or all strings, no one twice."""
     ids = [_get(record, "id", (int, str), part, index, file) for index, record in enumerate(records)]
-    seen = set()
     for index, value in enumerate(ids):
         if type(value) is not type(ids[0]):
             raise ValueError(
-                f"{file}: {part}[0] has the id {ids[0]!r} and {part}[{index}] {value!r}. "
-                f"Ids must be all integers or all strings: convert one kind."
+                f"{file}: {part}[0] has the id {ids[0]!r} and {part}[{index}] {value!r}; they must be all integers or "
+                "all strings; convert one kind."
             )
-        if value in seen:
-            raise ValueError(f"{file}: {part}[{index}] has the id {value!r} a second time. Ids must be unique.")
-        seen.add(value)
+    if repeat := first_repeat(ids):
+        index = repeat[1]
+        raise ValueError(
+            f"{file}: {part}[{index}] has the id {ids[index]!r} a second time; it must be unique; remove one."
+        )
     return ids
 
 
@@ -160,25 +165,21 @@ def _categories(categories: list[Any], file: Path) -> tuple[dict[int | str, int]
         name = _get(categories[index], "name", (str,), "categories", index, file)
         if name in names:
             raise ValueError(
-                f"{file}: categories {names[name]!r} and {category_id!r} are both named {name!r}. Rename one."
+                f"{file}: categories {names[name]!r} and {category_id!r} are both named {name!r}; rename one."
             )
         names[name] = category_id
     if not names:
-        raise ValueError(f"{file}: 'categories' is empty. List at least one class.")
+        raise ValueError(f"{file}: 'categories' is empty; it must have at least one class; list them.")
     ordered = sorted(names, key=names.__getitem__)
     return {names[name]: k for k, name in enumerate(ordered)}, ordered
 
 
 def _images(images: list[Any], file: Path) -> dict[int | str, str]:
     """Image id to file name, in the order of the file."""
-    files = {}
+    files: dict[int | str, str] = {}
     for index, image_id in enumerate(_ids(images, "images", file)):
         name = _get(images[index], "file_name", (str,), "images", index, file)
-        if not is_plain_path(name):
-            raise ValueError(
-                f"{file}: images[{index}] has the file_name {name!r}, which is not a plain path inside the image "
-                f"folder. Use a relative path with '/' and without '..', such as '000000000009.jpg'."
-            )
+        check_plain_path(name, f"{file}: images[{index}]: the file_name")
         files[image_id] = name
     return files
 
@@ -193,13 +194,13 @@ def _present_classes(
         category_id = _get(annotation, "category_id", (int, str), "annotations", index, file)
         if image_id not in present:
             raise ValueError(
-                f"{file}: annotations[{index}] is about image_id {image_id!r}, which is not in 'images'. "
-                f"Remove the annotation or list the image."
+                f"{file}: annotations[{index}] has the image_id {image_id!r}; it must be in 'images'; remove the "
+                "annotation or list the image."
             )
         if category_id not in class_of:
             raise ValueError(
-                f"{file}: annotations[{index}] has category_id {category_id!r}, which is not in 'categories' "
-                f"({len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}). Correct it or list the category."
+                f"{file}: annotations[{index}] has the category_id {category_id!r}; it must be in 'categories' "
+                f"({len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}); correct it or list the category."
             )
         present[image_id].add(class_of[category_id])
     return present

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import compress
 from pathlib import Path
 
 import datasets
@@ -11,8 +12,9 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
+    check_lines_differ,
+    check_plain_path,
     image_dataset,
-    is_plain_path,
     present_files,
     read_lines,
 )
@@ -58,27 +60,23 @@ def load_deepfashion(
     _check_files(root, annotations, image_dir, parts)
 
     names = _read_attributes(annotations / "list_attr_cloth.txt")
-    images: list[str] = []
     image_ids: list[str] = []
     labels: list[list[int]] = []
-    seen: dict[str, str] = {}
+    listed: dict[str, str] = {}
     for part in parts:
         file = annotations / f"{part}.txt"
-        paths = _read_paths(file, seen)
+        paths = _read_paths(file, listed)
         rows = _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
         exists = present_files(image_dir, paths, file, on_bad_image)
-        for path, row, found in zip(paths, rows, exists, strict=True):
-            if found:
-                images.append(os.path.join(image_dir, path))
-                image_ids.append(path)
-                labels.append(row)
+        image_ids += compress(paths, exists)
+        labels += compress(rows, exists)
     return image_dataset(
-        images,
+        [os.path.join(image_dir, path) for path in image_ids],
         labels,
         image_ids,
         names,
         name="deepfashion",
-        description=f"DeepFashion {split}, {len(images)} images, {len(names)} fine-grained attributes; for "
+        description=f"DeepFashion {split}, {len(image_ids)} images, {len(names)} fine-grained attributes; for "
         f"non-commercial research only, not to be passed on",
     )
 
@@ -109,48 +107,40 @@ def _read_attributes(file: Path) -> list[str]:
     lines = read_lines(file)
     if not lines or not lines[0].isdecimal():
         raise ValueError(
-            f"{file}, line 1: {''.join(lines[:1])!r} is no count. The number of attributes is required there, then "
-            f"the heading 'attribute_name  attribute_type', then one attribute a line."
+            f"{file}, line 1 is {''.join(lines[:1])!r}; it must be the number of attributes, followed by the heading "
+            "'attribute_name  attribute_type' and one attribute a line; copy or download the file again."
         )
-    seen: dict[str, int] = {}
+    names = []
     for number, line in enumerate(lines[2:], start=3):
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2 or not fields[1].isdecimal():
             raise ValueError(
-                f"{file}, line {number}: {line!r} is not a name and the number of its type, such as 'floral 1'. "
-                f"Correct the line."
+                f"{file}, line {number} is {line!r}; it must be a name and the number of its type, such as 'floral "
+                "1'; correct the line."
             )
-        name = fields[0]
-        if name in seen:
-            raise ValueError(
-                f"{file}, line {number}: the attribute {name!r} was named in line {seen[name]}. Rename one."
-            )
-        seen[name] = number
-    if len(seen) != int(lines[0]) or not seen:
+        names.append(fields[0])
+    if len(names) != int(lines[0]) or not names:
         raise ValueError(
-            f"{file}: line 1 announces {lines[0]} attributes, {len(seen)} follow from line 3 on. "
-            f"It may be cut off: copy or download it again."
+            f"{file}: line 1 announces {lines[0]} attributes, {len(names)} follow from line 3 on; it may be cut off: "
+            "copy or download it again."
         )
-    return list(seen)
+    check_lines_differ(names, file, "attribute", first_line=3)
+    return names
 
 
-def _read_paths(file: Path, seen: dict[str, str]) -> list[str]:
-    """The image paths of a split; `seen` says where each path was listed, also in the splits before."""
+def _read_paths(file: Path, listed: dict[str, str]) -> list[str]:
+    """The image paths of a split; `listed` says where each path was listed, also in the splits before."""
     paths = read_lines(file)
-    for number, path in enumerate(paths, start=1):
-        if not is_plain_path(path):
-            raise ValueError(
-                f"{file}, line {number}: {path!r} is not a plain path inside the image folder. Use a relative path "
-                f"with '/' and without '..', such as 'img/Sheer_Blouse/img_00000001.jpg'."
-            )
-        if path in seen:
-            raise ValueError(
-                f"{file}, line {number}: the image {path!r} was listed in {seen[path]}. "
-                f"Remove one, with its row of attributes."
-            )
-        seen[path] = f"{file.name}, line {number}"
     if not paths:
-        raise ValueError(f"{file} is empty. One image path a line is required: copy or download it again.")
+        raise ValueError(f"{file} is empty; it must have one image path a line; copy or download it again.")
+    for number, path in enumerate(paths, start=1):
+        check_plain_path(path, f"{file}, line {number}: the image")
+        if path in listed:
+            raise ValueError(
+                f"{file}, line {number}: the image {path!r} was listed in {listed[path]}; it must be there once; "
+                "remove one, with its row of attributes."
+            )
+        listed[path] = f"{file.name}, line {number}"
     return paths
 
 
@@ -159,22 +149,22 @@ def _read_rows(file: Path, names: list[str], num_images: int, images_file: Path)
     lines = read_lines(file)
     if len(lines) != num_images:
         raise ValueError(
-            f"{file} has {len(lines)} rows and {images_file.name} {num_images} images. One row an image is required, "
-            f"in the same order: copy or download both again."
+            f"{file} has {len(lines)} rows and {images_file.name} {num_images} images; there must be one row an "
+            "image, in the same order; copy or download both again."
         )
     rows = []
     for number, line in enumerate(lines, start=1):
         values = line.split()
         if len(values) != len(names):
             raise ValueError(
-                f"{file}, line {number}: {len(values)} values, one for each of the {len(names)} attributes is "
-                f"required. Correct the row."
+                f"{file}, line {number} has {len(values)} values; there must be one for each of the {len(names)} "
+                "attributes; correct the row."
             )
         wrong = [k for k, value in enumerate(values) if value not in ("0", "1")]
         if wrong:
             raise ValueError(
-                f"{file}, line {number}: {values[wrong[0]]!r} for the attribute {names[wrong[0]]!r} (value "
-                f"{wrong[0] + 1}). 0 or 1 is required: correct it."
+                f"{file}, line {number} has {values[wrong[0]]!r} for the attribute {names[wrong[0]]!r} (value "
+                f"{wrong[0] + 1}); it must be 0 or 1; correct it."
             )
         rows.append([k for k, value in enumerate(values) if value == "1"])
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,22 @@ logger = logging.getLogger(__name__)
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise a ValueError unless the argument is one of its choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}; choose one.")
+
+
+def few(values: Sequence[Any], number: int = 5) -> str:
+    """The first values, for messages."""
+    return ", ".join(map(repr, values[:number])) + (", ..." if len(values) > number else "")
+
+
+def first_repeat(values: Iterable[Hashable]) -> tuple[int, int] | None:
+    """The positions of the first value that stands there a second time; None where each stands there once."""
+    seen: dict[Hashable, int] = {}
+    for position, value in enumerate(values):
+        first = seen.setdefault(value, position)
+        if first != position:
+            return first, position
+    return None
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -36,6 +51,15 @@ def is_plain_path(name: str) -> bool:
     return not ("\\" in name or "\0" in name or os.path.isabs(name) or not {"", "..", "."}.isdisjoint(name.split("/")))
 
 
+def check_plain_path(name: str, where: str) -> None:
+    """Raise a ValueError unless `is_plain_path`; `where` says what the name is and where it stands."""
+    if not is_plain_path(name):
+        raise ValueError(
+            f"{where} is {name!r}; it must be a plain path inside the image folder, relative, with '/' and without "
+            "'..'; use for instance 'images/0001.jpg'."
+        )
+
+
 def read_lines(file: Path) -> list[str]:
     """The lines of a UTF-8 text file without surrounding space; blank lines at the end are left out."""
     content = file.read_bytes()
@@ -43,8 +67,20 @@ def read_lines(file: Path) -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text. Copy or download the file again.") from error
+        raise ValueError(f"{file}, line {line}: not UTF-8 text; copy or download the file again.") from error
     return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+
+
+def check_lines_differ(values: Sequence[str], file: Path, what: str, first_line: int = 1) -> None:
+    """Raise a ValueError unless a file lists something, and nothing twice, in the lines from `first_line` on."""
+    if not values:
+        raise ValueError(f"{file} is empty; it must have one {what} a line; copy or download it again.")
+    if repeat := first_repeat(values):
+        first, second = repeat
+        raise ValueError(
+            f"{file}, line {first_line + second}: the {what} {values[second]!r} was listed in line "
+            f"{first_line + first}; it must be there once; remove or rename one."
+        )
 
 
 def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_image: str) -> list[bool]:
@@ -78,7 +114,7 @@ def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_im
 def image_dataset(
     images: list[str],
     labels: list[list[int]],
-    image_ids: list[int] | list[str],
+    image_ids: Sequence[int | str],
     class_names: list[str],
     *,
     unknown_labels: list[list[int]] | None = None,
@@ -101,7 +137,7 @@ def image_dataset(
         string) and, if given, `unknown_labels` (List(ClassLabel)).
     """
     classes = datasets.List(datasets.ClassLabel(names=class_names))
-    columns: dict[str, list[Any]] = {"image": images, "labels": labels, "image_id": image_ids}
+    columns: dict[str, Sequence[Any]] = {"image": images, "labels": labels, "image_id": image_ids}
     features = {
         "image": datasets.Image(mode="RGB"),
         "labels": classes,

@@ -29,6 +29,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from hf_balancemix.files import cache_folder
+
 logger = logging.getLogger(__name__)
 
 Colour = tuple[int, int, int]
@@ -60,7 +62,8 @@ def _colour(rng: Rng, hue: float | None = None, saturation: tuple[float, float] 
     """A random opaque colour; `hue` in [0, 1) where it matters."""
     hue = rng.random() if hue is None else hue
     rgb = colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(*saturation), rng.uniform(0.62, 1.0))
-    return tuple(round(255 * c) for c in rgb)  # type: ignore[return-value]
+    red, green, blue = (round(255 * c) for c in rgb)
+    return red, green, blue
 
 
 def _other_colour(rng: Rng, colour: Colour) -> Colour:
@@ -488,7 +491,7 @@ def make_scenes(
     settings["version"] = SCENES_VERSION
     if root is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        root = _cache_folder() / f"scenes-{digest}"
+        root = cache_folder() / f"scenes-{digest}"
     root = Path(root).expanduser().absolute()
     if _is_whole(root, settings):
         return root
@@ -511,22 +514,14 @@ def _check_settings(settings: dict[str, int]) -> None:
     for name, minimum in (("num_train", 1), ("num_val", 1), ("image_size", 32), ("seed", 0)):
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"make_scenes got {name}={value!r}; it must be an int. Pass for instance {name}={minimum}."
-            )
+            raise TypeError(f"{name} is {value!r}; it must be an int; pass for instance {minimum}.")
         if value < minimum:
-            raise ValueError(f"make_scenes got {name}={value}; it must be at least {minimum}. Pass a larger one.")
+            raise ValueError(f"{name} is {value}; it must be at least {minimum}; pass a larger number.")
     if settings["num_train"] >= _VAL_FIRST_ID:
         raise ValueError(
-            f"make_scenes got num_train={settings['num_train']}; it must be below {_VAL_FIRST_ID}, where "
-            "the validation images' ids begin. Pass a smaller one."
+            f"num_train is {settings['num_train']}; it must be below {_VAL_FIRST_ID}, where the ids of the validation "
+            "images begin; pass a smaller number."
         )
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("HF_BALANCEMIX_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hf_balancemix"
 
 
 def _is_whole(root: Path, settings: dict[str, int]) -> bool:
@@ -544,12 +539,10 @@ def _is_whole(root: Path, settings: dict[str, int]) -> bool:
 
 
 def _refuse_foreign(root: Path) -> None:
-    if root.is_dir() and not any(root.iterdir()):
-        return
-    if root.exists():
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise ValueError(
-            f"{root} exists, but is not a whole scene set made with these settings; a new or empty folder is "
-            "required. Delete it or pass another root."
+            f"root is {root}, which exists and is not a whole scene set made with these settings; it must be a new or "
+            "empty folder; delete it or pass another root."
         )
 
 
@@ -559,9 +552,8 @@ def _build(root: Path, settings: dict[str, int]) -> None:
     bar = tqdm(total=settings["num_train"] + settings["num_val"], desc="Drawing the built-in sample", unit="image")
     with bar:
         for split, first_id in (("train", 1), ("val", _VAL_FIRST_ID + 1)):
-            annotations = _build_split(root / f"{split}2017", split, first_id, settings, bar)
-            path = root / "annotations" / f"instances_{split}2017.json"
-            path.write_text(json.dumps(annotations))
+            content = _build_split(root / f"{split}2017", split, first_id, settings, bar)
+            (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     (root / _MARKER).write_text(json.dumps(settings))
 
 
@@ -569,7 +561,8 @@ def _build_split(folder: Path, split: str, first_id: int, settings: dict[str, in
     """Draw one split into `folder`; returns its annotations in COCO's instances format."""
     folder.mkdir()
     size = settings["image_size"]
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(settings[f"num_{split}"]):
         image, objects = draw_scene(settings["seed"], split, index, size)
         image_id = first_id + index

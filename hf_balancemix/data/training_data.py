@@ -30,16 +30,16 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
         ValueError: No image is left.
     """
 
-    def is_good(row: dict[str, Any]) -> bool:
+    def check(row: dict[str, Any]) -> dict[str, bool]:
         try:
             decode(row["image"])
         except (ValueError, FileNotFoundError):
-            return False
-        return True
+            return {"good": False}
+        return {"good": True}
 
     images = undecoded_images(dataset)
     good = images.map(
-        lambda row: {"good": is_good(row)},
+        check,
         remove_columns=["image"],
         num_proc=num_proc,
         load_from_cache_file=False,
@@ -52,7 +52,7 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
     names = ", ".join(f"row {i} ({images[int(i)]['image']['path'] or 'bytes'})" for i in bad[:3])
     problem = f"{len(bad)} of {len(kept)} images cannot be decoded: {names}{', ...' if len(bad) > 3 else ''}."
     if not kept.any():
-        raise ValueError(f"{problem} Replace the files; nothing is left to use.")
+        raise ValueError(f"{problem} One must be left, and nothing is left to use; replace the files.")
     logger.warning("%s They are left out.", problem)
     return dataset.select(np.flatnonzero(kept))
 

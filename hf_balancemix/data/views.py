@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import numpy as np
@@ -15,8 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from hf_balancemix.core.keys import keyed_rng
-
-logger = logging.getLogger(__name__)
+from hf_balancemix.data.labels import column_feature
 
 BICUBIC = int(Image.Resampling.BICUBIC)
 BILINEAR = int(Image.Resampling.BILINEAR)
@@ -45,7 +43,9 @@ def decode(image: Any) -> Image.Image:
     elif isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or "given as a PIL image"
     elif not isinstance(image, bytes):
-        raise TypeError(f"image is {type(image).__name__}; a path, bytes, a PIL image or a datasets.Image is needed.")
+        raise TypeError(
+            f"image is a {type(image).__name__}; it must be a path, bytes, a PIL image or a datasets.Image; pass one."
+        )
     try:
         if isinstance(image, Image.Image):
             return _upright_rgb(image)
@@ -82,17 +82,11 @@ def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
         TypeError: Not a `datasets.Dataset` (an IterableDataset cannot be indexed by two samplers).
         ValueError: No `image` column of type `datasets.Image`.
     """
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"the data set is a {type(dataset).__name__}; a datasets.Dataset is needed, because both samplers address "
-            "instances by index. Build one with load_coco, datasets.load_dataset(..., streaming=False) or "
-            "datasets.Dataset.from_dict."
-        )
-    feature = dataset.features.get("image")
+    feature = column_feature(dataset, "image", "rename the one that holds images: rename_column(..., 'image')")
     if not isinstance(feature, datasets.Image):
         raise ValueError(
-            f"the data set's columns are {dataset.column_names}; a column 'image' of type datasets.Image is needed. "
-            "Rename it with dataset.rename_column and cast it with dataset.cast_column('image', datasets.Image())."
+            f"column 'image' is {feature}; it must be a datasets.Image; use "
+            "dataset.cast_column('image', datasets.Image())."
         )
     return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
 
@@ -120,17 +114,37 @@ class ViewMaker:
         cutout: float = 0.0,
     ) -> None:
         if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be a positive number of pixels.")
+            raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel; pass for instance 448.")
         if not 0 <= magnitude <= 30 or num_ops < 0:
             raise ValueError(
-                f"RandAugment is given {num_ops} operations of magnitude {magnitude}; needed: 0 or more operations, "
-                "magnitude 0 to 30. Change randaugment_num_ops or randaugment_magnitude."
+                f"num_ops is {num_ops} and magnitude {magnitude}; RandAugment must have 0 or more operations of a "
+                "magnitude of 0 to 30; change randaugment_num_ops or randaugment_magnitude."
             )
         if not 0 <= cutout <= 1:
-            raise ValueError(f"cutout is {cutout}; it must be a share of the image's side, in [0, 1].")
+            raise ValueError(
+                f"cutout is {cutout}; it must be a share of the image's side, in [0, 1]; pass 0 for none."
+            )
         self.image_size, self.seed, self.resample, self.cutout = image_size, seed, resample, cutout
         # On PIL images: several times faster on a CPU than on tensors. It draws from torch's global generator only.
         self.augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
+
+    @classmethod
+    def from_arguments(cls, args: Any, processor: Any, seed: int) -> Self:
+        """Views of the size that an image processor asks for, with the augmentation of training arguments.
+
+        Args:
+            args: What has `randaugment_num_ops`, `randaugment_magnitude` and `cutout`.
+            processor: What has `size`, a dict with `height`, and `resample`.
+            seed: Seed of the augmentation.
+        """
+        return cls(
+            processor.size["height"],
+            seed,
+            resample=int(processor.resample),
+            num_ops=args.randaugment_num_ops,
+            magnitude=args.randaugment_magnitude,
+            cutout=args.cutout,
+        )
 
     def images(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """The column that views are made from; see :func:`undecoded_images`."""

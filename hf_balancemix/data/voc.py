@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import compress
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -14,6 +15,7 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
+    check_lines_differ,
     image_dataset,
     is_plain_path,
     present_files,
@@ -80,8 +82,8 @@ def load_voc(
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     if split == "test" and year != "2007":
         raise ValueError(
-            f"split='test' exists for year='2007' only, got year={year!r}: the labels of VOC2012's test set were "
-            f"never published. Test on year='2007', split='test', or on year='2012', split='val'."
+            f"year is {year!r}; it must be '2007' with split='test', as the labels of VOC2012's test set were never "
+            "published; test on year='2007', split='test', or on year='2012', split='val'."
         )
     root = absolute(root)
     images: list[str] = []
@@ -95,18 +97,15 @@ def load_voc(
         twice = set(image_ids).intersection(ids)
         if twice:
             raise ValueError(
-                f"{ids_file}: the id {min(twice)!r} is also in the split of the other year, and ids must be unique. "
-                f"Restore the official lists, or load one year."
+                f"{ids_file}: the id {min(twice)!r} is also in the split of the other year; ids must be unique; "
+                "restore the official lists, or load one year."
             )
         folder_of_images = folder / "JPEGImages"
         exists = present_files(folder_of_images, [f"{name}.jpg" for name in ids], ids_file, on_bad_image)
-        rows = zip(ids, exists, *_read_labels(folder, split, ids), strict=True)
-        for image_id, found, with_certainty, with_doubt in rows:
-            if found:
-                images.append(os.path.join(folder_of_images, f"{image_id}.jpg"))
-                image_ids.append(image_id)
-                certain.append(with_certainty)
-                doubtful.append(with_doubt)
+        for all_rows, rows in zip((certain, doubtful), _read_labels(folder, split, ids), strict=True):
+            all_rows += compress(rows, exists)
+        images += [os.path.join(folder_of_images, f"{image_id}.jpg") for image_id in compress(ids, exists)]
+        image_ids += compress(ids, exists)
 
     labels = certain
     if difficult == "positive":
@@ -154,21 +153,15 @@ def _year_folder(root: Path, year: str, split: str) -> Path:
 
 
 def _read_ids(file: Path) -> list[str]:
-    seen: dict[str, int] = {}
-    for number, image_id in enumerate(read_lines(file), start=1):
+    ids = read_lines(file)
+    for number, image_id in enumerate(ids, start=1):
         if not is_plain_path(image_id) or "/" in image_id or len(image_id.split()) != 1:
             raise ValueError(
-                f"{file}, line {number}: {image_id!r} is no image id. One id a line is required, the name of a file "
-                f"in JPEGImages without '.jpg', such as '000005'."
+                f"{file}, line {number} is {image_id!r}; it must be an image id, the name of a file in JPEGImages "
+                "without '.jpg', such as '000005'; correct the line."
             )
-        if image_id in seen:
-            raise ValueError(
-                f"{file}, line {number}: the id {image_id!r} was listed in line {seen[image_id]}. Remove one."
-            )
-        seen[image_id] = number
-    if not seen:
-        raise ValueError(f"{file} is empty. One image id a line is required: copy or download it again.")
-    return list(seen)
+    check_lines_differ(ids, file, "id")
+    return ids
 
 
 def _missing_class_files(main: Path, split: str) -> list[str]:
@@ -196,14 +189,14 @@ def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, 
             fields = line.split()
             if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
                 raise ValueError(
-                    f"{file}, line {number}: {line!r} is not an id and a label, which is 1, 0 (difficult objects "
-                    f"only) or -1. Correct the line."
+                    f"{file}, line {number} is {line!r}; it must be an id and a label: 1, 0 (difficult objects only) "
+                    "or -1; correct the line."
                 )
             image_id, value = fields
             row = unread.pop(image_id, None)
             if row is None:
                 problem = "is listed a second time" if image_id in row_of else f"is not in {split}.txt"
-                raise ValueError(f"{file}, line {number}: the id {image_id!r} {problem}. Remove the line.")
+                raise ValueError(f"{file}, line {number}: the id {image_id!r} {problem}; remove the line.")
             if value == "1":
                 certain[row].append(k)
             elif value == "0":
@@ -211,7 +204,7 @@ def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, 
         if unread:
             raise ValueError(
                 f"{file}: {len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as "
-                f"{next(iter(unread))!r}. Add them with 1, 0 or -1, or copy the file again."
+                f"{next(iter(unread))!r}; each must have one; add them with 1, 0 or -1, or copy the file again."
             )
     return certain, doubtful
 
@@ -222,8 +215,8 @@ def _from_annotations(folder: Path, ids: list[str]) -> tuple[Classes, Classes]:
     missing = [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent. Copy the "
-            f"annotations of the whole split there, or its 20 class files into ImageSets/Main."
+            f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent; copy the "
+            "annotations of the whole split there, or its 20 class files into ImageSets/Main."
         )
     class_of = {name: k for k, name in enumerate(VOC_CLASSES)}
     certain: Classes = []
@@ -240,18 +233,18 @@ def _objects(file: Path, class_of: dict[str, int]) -> list[tuple[int, bool]]:
     """Class, and whether it is difficult, of each object in an annotation."""
     root = _parse_xml(file)
     if root.tag != "annotation":
-        raise ValueError(f"{file}: the outer element is <{root.tag}>, <annotation> is required. Copy the file again.")
+        raise ValueError(f"{file}: the outer element is <{root.tag}>; it must be <annotation>; copy the file again.")
     objects = []
     for index, element in enumerate(root.findall("object")):  # not the parts inside, which have names too
         name = element.findtext("name", "").strip()
         if name not in class_of:
             raise ValueError(
-                f"{file}: object[{index}] is named {name!r}, which is none of the 20 classes of VOC "
-                f"({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]}). Correct the name or remove the object."
+                f"{file}: object[{index}] is named {name!r}; it must be one of the 20 classes of VOC "
+                f"({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]}); correct the name or remove the object."
             )
         flag = element.findtext("difficult", "0").strip()
         if flag not in ("0", "1"):
-            raise ValueError(f"{file}: object[{index}] has difficult={flag!r}. 0 or 1 is required: correct it.")
+            raise ValueError(f"{file}: object[{index}] has difficult={flag!r}; it must be 0 or 1; correct it.")
         objects.append((class_of[name], flag == "1"))
     return objects
 
@@ -261,8 +254,8 @@ def _parse_xml(file: Path) -> ElementTree.Element:
 
     def refuse(*_: object) -> None:
         raise ValueError(
-            f"{file}, line {parser.CurrentLineNumber}: the XML declares a DTD, which can define entities. "
-            f"VOC's annotations have none and it is not read: remove the DOCTYPE."
+            f"{file}, line {parser.CurrentLineNumber}: the XML declares a DTD, which can define entities; it must "
+            "not, as VOC's annotations do not; remove the DOCTYPE."
         )
 
     tree = ElementTree.TreeBuilder()
@@ -277,7 +270,7 @@ def _parse_xml(file: Path) -> ElementTree.Element:
         parser.Parse(file.read_bytes(), True)
     except expat.ExpatError as error:
         raise ValueError(
-            f"{file}, line {error.lineno}: not well-formed UTF-8 XML ({expat.ErrorString(error.code)}). "
-            f"It may be cut off: copy or download it again."
+            f"{file}, line {error.lineno}: not well-formed UTF-8 XML ({expat.ErrorString(error.code)}); it may be cut "
+            "off: copy or download it again."
         ) from error
     return tree.close()

@@ -93,9 +93,9 @@ def test_detection_with_strings_integers_and_other_names_of_columns(images):
     dataset = make(images, integers, [{"label": [1, 0, 1]}, {"label": []}, {"label": [2]}], "things")
     found = from_detection(dataset, objects="things", category="label", names=["x", "y", "z"])
     assert named_labels(found) == [{"x", "y"}, set(), {"z"}]
-    with pytest.raises(ValueError, match="the classes are int64 ids; pass their names"):
+    with pytest.raises(ValueError, match="the classes are int64 ids; they must have names"):
         from_detection(dataset, objects="things", category="label")
-    with pytest.raises(ValueError, match="row 2: 2 is no class id, a whole number from 0 to 1"):
+    with pytest.raises(ValueError, match="row 2 has 2; it must be a class id, a whole number from 0 to 1"):
         from_detection(dataset, objects="things", category="label", names=["x", "y"])
 
 
@@ -103,7 +103,9 @@ def test_names_reorder_the_classes_of_a_class_label(images):
     dataset = make(images, DICT_OF_LISTS, objects([1, 0], [], [2], form="dict of lists"), "objects")
     found = from_detection(dataset, names=["ant", "bee", "cat", "dog"])
     assert found["labels"][:] == [[2, 3], [], [0]]
-    with pytest.raises(ValueError, match=r"column 'objects', field 'category', row 2: 'ant' is none of the 2 classes"):
+    with pytest.raises(
+        ValueError, match=r"column 'objects', field 'category', row 2 has 'ant'; it must be one of the 2 classes"
+    ):
         from_detection(dataset, names=["cat", "dog"])
     assert from_detection(dataset.select([0, 1]), names=["cat", "dog"])["labels"][:] == [[0, 1], []]
 
@@ -111,23 +113,23 @@ def test_names_reorder_the_classes_of_a_class_label(images):
 def test_hostile_detection_sets(images):
     good = objects([1], [], [2], form="dict of lists")
     dataset = make(images, DICT_OF_LISTS, good, "objects")
-    with pytest.raises(ValueError, match=r"no column 'things' in the data set, which has \['image', 'objects'\]"):
+    with pytest.raises(ValueError, match=r"columns are \['image', 'objects'\]; 'things' must be among them"):
         from_detection(dataset, objects="things")
-    with pytest.raises(ValueError, match=r"the fields \['bbox', 'category'\], not 'label'.*category="):
+    with pytest.raises(ValueError, match=r"the fields \['bbox', 'category'\]; 'label' must be among them.*category="):
         from_detection(dataset, category="label")
-    with pytest.raises(TypeError, match="field 'bbox': a list of strings"):
+    with pytest.raises(TypeError, match=r"field 'bbox': a class is of the type List.*; it must be a string"):
         from_detection(dataset, category="bbox")
     with pytest.raises(TypeError, match=r"a dict of lists or a list of dicts.*use from_tags\(dataset, column='tags'"):
         from_detection(make(images, STRINGS, [["a"], [], []]), objects="tags")
-    with pytest.raises(ValueError, match="row 1: expected a list of classes, got None"):
+    with pytest.raises(ValueError, match="row 1 is None; it must be a list of class names"):
         from_detection(make(images, LIST_OF_DICTS, [[], None, []], "objects"))
-    with pytest.raises(ValueError, match="row 1: expected a list of classes, got None"):
+    with pytest.raises(ValueError, match="row 1 is None; it must be a list of class names"):
         from_detection(make(images, DICT_OF_LISTS, [good[0], None, good[2]], "objects"))
-    with pytest.raises(ValueError, match="row 0: None is no class id"):
+    with pytest.raises(ValueError, match="row 0 has None; it must be a class id"):
         from_detection(make(images, DICT_OF_LISTS, objects([None], [], [], form="dict of lists"), "objects"))
-    with pytest.raises(TypeError, match=r"a datasets\.Dataset is needed"):
+    with pytest.raises(TypeError, match=r"is a DatasetDict; it must be a datasets\.Dataset"):
         from_detection(datasets.DatasetDict(train=dataset))
-    with pytest.raises(ValueError, match=r"a column 'image' of type datasets\.Image is needed"):
+    with pytest.raises(ValueError, match=r"columns are \['img', 'objects'\]; 'image' must be among them"):
         from_detection(dataset.rename_column("image", "img"))
 
 
@@ -154,28 +156,54 @@ def test_names_fix_the_order_and_what_is_outside_is_an_error(images):
     found = from_tags(dataset, "keywords", names=["emu", "dog", "cat", "ant"])
     assert class_names(found) == ["emu", "dog", "cat", "ant"]
     assert found["labels"][:] == [[1], [], [2, 3]]
-    with pytest.raises(ValueError, match="column 'keywords', row 2: 'ant' is none of the 2 classes 'cat', 'dog'"):
+    with pytest.raises(
+        ValueError, match="column 'keywords', row 2 has 'ant'; it must be one of the 2 classes 'cat', 'dog'"
+    ):
         from_tags(dataset, "keywords", names=["cat", "dog"])
-    with pytest.raises(ValueError, match="names lists 'cat' more than once"):
+    with pytest.raises(ValueError, match="names has 'cat' more than once"):
         from_tags(dataset, "keywords", names=["cat", "dog", "cat"])
     for wrong in ("cat", [], ["cat", ""], ["cat", 3]):
-        with pytest.raises(TypeError, match="names must be a list of class names"):
+        with pytest.raises(TypeError, match=r"names is .*; it must be a list of class names"):
             from_tags(dataset, "keywords", names=wrong)
 
 
 @pytest.mark.parametrize(
     ("feature", "values", "arguments", "error", "message"),
     [
-        (STRINGS, [["a"], None, []], {}, ValueError, "row 1: expected a list of classes, got None"),
-        (STRINGS, [["a"], ["a", None], []], {}, ValueError, r"row 1: a class of \['a', None\] is empty"),
-        (STRINGS, [["a"], ["a", ""], []], {}, ValueError, "row 1: a class of .* is empty"),
-        (STRINGS, [[], [], []], {}, ValueError, "no class in any of the 3 rows"),
-        (STRINGS, [["a"], [], []], {"separator": ","}, ValueError, "A separator splits strings only"),
-        (Value("string"), ["a", "b", None], {"separator": ","}, ValueError, "row 2: expected a list .* None"),
-        (Value("string"), ["a", "b", "c"], {}, ValueError, r"needs the separator .* separator=','"),
-        (Value("int64"), [1, 2, 3], {}, TypeError, "column 'tags': a list of strings, ClassLabels or integer ids"),
-        (List(Value("float32")), [[1], [2], [3]], {}, TypeError, "column 'tags': a list of strings"),
-        (STRINGS, [["a"], [], []], {"column": "labels"}, ValueError, "no column 'labels' in the data set"),
+        (STRINGS, [["a"], None, []], {}, ValueError, "row 1 is None; it must be a list of class names"),
+        (
+            STRINGS,
+            [["a"], ["a", None], []],
+            {},
+            ValueError,
+            r"row 1 is \['a', None\]; it must be a list of class names",
+        ),
+        (STRINGS, [["a"], ["a", ""], []], {}, ValueError, r"row 1 is \['a', ''\]; it must be a list of class names"),
+        (STRINGS, [[], [], []], {}, ValueError, "row 0 and all after are without a class"),
+        (
+            STRINGS,
+            [["a"], [], []],
+            {"separator": ","},
+            ValueError,
+            r"separator is ',' .*; it must be .* None for lists",
+        ),
+        (Value("string"), ["a", "b", None], {"separator": ","}, ValueError, "row 2 is None; it must be a list"),
+        (Value("string"), ["a", "b", "c"], {}, ValueError, r"separator is None .*pass separator=','"),
+        (
+            Value("int64"),
+            [1, 2, 3],
+            {},
+            TypeError,
+            "column 'tags': a class is of the type None; it must be a string, a ClassLabel or an integer id",
+        ),
+        (
+            List(Value("float32")),
+            [[1], [2], [3]],
+            {},
+            TypeError,
+            r"column 'tags': a class is of the type Value\('float32'\)",
+        ),
+        (STRINGS, [["a"], [], []], {"column": "labels"}, ValueError, "'labels' must be among them"),
     ],
 )
 def test_hostile_tags(images, feature, values, arguments, error, message):
@@ -208,13 +236,15 @@ def test_without_ids_and_own_file_names_rows_are_numbered(tmp_path, caplog):
 
 def test_hostile_image_ids_and_images(images):
     rows = [["a"], [], []]
-    with pytest.raises(ValueError, match=r"'image_id': rows 0 and 2 both have 4.*remove_columns"):
+    with pytest.raises(
+        ValueError, match=r"image_id '4' occurs 2 times in the data set; it must be unique.*remove_columns"
+    ):
         from_tags(make(images, STRINGS, rows, image_id=("int64", [4, 5, 4])))
-    with pytest.raises(ValueError, match="'image_id', row 1: expected an id, got None"):
+    with pytest.raises(ValueError, match="row 1: image_id is None; it must be an integer or a string"):
         from_tags(make(images, STRINGS, rows, image_id=("string", ["a", None, "b"])))
-    with pytest.raises(ValueError, match="'image_id' is of type double; integers or strings"):
+    with pytest.raises(ValueError, match=r"row 0: image_id is 1\.0; it must be an integer or a string"):
         from_tags(make(images, STRINGS, rows, image_id=("float64", [1.0, 2.0, 3.0])))
-    with pytest.raises(ValueError, match="column 'image', row 1: no image"):
+    with pytest.raises(ValueError, match="column 'image', row 1 is None; it must be an image"):
         from_tags(make([images[0], None, images[2]], STRINGS, rows))
 
 
@@ -270,9 +300,11 @@ def test_unknown_labels_are_negative_or_masked(folder, caplog):
 def test_names_choose_and_order_the_columns(folder):
     file = write(folder, "file_name,split,dog,cat,ant\na.png,train,1,0,1\nb.png,val,0,0,0\n")
     assert from_csv(file, names=["ant", "dog"])["labels"][:] == [[0, 1], []]
-    with pytest.raises(ValueError, match=r"line 2, column 'split': 'train' is not 0, 1 or unknown.*is no class, list"):
+    with pytest.raises(
+        ValueError, match=r"line 2, column 'split' is 'train'; it must be 0, 1 or unknown.*is no class, list"
+    ):
         from_csv(file)
-    with pytest.raises(ValueError, match=r"line 1: no column 'emu' in the header .*Correct names"):
+    with pytest.raises(ValueError, match=r"line 1: no column 'emu' in the header .*correct names"):
         from_csv(file, names=["emu"])
 
 
@@ -283,7 +315,9 @@ def test_label_column_with_names(folder):
     assert found["labels"][:] == [[1, 2], [], [0, 1]]
     found = from_csv(file, label_column="tags", separator="|", names=["dog", "cat", "ant, big", "emu"])
     assert found["labels"][:] == [[0, 1], [], [1, 2]]
-    with pytest.raises(ValueError, match=r"labels.csv, line 4, column 'tags': 'ant, big' is none of the 2 classes"):
+    with pytest.raises(
+        ValueError, match=r"labels.csv, line 4, column 'tags' has 'ant, big'; it must be one of the 2 classes"
+    ):
         from_csv(file, label_column="tags", separator="|", names=["dog", "cat"])
 
 
@@ -291,9 +325,11 @@ def test_label_column_with_ids(folder):
     file = write(folder, "file_name,ids\na.png,2 0\nb.png,\nc.png,1\n")
     found = from_csv(file, label_column="ids", separator=" ", class_ids=True, names=["x", "y", "z"])
     assert named_labels(found) == [{"x", "z"}, set(), {"y"}]
-    with pytest.raises(ValueError, match="line 2, column 'ids': '2' is no class id, a whole number from 0 to 1"):
+    with pytest.raises(
+        ValueError, match="line 2, column 'ids' has '2'; it must be a class id, a whole number from 0 to 1"
+    ):
         from_csv(file, label_column="ids", separator=" ", class_ids=True, names=["x", "y"])
-    with pytest.raises(ValueError, match="class_ids=True needs the class names"):
+    with pytest.raises(ValueError, match="names is None; with class_ids it must be the class names"):
         from_csv(file, label_column="ids", separator=" ", class_ids=True)
 
 
@@ -326,18 +362,18 @@ def test_relative_paths_survive_a_change_of_folder(folder, monkeypatch, tmp_path
         ("file_name,dog,cat,dog\na.png,1,0,1\n", "line 1: the header names 'dog' more than once"),
         ("file_name,dog,\na.png,1,0\n", "line 1: column 3 of the header has no name"),
         ("file_name\na.png\n", "line 1: no class among the columns 'file_name'"),
-        ("name,dog\na.png,1\n", "line 1: no column 'file_name' in the header 'name', 'dog'. Correct image_column"),
-        ("file_name,dog\na.png,1\nb.png,2\n", "line 3, column 'dog': '2' is not 0, 1 or unknown"),
-        ("file_name,dog\na.png,nan\n", "line 2, column 'dog': 'nan' is not"),
+        ("name,dog\na.png,1\n", "line 1: no column 'file_name' in the header 'name', 'dog'; correct image_column"),
+        ("file_name,dog\na.png,1\nb.png,2\n", "line 3, column 'dog' is '2'; it must be 0, 1 or unknown"),
+        ("file_name,dog\na.png,nan\n", "line 2, column 'dog' is 'nan'; it must be"),
         ("file_name,dog\na.png,1\nb.png,1\na.png,0\n", "line 4: 'a.png' in column .* first in line 2"),
         ("file_name,image_id,dog\na.png,7,1\nb.png,7,1\n", "line 3: '7' in column 'image_id' a second time"),
         ("file_name,image_id,dog\na.png,7,1\n,8,1\n", "line 3: column 'file_name' is empty"),
         ("file_name,image_id,dog\na.png,,1\n", "line 2: column 'image_id' is empty"),
-        ("file_name,dog\n../a.png,1\n", r"line 2: the file name '\.\./a\.png' is not a plain path"),
+        ("file_name,dog\n../a.png,1\n", r"line 2: the file name is '\.\./a\.png'; it must be a plain path"),
         ("file_name,dog\nsub/../a.png,1\n", "line 2: the file name"),
         ("file_name,dog\n/etc/passwd,1\n", "line 2: the file name"),
         ("file_name,dog\nsub\\a.png,1\n", "line 2: the file name"),
-        ('file_name,dog\n"a.png\nb",0\na.png,9\n', "line 4, column 'dog': '9'"),
+        ('file_name,dog\n"a.png\nb",0\na.png,9\n', "line 4, column 'dog' is '9'"),
     ],
 )  # fmt: skip
 def test_hostile_files(folder, text, message):
@@ -368,13 +404,16 @@ def test_absent_files(folder, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"unknown": "zero"}, "unknown must be one of 'negative', 'masked', got 'zero'"),
-        ({"on_bad_image": "drop"}, "on_bad_image must be one of"),
+        ({"unknown": "zero"}, "unknown is 'zero'; it must be one of 'negative', 'masked'"),
+        ({"on_bad_image": "drop"}, "on_bad_image is 'drop'; it must be one of"),
         ({"separator": ","}, "pass label_column"),
         ({"class_ids": True, "names": ["a"]}, "pass label_column"),
-        ({"label_column": "tags"}, "needs the separator of its classes"),
-        ({"label_column": "tags", "separator": "|", "unknown": "masked"}, "needs multi-hot columns"),
-        ({"label_column": "none", "separator": "|"}, "no column 'none' in the header .* Correct label_column"),
+        ({"label_column": "tags"}, "separator is None; it must be what stands between classes"),
+        (
+            {"label_column": "tags", "separator": "|", "unknown": "masked"},
+            "unknown is 'masked'; it must be 'negative' with label_column",
+        ),
+        ({"label_column": "none", "separator": "|"}, "no column 'none' in the header .*; correct label_column"),
     ],
 )
 def test_hostile_arguments(folder, arguments, message):

@@ -134,10 +134,10 @@ def test_same_files_same_fingerprint_changed_file_changed_rows(root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "validation"}, r"split must be one of 'train', 'val', got 'validation'"),
-        ({"split": "test"}, r"split must be one of 'train', 'val', got 'test'"),
-        ({"year": 2015}, r"year must be one of 2014, 2017, got 2015"),
-        ({"on_bad_image": "ignore"}, r"on_bad_image must be one of 'error', 'skip', got 'ignore'"),
+        ({"split": "validation"}, r"split is 'validation'; it must be one of 'train', 'val'"),
+        ({"split": "test"}, r"split is 'test'; it must be one of 'train', 'val'"),
+        ({"year": 2015}, r"year is 2015; it must be one of 2014, 2017"),
+        ({"on_bad_image": "ignore"}, r"on_bad_image is 'ignore'; it must be one of 'error', 'skip'"),
     ],
 )
 def test_wrong_arguments(root, arguments, message):
@@ -198,7 +198,9 @@ def test_file_names_that_leave_the_folder(root, name):
     document = content()
     document["images"][2]["file_name"] = name  # an image without annotation is checked as well
     rewrite(root, document)
-    with pytest.raises(ValueError, match=r"images\[2\] has the file_name .* not a plain path inside the image folder"):
+    with pytest.raises(
+        ValueError, match=r"images\[2\]: the file_name is .*; it must be a plain path inside the image folder"
+    ):
         load_coco(root)
 
 
@@ -207,15 +209,25 @@ def test_file_names_that_leave_the_folder(root, name):
     [
         ("images", 2, {"id": 10}, r"images\[2\] has the id 10 a second time"),
         ("images", 2, {"id": "20"}, r"images\[0\] has the id 30 and images\[2\] '20'.*all integers or all strings"),
-        ("images", 2, {"id": 20.0}, r"images\[2\] needs 'id', an integer or a string; got 20\.0"),
-        ("images", 2, {"file_name": None}, r"images\[2\] needs 'file_name', a string; got None"),
-        ("annotations", 3, {"image_id": 31}, r"annotations\[3\] is about image_id 31, which is not in 'images'"),
-        ("annotations", 3, {"image_id": [30]}, r"annotations\[3\] needs 'image_id'.*got \[30\]"),
-        ("annotations", 3, {"category_id": 3}, r"annotations\[3\] has category_id 3.*3 ids, 2 to 90"),
-        ("annotations", 3, {"category_id": None}, r"annotations\[3\] needs 'category_id'.*got None"),
+        ("images", 2, {"id": 20.0}, r"images\[2\] has the id 20\.0; it must be an integer or a string"),
+        ("images", 2, {"file_name": None}, r"images\[2\] has the file_name None; it must be a string"),
+        ("annotations", 3, {"image_id": 31}, r"annotations\[3\] has the image_id 31; it must be in 'images'"),
+        (
+            "annotations",
+            3,
+            {"image_id": [30]},
+            r"annotations\[3\] has the image_id \[30\]; it must be an integer or a string",
+        ),
+        ("annotations", 3, {"category_id": 3}, r"annotations\[3\] has the category_id 3; .*3 ids, 2 to 90"),
+        (
+            "annotations",
+            3,
+            {"category_id": None},
+            r"annotations\[3\] has the category_id None; it must be an integer or a string",
+        ),
         ("categories", 2, {"name": "dog"}, r"categories 2 and 7 are both named 'dog'"),
         ("categories", 2, {"id": 90}, r"categories\[2\] has the id 90 a second time"),
-        ("categories", 2, {"name": 5}, r"categories\[2\] needs 'name', a string; got 5"),
+        ("categories", 2, {"name": 5}, r"categories\[2\] has the name 5; it must be a string"),
     ],
 )
 def test_records_that_contradict_the_file(root, part, index, update, message):
@@ -230,7 +242,7 @@ def test_records_of_another_shape(root):
     document = content()
     document["annotations"][1] = 5
     rewrite(root, document)
-    with pytest.raises(ValueError, match=r"annotations\[1\] needs 'image_id'.*got 5 for the whole record"):
+    with pytest.raises(ValueError, match=r"annotations\[1\] is 5; it must be an object with the image_id"):
         load_coco(root)
 
 

@@ -123,8 +123,8 @@ def test_changed_file_changed_rows(root, annotations):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "trainval"}, r"split must be one of 'train', 'val', 'test', 'train\+val', got 'trainval'"),
-        ({"on_bad_image": None}, r"on_bad_image must be one of 'error', 'skip', got None"),
+        ({"split": "trainval"}, r"split is 'trainval'; it must be one of 'train', 'val', 'test', 'train\+val'"),
+        ({"on_bad_image": None}, r"on_bad_image is None; it must be one of 'error', 'skip'"),
     ],
 )
 def test_wrong_arguments(root, arguments, message):
@@ -154,14 +154,18 @@ def test_missing_parts_show_the_expected_tree(root, take_away, message):
 @pytest.mark.parametrize(
     ("line", "text", "message"),
     [
-        (1, "attribute_name  attribute_type", r", line 1: 'attribute_name  attribute_type' is no count"),
+        (
+            1,
+            "attribute_name  attribute_type",
+            r", line 1 is 'attribute_name  attribute_type'; it must be the number of attributes",
+        ),
         (1, "27", r": line 1 announces 27 attributes, 26 follow from line 3 on"),
         (2, None, r": line 1 announces 26 attributes, 25 follow from line 3 on"),
         (28, None, r": line 1 announces 26 attributes, 25 follow from line 3 on"),
-        (5, "striped", r", line 5: 'striped' is not a name and the number of its type"),
-        (5, "striped one", r", line 5: 'striped one' is not a name and the number of its type"),
-        (5, "", r", line 5: '' is not a name"),
-        (5, "floral 1", r", line 5: the attribute 'floral' was named in line 3"),
+        (5, "striped", r", line 5 is 'striped'; it must be a name and the number of its type"),
+        (5, "striped one", r", line 5 is 'striped one'; it must be a name and the number of its type"),
+        (5, "", r", line 5 is ''; it must be a name"),
+        (5, "floral 1", r", line 5: the attribute 'floral' was listed in line 3"),
     ],
 )
 def test_malformed_attributes(root, annotations, line, text, message):
@@ -176,21 +180,23 @@ def test_empty_files(root, annotations):
         load_deepfashion(root, "val")
     for content in ("", "0\nattribute_name  attribute_type\n"):
         (annotations / "list_attr_cloth.txt").write_text(content)
-        with pytest.raises(ValueError, match=r"list_attr_cloth\.txt.*(is no count|announces 0 attributes)"):
+        with pytest.raises(
+            ValueError, match=r"list_attr_cloth\.txt.*(must be the number of attributes|announces 0 attributes)"
+        ):
             load_deepfashion(root, "train")
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("../a.jpg", r"'\.\./a\.jpg' is not a plain path inside the image folder"),
-        ("/etc/a.jpg", r"'/etc/a\.jpg' is not a plain path"),
-        ("img/../../a.jpg", r"is not a plain path"),
-        ("img\\a.jpg", r"is not a plain path"),
-        ("img/a\0.jpg", r"is not a plain path"),
-        ("img/", r"'img/' is not a plain path"),
-        ("", r"'' is not a plain path"),
-        (paths_of("val")[0], r"was listed in val\.txt, line 1\. Remove one"),
+        ("../a.jpg", r"'\.\./a\.jpg'; it must be a plain path inside the image folder"),
+        ("/etc/a.jpg", r"'/etc/a\.jpg'; it must be a plain path"),
+        ("img/../../a.jpg", r"; it must be a plain path"),
+        ("img\\a.jpg", r"; it must be a plain path"),
+        ("img/a\0.jpg", r"; it must be a plain path"),
+        ("img/", r"'img/'; it must be a plain path"),
+        ("", r"''; it must be a plain path"),
+        (paths_of("val")[0], r"was listed in val\.txt, line 1; .*remove one"),
     ],
 )
 def test_bad_image_paths(root, annotations, path, message):
@@ -201,19 +207,19 @@ def test_bad_image_paths(root, annotations, path, message):
 
 def test_an_image_in_two_splits(root, annotations):
     replace_line(annotations / "val.txt", 2, paths_of("train")[4])
-    with pytest.raises(ValueError, match=r"val\.txt, line 2: the image .* was listed in train\.txt, line 5\."):
+    with pytest.raises(ValueError, match=r"val\.txt, line 2: the image .* was listed in train\.txt, line 5;"):
         load_deepfashion(root, "train+val")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (" ".join("0" * 27), r", line 3: 27 values, one for each of the 26 attributes is required"),
-        (" ".join("0" * 25), r", line 3: 25 values"),
+        (" ".join("0" * 27), r", line 3 has 27 values; there must be one for each of the 26 attributes"),
+        (" ".join("0" * 25), r", line 3 has 25 values"),
         ("", r", line 3: 0 values|has 2 rows"),
-        ("0 " * 24 + "2 -1", r", line 3: '2' for the attribute 'loose' \(value 25\)\. 0 or 1 is required"),
-        ("-1 " + "0 " * 25, r", line 3: '-1' for the attribute 'floral' \(value 1\)"),
-        ("0 " * 25 + "1.0", r", line 3: '1\.0' for the attribute 'conventional'"),
+        ("0 " * 24 + "2 -1", r", line 3 has '2' for the attribute 'loose' \(value 25\); it must be 0 or 1"),
+        ("-1 " + "0 " * 25, r", line 3 has '-1' for the attribute 'floral' \(value 1\)"),
+        ("0 " * 25 + "1.0", r", line 3 has '1\.0' for the attribute 'conventional'"),
         (None, r" has 2 rows and val\.txt 3 images"),
         (" ".join("0" * 26) + "\n" + " ".join("0" * 26), r" has 4 rows and val\.txt 3 images"),
     ],

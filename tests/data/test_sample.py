@@ -291,11 +291,11 @@ def test_foreign_or_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a whole scene set made with these settings"):
         make_scenes(root, **tiny, seed=1)
     next((root / "train2017").iterdir()).unlink()
-    with pytest.raises(ValueError, match="Delete it or pass another root"):
+    with pytest.raises(ValueError, match="delete it or pass another root"):
         make_scenes(root, **tiny)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="mine exists"):
+    with pytest.raises(ValueError, match="mine, which exists"):
         make_scenes(tmp_path / "mine", **tiny)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
@@ -303,13 +303,13 @@ def test_foreign_or_damaged_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"num_train": 0}, ValueError, "num_train=0; it must be at least 1"),
-        ({"num_val": 0}, ValueError, "num_val=0"),
-        ({"image_size": 16}, ValueError, "image_size=16; it must be at least 32"),
-        ({"seed": -1}, ValueError, "seed=-1"),
+        ({"num_train": 0}, ValueError, "num_train is 0; it must be at least 1"),
+        ({"num_val": 0}, ValueError, "num_val is 0"),
+        ({"image_size": 16}, ValueError, "image_size is 16; it must be at least 32"),
+        ({"seed": -1}, ValueError, "seed is -1"),
         ({"num_train": 500_000}, ValueError, "must be below 500000"),
-        ({"seed": 0.5}, TypeError, r"seed=0\.5; it must be an int"),
-        ({"num_val": True}, TypeError, "num_val=True"),
+        ({"seed": 0.5}, TypeError, r"seed is 0\.5; it must be an int"),
+        ({"num_val": True}, TypeError, "num_val is True"),
     ],
 )
 def test_bad_settings(settings: dict, error: type[Exception], message: str, tmp_path: Path) -> None:

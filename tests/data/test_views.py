@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -236,6 +237,18 @@ def test_a_view_maker_refuses_what_randaugment_would_fail_on_later():
         ViewMaker(8, seed=0, cutout=16)
     for magnitude in (0, 30):
         ViewMaker(8, seed=0, magnitude=magnitude).augmented(picture(), 0, num_views=3)
+
+
+def test_a_view_maker_from_training_arguments_is_the_one_made_by_hand():
+    args = SimpleNamespace(randaugment_num_ops=3, randaugment_magnitude=20, cutout=0.4)
+    processor = squash_processor(image_size=24)
+    processor.resample = BILINEAR
+    found = ViewMaker.from_arguments(args, processor, seed=5)
+    expected = ViewMaker(24, 5, resample=BILINEAR, num_ops=3, magnitude=20, cutout=0.4)
+    image, key = picture(), (1, 7, "random")
+    assert torch.equal(found.plain(image), expected.plain(image))
+    pairs = zip(found.augmented(image, *key, num_views=4), expected.augmented(image, *key, num_views=4), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 # ---- cutout ----

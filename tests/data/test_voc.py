@@ -204,12 +204,15 @@ def test_changed_file_changed_rows(root, folder, source):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"year": "2010"}, r"year must be one of '2007', '2012', '2007\+2012', got '2010'"),
-        ({"split": "validation"}, r"split must be one of 'train', 'val', 'trainval', 'test', got 'validation'"),
-        ({"difficult": True}, r"difficult must be one of 'positive', 'ignore', 'negative', got True"),
-        ({"on_bad_image": "ignore"}, r"on_bad_image must be one of 'error', 'skip', got 'ignore'"),
-        ({"year": "2012", "split": "test"}, r"got year='2012': the labels of VOC2012's test set were never published"),
-        ({"year": "2007+2012", "split": "test"}, r"'test' exists for year='2007' only, got year='2007\+2012'"),
+        ({"year": "2010"}, r"year is '2010'; it must be one of '2007', '2012', '2007\+2012'"),
+        ({"split": "validation"}, r"split is 'validation'; it must be one of 'train', 'val', 'trainval', 'test'"),
+        ({"difficult": True}, r"difficult is True; it must be one of 'positive', 'ignore', 'negative'"),
+        ({"on_bad_image": "ignore"}, r"on_bad_image is 'ignore'; it must be one of 'error', 'skip'"),
+        (
+            {"year": "2012", "split": "test"},
+            r"year is '2012'; it must be '2007' .* VOC2012's test set were never published",
+        ),
+        ({"year": "2007+2012", "split": "test"}, r"year is '2007\+2012'; it must be '2007' with split='test'"),
     ],
 )
 def test_wrong_arguments(root, arguments, message):
@@ -247,13 +250,13 @@ def test_missing_root_and_missing_split(root):
     [
         ("", r"is empty"),
         ("000007\n000003\n000007\n", r", line 3: the id '000007' was listed in line 1"),
-        ("000007 1\n", r", line 1: '000007 1' is no image id"),
-        ("000007\n\n000003\n", r", line 2: '' is no image id"),
-        ("000007\n../000003\n", r", line 2: '../000003' is no image id"),
-        ("/etc/000007\n", r", line 1: '/etc/000007' is no image id"),
-        ("..\\000007\n", r", line 1: .* is no image id"),
-        ("..\n", r", line 1: '\.\.' is no image id"),
-        ("00\x000007\n", r", line 1: .* is no image id"),
+        ("000007 1\n", r", line 1 is '000007 1'; it must be an image id"),
+        ("000007\n\n000003\n", r", line 2 is ''; it must be an image id"),
+        ("000007\n../000003\n", r", line 2 is '../000003'; it must be an image id"),
+        ("/etc/000007\n", r", line 1 is '/etc/000007'; it must be an image id"),
+        ("..\\000007\n", r", line 1 is .*; it must be an image id"),
+        ("..\n", r", line 1 is '\.\.'; it must be an image id"),
+        ("00\x000007\n", r", line 1 is .*; it must be an image id"),
     ],
 )
 def test_malformed_list_of_the_split(root, folder, content, message):
@@ -271,11 +274,11 @@ def test_text_that_is_not_utf8(root, folder):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("000003 2", r", line 2: '000003 2' is not an id and a label, which is 1, 0 .* or -1"),
-        ("000003 1.0", r", line 2: '000003 1\.0' is not an id and a label"),
-        ("000003", r", line 2: '000003' is not an id and a label"),
-        ("000003 1 1", r", line 2: '000003 1 1' is not an id and a label"),
-        ("", r", line 2: '' is not an id and a label"),
+        ("000003 2", r", line 2 is '000003 2'; it must be an id and a label: 1, 0 .* or -1"),
+        ("000003 1.0", r", line 2 is '000003 1\.0'; it must be an id and a label"),
+        ("000003", r", line 2 is '000003'; it must be an id and a label"),
+        ("000003 1 1", r", line 2 is '000003 1 1'; it must be an id and a label"),
+        ("", r", line 2 is ''; it must be an id and a label"),
         ("000007 1", r", line 2: the id '000007' is listed a second time"),
         ("000009 1", r", line 2: the id '000009' is not in trainval\.txt"),
         (None, r": 1 of the 4 ids in trainval\.txt have no label here, such as '000003'"),
@@ -297,10 +300,13 @@ def test_malformed_class_files(root, folder, line, message):
         (annotation([("dog", 0)])[:160], r"000005\.xml, line \d: not well-formed UTF-8 XML"),
         ("<annotation>\n<object>\n</annotation>", r"000005\.xml, line 3: .*\(mismatched tag\)"),
         ("<annotation>&dog;</annotation>", r"000005\.xml, line 1: .*\(undefined entity\)"),
-        ("<html></html>", r"000005\.xml: the outer element is <html>, <annotation> is required"),
-        (annotation([("dog", 0), ("zebra", 0)]), r"000005\.xml: object\[1\] is named 'zebra', .*none of the 20 cl"),
+        ("<html></html>", r"000005\.xml: the outer element is <html>; it must be <annotation>"),
+        (
+            annotation([("dog", 0), ("zebra", 0)]),
+            r"000005\.xml: object\[1\] is named 'zebra'; it must be one of the 20 cl",
+        ),
         ("<annotation><object/></annotation>", r"000005\.xml: object\[0\] is named ''"),
-        (annotation([("dog", 2)]), r"000005\.xml: object\[0\] has difficult='2'\. 0 or 1 is required"),
+        (annotation([("dog", 2)]), r"000005\.xml: object\[0\] has difficult='2'; it must be 0 or 1"),
     ],
 )
 def test_malformed_annotations(root, annotations, text, message):
