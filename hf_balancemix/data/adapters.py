@@ -25,7 +25,7 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_plain_path,
-    few,
+    first_few,
     first_repeat,
     image_dataset,
     present_files,
@@ -338,7 +338,9 @@ class _Table:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
         if twice := sorted(name for name, number in Counter(self.header).items() if name and number > 1):
-            raise ValueError(f"{file}, line 1: the header names {few(twice)} more than once; rename or remove one.")
+            raise ValueError(
+                f"{file}, line 1: the header names {first_few(twice)} more than once; rename or remove one."
+            )
         if not self.rows:
             raise ValueError(f"{file} has no rows below its header; there must be one for each image; add them.")
 
@@ -346,8 +348,8 @@ class _Table:
         """The cells under a heading; `argument` is what named it, for the message."""
         if name not in self.header:
             raise ValueError(
-                f"{self.file}, line 1: no column {name!r} in the header {few(self.header)}; correct {argument}, or "
-                "the delimiter."
+                f"{self.file}, line 1: no column {name!r} in the header {first_few(self.header)}; correct {argument}, "
+                "or the delimiter."
             )
         index = self.header.index(name)
         return [row[index].strip() for row in self.rows]
@@ -394,7 +396,9 @@ def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[
                 "class, or pass the class columns in names."
             )
         if not names:
-            raise ValueError(f"{table.file}, line 1: no class among the columns {few(table.header)}; add a column.")
+            raise ValueError(
+                f"{table.file}, line 1: no class among the columns {first_few(table.header)}; add a column."
+            )
     codes = []
     for name in names:
         cells = table.column(name)
@@ -448,7 +452,7 @@ def _class_lists(
             labels.append(sorted({index[name] for name in classes}))
         except KeyError as error:
             raise ValueError(
-                f"{where(row)} has {error.args[0]!r}; it must be one of the {len(names)} classes {few(names)}; "
+                f"{where(row)} has {error.args[0]!r}; it must be one of the {len(names)} classes {first_few(names)}; "
                 "correct it or add it to names."
             ) from None
     return names, labels

@@ -19,7 +19,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}; choose one.")
 
 
-def few(values: Sequence[Any], number: int = 5) -> str:
+def first_few(values: Sequence[Any], number: int = 5) -> str:
     """The first values, for messages."""
     return ", ".join(map(repr, values[:number])) + (", ..." if len(values) > number else "")
 

@@ -123,13 +123,13 @@ def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
     return torch.from_numpy(mark_unknown(labels, unknown, class_names(dataset)))
 
 
-def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
     """Labels with -1 where they are unknown.
 
     Args:
         labels: (N, K) of 0 and 1.
         unknown: (N, K), true or 1 where a label, 0 in `labels`, is not known.
-        names: The K class names, for messages.
+        names: The K class names, for messages; by default the numbers of the classes.
 
     Returns:
         (N, K) int8 array of 0, 1 and -1.
@@ -146,7 +146,7 @@ def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str]) 
     if len(both):
         row, k = both[0]
         raise ValueError(
-            f"row {row}: class '{names[k]}' is in 'labels' and in 'unknown_labels'; a label must be present or "
+            f"row {row}: class '{names[k] if names else k}' is in 'labels' and in 'unknown_labels'; a label must be present or "
             "unknown, not both; remove it from one."
         )
     return np.where(unknown != 0, -1, labels).astype(np.int8)

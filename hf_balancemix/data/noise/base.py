@@ -147,8 +147,7 @@ class LabelNoise:
             raise ValueError(f"{self!r} was called with one row; it must be a batch; use map(noise, batched=True).")
         given = self._matrix(batch, "labels")
         if batch.get("unknown_labels") is not None:
-            names = [str(k) for k in range(len(self._counts))]
-            given = mark_unknown(given, self._matrix(batch, "unknown_labels"), names)
+            given = mark_unknown(given, self._matrix(batch, "unknown_labels"))
         noisy = (self._noisy(given, plain_ids(batch["image_id"])) == 1).astype(np.uint8)
         labels = [np.flatnonzero(row).tolist() for row in noisy] if self._class_list else noisy.tolist()
         return {"labels": labels, "clean_labels": batch.get("clean_labels", batch["labels"])}
@@ -188,7 +187,7 @@ class LabelNoise:
             raise ValueError(f"image_ids has {len(ids)} values; it must have one for each of the {len(given)} rows.")
         given = given.astype(np.int8)
         if unknown is not None:
-            given = mark_unknown(given, np.asarray(unknown), [str(k) for k in range(num_classes)])
+            given = mark_unknown(given, np.asarray(unknown))
         noisy = (self._noisy(given, ids) == 1).astype(np.uint8)
         return torch.from_numpy(noisy) if isinstance(labels, torch.Tensor) else noisy
 
