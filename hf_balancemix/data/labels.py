@@ -146,8 +146,8 @@ def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] |
     if len(both):
         row, k = both[0]
         raise ValueError(
-            f"row {row}: class '{names[k] if names else k}' is in 'labels' and in 'unknown_labels'; a label must be present or "
-            "unknown, not both; remove it from one."
+            f"row {row}: class '{names[k] if names else k}' is in 'labels' and in 'unknown_labels'; a label must be "
+            "present or unknown, not both; remove it from one."
         )
     return np.where(unknown != 0, -1, labels).astype(np.int8)
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey
 from hf_balancemix.data.labels import given_labels
-from hf_balancemix.data.views import ViewMaker, decode, undecoded_images
+from hf_balancemix.data.views import Views, decode, undecoded_images
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class TrainingPairs(Dataset):
         self,
         dataset: datasets.Dataset,
         labels: Tensor,
-        views: ViewMaker,
+        views: Views,
         *,
         clean_labels: Tensor | None = None,
         two_views_from: int | None = None,
@@ -127,7 +127,7 @@ class PlainInstances(Dataset):
     where unknown, if the data set has labels.
     """
 
-    def __init__(self, dataset: datasets.Dataset, views: ViewMaker, labels: Tensor | None = None) -> None:
+    def __init__(self, dataset: datasets.Dataset, views: Views, labels: Tensor | None = None) -> None:
         self.images = views.images(dataset)
         if labels is None and "labels" in dataset.column_names:
             labels = given_labels(dataset)

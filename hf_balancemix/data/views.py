@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import datasets
 import numpy as np
@@ -91,6 +91,30 @@ def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
     return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
+class Views(Protocol):
+    """What makes a model's inputs: :class:`ViewMaker` of images, `CachedViews` of the features of a frozen backbone.
+
+    Attributes:
+        image_size: Pixels a side of the images that views are made of.
+        seed: Seed of what is random in them.
+        num_views: V, where an instance has a fixed number of augmented views, normalised and computed before; else
+            None.
+    """
+
+    image_size: int
+    seed: int
+    num_views: int | None
+
+    def images(self, dataset: datasets.Dataset) -> Any:
+        """By a list of indices, a dict whose `image` lists what :meth:`plain` and :meth:`augmented` take."""
+
+    def plain(self, image: Any, /) -> Tensor:
+        """The un-augmented view."""
+
+    def augmented(self, image: Any, /, *key: int | str, num_views: int) -> list[Tensor]:
+        """Augmented views: a pure function of the image, the seed and `key`."""
+
+
 class ViewMaker:
     """Turns images into square uint8 views; the same squash to S x S in training, scan and evaluation.
 
@@ -102,6 +126,8 @@ class ViewMaker:
         magnitude: RandAugment magnitude, 0 to 30.
         cutout: Side of the square that is cut out before RandAugment, as a share of S in [0, 1]; see :func:`cut_out`.
     """
+
+    num_views: int | None = None  # as many as are asked for
 
     def __init__(
         self,

@@ -25,8 +25,7 @@ from hf_balancemix.core import EpochSampler
 from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
-from hf_balancemix.data.views import ViewMaker, normalise
-from hf_balancemix.frozen.cache import CachedViews
+from hf_balancemix.data.views import ViewMaker, Views, normalise
 from hf_balancemix.metrics import evaluation_figures
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.processing import squash_processor
@@ -108,7 +107,7 @@ class MultiLabelTrainer(AveragingTrainer):
         eval_dataset: datasets.Dataset | None = None,
         processing_class: Any | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        views: ViewMaker | CachedViews | None = None,
+        views: Views | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
@@ -117,7 +116,8 @@ class MultiLabelTrainer(AveragingTrainer):
             None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
         )
         # Cached features were made with the normalisation of the processor.
-        processor = squash_processor(processing_class, size, args.normalise or isinstance(views, CachedViews))
+        cached = views is not None and views.num_views is not None
+        processor = squash_processor(processing_class, size, args.normalise or cached)
         self._per_class_ap: np.ndarray | None = None  # of an evaluation that was not logged yet
         self.class_names: list[str] | None = None
         self.train_labels: Tensor | None = None
@@ -143,14 +143,8 @@ class MultiLabelTrainer(AveragingTrainer):
         check_model(self.model, self.class_names, processor.size["height"] if views is None else None)
         self._memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model.to(memory_format=self._memory_format)
-        self.views = views or ViewMaker(
-            processor.size["height"],
-            args.seed if args.data_seed is None else args.data_seed,
-            resample=int(processor.resample),
-            num_ops=args.randaugment_num_ops,
-            magnitude=args.randaugment_magnitude,
-            cutout=args.cutout,
-        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.views: Views = views or ViewMaker.from_arguments(args, processor, seed)
         self._mean = torch.tensor(processor.image_mean)
         self._std = torch.tensor(processor.image_std)
         self.add_callback(_EpochHook(self))
