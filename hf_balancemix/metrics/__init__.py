@@ -1,7 +1,6 @@
 """Figures of an evaluation and of the label management."""
 
 from hf_balancemix.metrics.average_precision import (
-    EvaluationFigures,
     class_groups,
     evaluation_figures,
     mean_average_precision,
@@ -13,7 +12,6 @@ from hf_balancemix.metrics.label_quality import Count, LabelQuality, count_label
 
 __all__ = [
     "Count",
-    "EvaluationFigures",
     "LabelQuality",
     "class_groups",
     "count_label_quality",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,15 +132,6 @@ def precision_recall_f1(probabilities: ArrayLike, labels: ArrayLike, threshold: 
     return _precision_recall_f1(probabilities, labels, threshold)
 
 
-class EvaluationFigures(NamedTuple):
-    """What :func:`evaluation_figures` gives."""
-
-    means: dict[str, float]
-    """`mAP`, `mAP_many`, `mAP_medium`, `mAP_few`, `CF1`, `OF1` in [0, 1]; a mean over no class is left out."""
-    per_class_ap: np.ndarray
-    """float64 `(K,)`, the average precision of each class; NaN for a class without a positive label."""
-
-
 def evaluation_figures(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -149,7 +140,7 @@ def evaluation_figures(
     few: int = 1_000,
     threshold: float = 0.5,
     class_names: Sequence[str] | None = None,
-) -> EvaluationFigures:
+) -> tuple[dict[str, float], np.ndarray]:
     """All figures of one evaluation; the average precision of each class is computed once.
 
     mAP is taken on the logits themselves, CF1 and OF1 on their float32 sigmoid.
@@ -164,24 +155,23 @@ def evaluation_figures(
         class_names: `(K,)` names for the log line about classes without positive labels.
 
     Returns:
-        The means, as Python floats, and each class's average precision.
+        The means, `mAP`, `mAP_many`, `mAP_medium`, `mAP_few`, `CF1`, `OF1`, as Python floats in [0, 1], of which one
+        over no class is left out; and each class's average precision, float64 `(K,)`, NaN where it has no positive
+        label.
 
     Raises:
         ValueError: see `mean_average_precision`.
 
     Example:
-        >>> figures = evaluation_figures([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 0]], class_counts=[20_000, 500])
-        >>> figures.means
-        {'mAP': 1.0, 'mAP_many': 1.0, 'CF1': 0.5, 'OF1': 0.6666666666666666}
-        >>> figures.per_class_ap.tolist()
-        [1.0, nan]
+        >>> evaluation_figures([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 0]], class_counts=[20_000, 500])
+        ({'mAP': 1.0, 'mAP_many': 1.0, 'CF1': 0.5, 'OF1': 0.6666666666666666}, array([ 1., nan]))
     """
     logits, labels = _checked(logits, "logits", labels)
     per_class_ap, _ = _average_precision(logits, labels, class_names)
     means = _means(per_class_ap, class_counts, many, few)
     f1 = _precision_recall_f1(torch.from_numpy(logits).float().sigmoid().numpy(), labels, threshold)
     means |= {"CF1": f1["CF1"], "OF1": f1["OF1"]}
-    return EvaluationFigures({name: mean for name, mean in means.items() if mean is not None}, per_class_ap)
+    return {name: mean for name, mean in means.items() if mean is not None}, per_class_ap
 
 
 def multilabel_metrics(
@@ -199,7 +189,7 @@ def multilabel_metrics(
         >>> multilabel_metrics([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 1]], class_counts=[20_000, 500])
         {'mAP': 1.0, 'mAP_many': 1.0, 'mAP_few': 1.0, 'CF1': 1.0, 'OF1': 1.0}
     """
-    return evaluation_figures(logits, labels, class_counts, many, few, threshold, class_names).means
+    return evaluation_figures(logits, labels, class_counts, many, few, threshold, class_names)[0]
 
 
 def _average_precision(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hf_balancemix.core.loss_histogram import bin_edges
 from hf_balancemix.data.describe import Description, RealisedNoise, per_cent
@@ -47,10 +48,8 @@ def figure_png(figure: Figure) -> bytes:
 
 def figure_pixels(figure: Figure) -> np.ndarray:
     """The figure as `(height, width, 3)` uint8."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    with Image.open(io.BytesIO(figure_png(figure))) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def per_class_ap_figure(

@@ -172,7 +172,8 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
     runtimes = [line["train_runtime"] for line in state.log_history if "train_runtime" in line]
     per_class = next((e["per_class_ap"] for e in evaluations if e["per_class_ap"] is not None), None)
     balance_mix = getattr(trainer, "balance_mix", None)
-    judged = _judged_labels(balance_mix)
+    fitted = balance_mix is not None and balance_mix.mixtures is not None
+    judged = _judged_labels(balance_mix) if fitted else None
     return {
         "name": repository.split("/")[-1] if repository else type(model).__name__,
         "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
@@ -197,7 +198,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "label_figures": _label_figures(state.log_history),
         "sampler": _newest(state.log_history, "sampler_effective_size"),
         "log_history": state.log_history,
-        "mixtures": _mixtures_of_two_classes(balance_mix, names, per_class),
+        "mixtures": chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class)) if fitted else [],
         "method": _method(trainer),
         "args": args.to_dict(),
         "changed": changed_arguments(args),
@@ -322,28 +323,21 @@ def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
             continue
         values = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
         metrics = {k: v for k, v in values.items() if k not in _NO_METRICS and isinstance(v, (int, float))}
+        order = (*_METRICS, *sorted(metrics.keys() - _METRICS.keys()))
         ap = values.get(PER_CLASS_AP)
         step = state.best_global_step if best_loaded else line["step"]
         found.append(
             {
                 "name": name,
                 "data": _describe(dataset, None, None),
-                "metrics": {key: metrics[key] for key in sorted(metrics, key=_metric_order)},
+                "metrics": {key: metrics[key] for key in order if key in metrics},
                 "step": step,
-                "epoch": _epoch_of(state, step) if best_loaded else line.get("epoch"),
+                "epoch": next((line["epoch"] for line in lines if line["step"] == step and "epoch" in line), None),
                 "weights": "best" if best_loaded else "last" if step == state.global_step else "earlier",
                 "per_class_ap": None if ap is None or len(ap) != len(trainer.class_names or ap) else ap,
             }
         )
     return found
-
-
-def _epoch_of(state: Any, step: int) -> float | None:
-    return next((line["epoch"] for line in state.log_history if line["step"] == step and "epoch" in line), None)
-
-
-def _metric_order(name: str) -> tuple[int, str]:
-    return ([*_METRICS].index(name) if name in _METRICS else len(_METRICS), name)
 
 
 def _describe(dataset: Any, given: Any, clean: Any) -> dict[str, Any] | None:
@@ -400,19 +394,11 @@ def _class_rows(
 
 
 def _judged_labels(balance_mix: Any) -> np.ndarray | None:
-    """`(2, K)` given negative and positive labels with p_G of at most 0.5; None where nothing was judged yet."""
-    if balance_mix is None or balance_mix.mixtures is None or not len(balance_mix.clean_probability):
+    """`(2, K)` given negative and positive labels with p_G of at most 0.5; None where p_G is not kept."""
+    if not len(balance_mix.clean_probability):
         return None
     distrusted, labels = balance_mix.clean_probability.cpu() <= 0.5, balance_mix.labels.cpu()
     return torch.stack([(distrusted & (labels == value)).sum(0) for value in (0, 1)]).numpy()
-
-
-def _mixtures_of_two_classes(
-    balance_mix: Any, names: Sequence[str], per_class: Sequence[float | None] | None
-) -> list[ClassMixtures]:
-    if balance_mix is None or balance_mix.mixtures is None:
-        return []
-    return chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class))
 
 
 def _label_figures(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
