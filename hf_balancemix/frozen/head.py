@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_balancemix.models.configuration_balancemix import POOLED_HEADS
+from hf_balancemix.models.heads import MLPHead
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 
 _NOT_OF_THE_BACKBONE = {
@@ -56,9 +57,10 @@ class FeatureClassifier(PreTrainedModel):
 
     def __init__(self, config: FeatureClassifierConfig) -> None:
         super().__init__(config)
-        width = config.hidden_size
-        hidden = [nn.Linear(config.feature_size, width), nn.ReLU()] if width else []
-        self.head = nn.Sequential(*hidden, nn.Linear(width or config.feature_size, config.num_labels))
+        if config.hidden_size:
+            self.head = MLPHead(config.feature_size, config.num_labels, config.hidden_size)
+        else:
+            self.head = nn.Sequential(nn.Linear(config.feature_size, config.num_labels))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

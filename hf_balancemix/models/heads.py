@@ -2,7 +2,7 @@
 remote code: torch only.
 
 The decoders' submodules are named as in the references, so that published state dicts load by their own key names.
-Attention is written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
+Their layers are written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
 """
 
 from __future__ import annotations
@@ -30,35 +30,18 @@ class MLPHead(nn.Sequential):
 
     def __init__(self, in_channels: int, num_labels: int, hidden_size: int = 256) -> None:
         if hidden_size < 1:
-            raise ValueError(f"hidden_size is {hidden_size}; it must be 1 or more. Without a layer: the head linear.")
+            raise ValueError(f"hidden_size is {hidden_size}; it must be 1 or more; without one take the head linear.")
         super().__init__(nn.Linear(in_channels, hidden_size), nn.ReLU(), nn.Linear(hidden_size, num_labels))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights as torch does."""
         _reset_layers(self)
 
 
-class _Attention(nn.Module):
-    """Multi-head attention with the parameters of `nn.MultiheadAttention`, batch first."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim is {dim}, which {num_heads} attention heads cannot share; change either.")
-        self.num_heads, self.dropout = num_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+def _attention(dim: int, num_heads: int, dropout: float) -> nn.MultiheadAttention:
+    if dim % num_heads:
+        raise ValueError(f"embed_dim is {dim}; it must be a multiple of num_heads, {num_heads}; change either.")
+    return nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
 
 
 class _Layer(nn.Module):
@@ -77,12 +60,13 @@ class _Layer(nn.Module):
 class _MLDecoderLayer(_Layer):
     def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
         super().__init__(dim, inner_dim, dropout)
-        self.multihead_attn = _Attention(dim, num_heads, dropout)
+        self.multihead_attn = _attention(dim, num_heads, dropout)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         x = self.norm1(queries + self.dropout(queries))
-        x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, memory)))
+        attended, _ = self.multihead_attn(x, memory, memory, need_weights=False)
+        x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
 
@@ -120,7 +104,7 @@ class MLDecoderHead(nn.Module):
     ) -> None:
         super().__init__()
         if num_groups == 0:
-            raise ValueError("num_groups is 0; it must be a number of queries, or -1 for 100.")
+            raise ValueError("num_groups is 0; it must be a number of queries, or -1; leave it out for 100 queries.")
         num_queries = min(100 if num_groups < 0 else num_groups, num_labels)
         self.num_labels = num_labels
         # Named as in the reference, its spelling included.
@@ -156,23 +140,25 @@ class MLDecoderHead(nn.Module):
 class _Q2LEncoderLayer(_Layer):
     def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
         super().__init__(dim, inner_dim, dropout)
-        self.self_attn = _Attention(dim, num_heads, dropout)
+        self.self_attn = _attention(dim, num_heads, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         placed = x + position
-        x = self.norm1(x + self.dropout(self.self_attn(placed, placed, x)))
+        attended, _ = self.self_attn(placed, placed, x, need_weights=False)
+        x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.feed_forward(x))
 
 
 class _Q2LDecoderLayer(_Layer):
     def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
         super().__init__(dim, inner_dim, dropout)
-        self.multihead_attn = _Attention(dim, num_heads, dropout)
+        self.multihead_attn = _attention(dim, num_heads, dropout)
         self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # norm1 went with the self-attention
 
     def forward(self, x: Tensor, queries: Tensor, memory: Tensor, position: Tensor) -> Tensor:
-        x = self.norm2(x + self.dropout(self.multihead_attn(x + queries, memory + position, memory)))
+        attended, _ = self.multihead_attn(x + queries, memory + position, memory, need_weights=False)
+        x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
 
@@ -210,7 +196,7 @@ class Query2LabelHead(nn.Module):
         dim = embed_dim or in_channels
         if dim % 4:
             raise ValueError(
-                f"Query2Label's width is {dim}, and its position encoding needs a multiple of 4; set embed_dim."
+                f"Query2Label's width is {dim}; it must be a multiple of 4 for the position encoding; set embed_dim."
             )
         self.input_proj = nn.Conv2d(in_channels, dim, 1) if embed_dim else nn.Identity()
         self.query_embed = nn.Embedding(num_labels, dim)
@@ -272,18 +258,10 @@ def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tens
 
 
 def _reset_layers(head: nn.Module) -> None:
-    """torch's own defaults for every layer, written with `nn.init` so that transformers can guard loaded weights."""
-    for module in head.modules():
-        if isinstance(module, _Attention):
-            nn.init.xavier_uniform_(module.in_proj_weight)
-            nn.init.zeros_(module.in_proj_bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            bound = module.weight[0].numel() ** -0.5
-            nn.init.uniform_(module.weight, -bound, bound)
-            nn.init.uniform_(module.bias, -bound, bound)
-    for module in head.modules():
-        if isinstance(module, _Attention):
-            nn.init.zeros_(module.out_proj.bias)
+    """Draw every layer of a head as torch does."""
+    layers = [module for module in head.modules() if module is not head]
+    for layer in reversed(layers):  # parts first: attention sets the bias of the linear layer in it to 0
+        if isinstance(layer, nn.MultiheadAttention):
+            layer._reset_parameters()
+        elif hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()

@@ -254,9 +254,9 @@ def test_dropout_acts_in_training_only():
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(ValueError, match="num_groups is 0"):
         MLDecoderHead(8, 4, num_groups=0)
-    with pytest.raises(ValueError, match="embed_dim is 20, which 8 attention heads cannot share"):
+    with pytest.raises(ValueError, match="embed_dim is 20; it must be a multiple of num_heads, 8"):
         MLDecoderHead(8, 4, embed_dim=20)
-    with pytest.raises(ValueError, match=r"width is 6, .* needs a multiple of 4; set embed_dim"):
+    with pytest.raises(ValueError, match=r"width is 6; it must be a multiple of 4 .*; set embed_dim"):
         Query2LabelHead(6, 4)
 
 
