@@ -42,6 +42,7 @@ _HOME = {
     "load_voc": "data",
     "make_scenes": "data",
     "mean_average_precision": "metrics",
+    "model_from_backbone": "models",
     "pipeline_labels": "models",
     "predict_labels": "models",
     "squash_processor": "models",

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.heads import MLDecoderHead, Query2LabelHead
-from hf_balancemix.models.loading import check_image_size, load_model, load_trained
-from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification, code_files
+from hf_balancemix.models.loading import check_image_size, load_model, load_trained, model_from_backbone
+from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 from hf_balancemix.models.processing import squash_processor
 from hf_balancemix.models.thresholds import (
     class_thresholds,
@@ -29,10 +29,10 @@ __all__ = [
     "Query2LabelHead",
     "check_image_size",
     "class_thresholds",
-    "code_files",
     "export_onnx",
     "load_model",
     "load_trained",
+    "model_from_backbone",
     "pipeline_labels",
     "predict_labels",
     "predict_probabilities",

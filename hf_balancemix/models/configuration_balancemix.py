@@ -9,8 +9,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 POOLED_HEADS = ("linear", "mlp")
 HEADS = (*POOLED_HEADS, "ml_decoder", "q2l")
-_LARGEST = 1_000_000  # no width, resolution or number of classes of an image model comes near
-_DEEPEST = 1_000
 # Arguments with which timm.create_model would read or fetch another file than the repository's own.
 _READS_FILES = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
@@ -27,7 +25,7 @@ class BalanceMixConfig(PreTrainedConfig):
         thresholds: K probabilities; a class is predicted where its probability is above. None: 0.5 each.
 
     Raises:
-        ValueError: An unknown head, thresholds that are not K probabilities, or sizes that no image model has.
+        ValueError: An unknown head or kind of backbone, or a stored timm model that would read other files.
     """
 
     model_type = "balancemix"
@@ -43,19 +41,17 @@ class BalanceMixConfig(PreTrainedConfig):
         problem_type: str = "multi_label_classification",
         **kwargs: Any,
     ) -> None:
-        check_sizes({"in_channels": in_channels, "head_args": head_args or {}, **kwargs})
         if head not in HEADS:
             raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}.")
         if isinstance(backbone_config, dict):
-            check_sizes(backbone_config)
+            check_timm_files(backbone_config)
             kind = backbone_config.get("model_type")
             if kind not in CONFIG_MAPPING or kind == self.model_type:
                 raise ValueError(
-                    f"backbone_config has model_type {kind!r}; an image backbone of transformers is needed."
+                    f"the config's backbone_config has model_type {kind!r}; it must be that of an image backbone of "
+                    "transformers; load another model."
                 )
             backbone_config = CONFIG_MAPPING[kind].from_dict(backbone_config)
-        elif backbone_config is not None:
-            check_sizes(backbone_config.to_dict())
         self.backbone_config = backbone_config
         self.in_channels = in_channels
         self.head = head
@@ -64,36 +60,26 @@ class BalanceMixConfig(PreTrainedConfig):
         super().__init__(problem_type=problem_type, **kwargs)
 
 
-def check_sizes(config: Mapping[Any, Any], where: str = "") -> None:
-    """Refuse a config whose numbers no image model has, before anything of that size is made.
+def check_timm_files(config: Mapping[str, Any]) -> None:
+    """Refuse a stored config with which timm would read or fetch other files than the model's own.
 
     Args:
-        config: A config's dict, nested ones included.
-        where: Name of the config within a larger one.
+        config: The config's dict, nested ones included.
 
     Raises:
-        ValueError: A number above a million, more than a thousand layers, or a timm argument that reads other files.
+        ValueError: An argument of timm names a file, or its architecture a place.
     """
-    for key, value in config.items():
-        name = f"{where}{key}"
+    model_args, architecture = config.get("model_args"), config.get("architecture")
+    bad = sorted(set(model_args) & set(_READS_FILES)) if isinstance(model_args, Mapping) else []
+    if bad:
+        raise ValueError(
+            f"the config's model_args has {', '.join(bad)}; it must not name other files; load another model."
+        )
+    if isinstance(architecture, str) and ":" in architecture:
+        raise ValueError(
+            f"the config's architecture is {architecture!r}; it must be the bare name of a timm architecture; load "
+            "another model."
+        )
+    for value in config.values():
         if isinstance(value, Mapping):
-            check_sizes(value, f"{name}.")
-            bad = sorted(set(value) & set(_READS_FILES)) if key == "model_args" else []
-            if bad:
-                raise ValueError(f"the config's {name} has {', '.join(bad)}, which read other files; remove them.")
-            continue
-        deep = "layers" in name or "depth" in name
-        numbers = list(value) if isinstance(value, list | tuple) else [value]
-        if deep and len(numbers) > _DEEPEST:
-            raise ValueError(f"the config's {name} has {len(numbers)} entries; at most {_DEEPEST} are accepted.")
-        nested = {f"{key}[{i}]": entry for i, entry in enumerate(numbers) if isinstance(entry, list | tuple | Mapping)}
-        check_sizes(nested, where)
-        limit = _DEEPEST if deep else _LARGEST
-        for number in numbers:
-            if isinstance(number, int | float) and abs(number) > limit and "theta" not in name:
-                raise ValueError(
-                    f"the config says {name}={number:g}, and no image model has more than {limit:,}; its config.json "
-                    "is damaged or malicious. Load another model."
-                )
-        if key == "architecture" and isinstance(value, str) and ":" in value:
-            raise ValueError(f"the config's {name} is {value!r}; the bare name of a timm architecture is needed.")
+            check_timm_files(value)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,21 +21,25 @@ from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
 )
+from transformers.utils import cached_file
 
-from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_sizes
+from hf_balancemix.core.evaluation import evaluation_mode
+from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_timm_files
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
     backbone_features,
     build_backbone,
+    own_memory,
     without_pooler,
 )
 from hf_balancemix.models.processing import squash_processor
-from hf_balancemix.models.weights import load_timm_state, read_state, split_head
+from hf_balancemix.models.timm_models import resize_timm, timm_backbone, timm_classifier, timm_config, timm_defaults
+from hf_balancemix.models.weights import read_state, split_head
 
 logger = logging.getLogger(__name__)
 
-
-_MOST_PARAMETERS = 10_000_000_000
+# What a config has built in a loop of Python, before any weight is made, by a part of the key: the most of it.
+_LOOPS = {"layers": 1_000, "depth": 1_000, "num_labels": 1_000_000, "num_classes": 1_000_000}
 
 
 def load_model(
@@ -64,9 +66,8 @@ def load_model(
             another number of classes are left out; any other mismatch is an error.
         pretrained: False draws the weights anew.
         model_kwargs: Arguments of `timm.create_model`, for timm architectures.
-        head: `"mlp"`, `"ml_decoder"` or `"q2l"` puts that head on the backbone, see
-            :class:`BalanceMixForImageClassification`; `"linear"` is the plain model. None: plain, or the head that a
-            saved BalanceMix model has.
+        head: `"mlp"`, `"ml_decoder"` or `"q2l"` puts that head on the backbone, as :func:`model_from_backbone`;
+            `"linear"` is the plain model. None: plain, or the head that a saved BalanceMix model has.
         head_args: Arguments of the head's class.
 
     Returns:
@@ -75,33 +76,33 @@ def load_model(
     Raises:
         FileNotFoundError: `backbone_weights` does not exist, or there is no such folder or Hub name (or no network).
         ValueError: There is no such architecture or head, the weights do not belong to it or are no safetensors, the
-            config has sizes that no model has, the model does not take images of `image_size`, or class names are
-            absent or repeated.
+            config describes a far larger model than the weights, the model does not take images of `image_size`, or
+            class names are absent or repeated.
     """
     labels = _labels(class_names)
     from_hub = backbone_weights is None and pretrained
     if head in (None, "linear") and head_args:
-        raise ValueError(f"head_args is {head_args}, and the plain linear head takes none; set head as well.")
-    if from_hub and (head in (None, "linear") or _is_ours(name_or_path)):
+        raise ValueError(f"head_args is {head_args}; it must be left out for the plain linear head; set head as well.")
+    if from_hub and (head in (None, "linear") or _own_head(name_or_path) is not None):
         _no_model_kwargs(name_or_path, model_kwargs)
         model = _from_pretrained(name_or_path, labels, head, head_args)
         processor = _own_processor(name_or_path, model)
     elif head in (None, "linear"):
-        model = _from_timm(name_or_path, labels, backbone_weights, model_kwargs or {}, image_size)
-        processor = _timm_defaults(model)
+        size = image_size if backbone_weights is None else None  # a file's weights are resized later
+        model = timm_classifier(timm_config(name_or_path, model_kwargs, size, **labels), backbone_weights)
+        processor = timm_defaults(model)
     else:
         model = model_from_backbone(
-            BalanceMixForImageClassification,
             name_or_path,
-            list(labels["label2id"]),
+            class_names,
             head=head,
             head_args=head_args,
-            weights=backbone_weights,
+            backbone_weights=backbone_weights,
             pretrained=pretrained,
             model_kwargs=model_kwargs,
             image_size=image_size,
         )
-        processor = _own_processor(name_or_path, model) if from_hub else _timm_defaults(model)
+        processor = _own_processor(name_or_path, model) if from_hub else timm_defaults(model)
     config = model.config
     # TimmWrapper keeps a checkpoint's own names, and would save those under `label_names`.
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]
@@ -111,7 +112,7 @@ def load_model(
         image_size = getattr(getattr(config, "backbone_config", config), "image_size", None)
     processor = squash_processor(processor, image_size)
     size = processor.size["height"]
-    _resize_timm(model, size)
+    resize_timm(model, size)
     check_image_size(model, size)
     return model, processor
 
@@ -119,8 +120,8 @@ def load_model(
 def load_trained(name_or_path: str) -> tuple[PreTrainedModel, Any]:
     """A classifier as it was trained and saved, in evaluation mode, and its image processor.
 
-    Nothing of the repository is executed, pickled weights are not loaded, and a config of absurd sizes is refused
-    before anything is allocated.
+    Nothing of the repository is executed, pickled weights are not loaded, and a config that describes a far larger
+    model than the weights is refused before anything is allocated.
 
     Args:
         name_or_path: A folder or Hub name.
@@ -131,63 +132,74 @@ def load_trained(name_or_path: str) -> tuple[PreTrainedModel, Any]:
     """
     problem = f"cannot load a model and its image processor from {name_or_path}"
     with _explained(problem, "Pass the folder that the training wrote, or its name on the Hub."):
-        _check_parameters(_checked_config(name_or_path), name_or_path)
+        _checked_config(name_or_path)
         model = AutoModelForImageClassification.from_pretrained(name_or_path, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(name_or_path)
-    _own_memory(model)
+    own_memory(model)
     return model.eval(), processor
 
 
 def model_from_backbone(
-    cls: type[BalanceMixForImageClassification],
     name_or_config: str | PreTrainedConfig,
-    id2label: Mapping[int, str] | Sequence[str],
+    class_names: Sequence[str],
     *,
-    head: str,
-    head_args: dict[str, Any] | None,
-    weights: str | Path | None,
-    pretrained: bool,
-    model_kwargs: dict[str, Any] | None,
+    head: str = "linear",
+    head_args: dict[str, Any] | None = None,
+    backbone_weights: str | Path | None = None,
+    pretrained: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
     image_size: int | None = None,
 ) -> BalanceMixForImageClassification:
-    """The work of `BalanceMixForImageClassification.from_backbone`, which see; `image_size` as in `load_model`."""
-    names = [id2label[k] for k in sorted(id2label)] if isinstance(id2label, Mapping) else id2label
-    labels = _labels(names)
+    """A backbone with its pretrained weights and batch-norm statistics, and a head drawn anew.
+
+    Args:
+        name_or_config: As `name_or_path` of :func:`load_model`, or a config of transformers, whose weights are drawn.
+        head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
+        head_args: Arguments of the head's class, such as `{"num_groups": 20}`.
+        backbone_weights: As of :func:`load_model`, of any backbone; or a published checkpoint of ML-Decoder or
+            Query2Label, whose head is taken too where it is of the same kind and K.
+        class_names, pretrained, model_kwargs: As of :func:`load_model`.
+        image_size: Pixels a side of the images, for timm transformers that are drawn anew; by default their own.
+
+    Returns:
+        The model, float32.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`load_model`.
+    """
+    labels = _labels(class_names)
     BalanceMixConfig(head=head, head_args=head_args)  # raises before anything is loaded
-    state, head_state = split_head(read_state(Path(weights))) if weights is not None else (None, {})
+    state, head_state = None, {}
+    if backbone_weights is not None:
+        state, head_state = split_head(read_state(Path(backbone_weights)))
     if isinstance(name_or_config, PreTrainedConfig):
         _no_model_kwargs("a config", model_kwargs)
         config = copy.deepcopy(name_or_config)
-        check_sizes(config.to_dict())
-        with _explained("cannot build the backbone", "Pass the config of an image model that transformers builds."):
-            _check_parameters(config, None, AutoModel)
         if isinstance(config, TimmWrapperConfig):
-            backbone = _timm_backbone(config, state, weights)
+            backbone = timm_backbone(config, state, backbone_weights)
         elif state is None:
             backbone = build_backbone(config)
         else:
-            backbone = _filled(type(build_backbone(config)), None, config, str(weights), state_dict=state)
+            backbone = _filled(type(build_backbone(config)), None, config, str(backbone_weights), state_dict=state)
     elif state is None and pretrained:
         _no_model_kwargs(name_or_config, model_kwargs)
         with _loading(name_or_config):
-            config = _checked_config(name_or_config)
-            if isinstance(config, BalanceMixConfig):
+            own_head = _own_head(name_or_config)
+            if own_head is not None:
                 raise ValueError(
-                    f"it is a BalanceMix model with the head {config.head}, not a backbone; leave head out (--head) "
-                    "to go on with it, or name a backbone"
+                    f"it is a BalanceMix model with the head {own_head}, not a backbone; leave head out (--head) to "
+                    "go on with it, or name a backbone"
                 )
-            _check_parameters(config, name_or_config, AutoModel)
+            config = _checked_config(name_or_config, AutoModel)
             backbone = _filled(AutoModel, name_or_config, config, name_or_config)
     else:
-        architecture = _architecture(name_or_config)
-        arguments = _sized(architecture, model_kwargs or {}, image_size if weights is None else None)
-        config = TimmWrapperConfig(architecture=architecture, model_args=arguments)
-        backbone = _timm_backbone(config, state, weights)
+        config = timm_config(name_or_config, model_kwargs, image_size if state is None else None)
+        backbone = timm_backbone(config, state, backbone_weights)
     channels = _channels(backbone, head)
     backbone.config.num_labels = 1  # else it carries the class names of its pretraining
     config = BalanceMixConfig(backbone.config, in_channels=channels, head=head, head_args=head_args, **labels)
     try:
-        model = cls(config)
+        model = BalanceMixForImageClassification(config)
     except TypeError as error:
         raise ValueError(f"the head {head} cannot be built with {head_args or 'its defaults'}: {error}") from error
     model.backbone.load_state_dict(backbone.state_dict())
@@ -195,7 +207,9 @@ def model_from_backbone(
     if head_state and {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in head_state.items()}:
         model.head.load_state_dict(head_state)
     elif head_state:
-        logger.warning("%s holds a head of another kind or number of classes; the head is drawn anew.", weights)
+        logger.warning(
+            "%s holds a head of another kind or number of classes; the head is drawn anew.", backbone_weights
+        )
     return model
 
 
@@ -209,11 +223,10 @@ def check_image_size(model: nn.Module, size: int) -> None:
     Raises:
         ValueError: It does not; names the size that it was made for, if known.
     """
-    training = [module.training for module in model.modules()]
     parameter = next(model.parameters(), torch.zeros(0))
     try:
-        with torch.no_grad():
-            model.eval()(pixel_values=torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+        with torch.no_grad(), evaluation_mode(model):
+            model(pixel_values=torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -223,9 +236,6 @@ def check_image_size(model: nn.Module, size: int) -> None:
         raise ValueError(
             f"the model takes no images of {size} x {size} pixels ({error}); set image_size to {hint}."
         ) from error
-    finally:
-        for module, was in zip(model.modules(), training, strict=True):
-            module.training = was
 
 
 # ---- folders and Hub names ----
@@ -233,7 +243,9 @@ def check_image_size(model: nn.Module, size: int) -> None:
 
 def _labels(class_names: Sequence[str]) -> dict[str, Any]:
     if not class_names or len(set(class_names)) < len(class_names):
-        raise ValueError(f"class_names holds {len(class_names)} names; one or more, all different, are needed.")
+        raise ValueError(
+            f"class_names holds {len(class_names)} names; it must hold one or more, all different; correct the list."
+        )
     return {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
@@ -245,7 +257,7 @@ def _labels(class_names: Sequence[str]) -> dict[str, Any]:
 def _no_model_kwargs(name: str, model_kwargs: dict[str, Any] | None) -> None:
     if model_kwargs:
         raise ValueError(
-            f"model_kwargs is {model_kwargs}, but {name} brings its own config; model_kwargs go with "
+            f"model_kwargs is {model_kwargs}; it must be left out where {name} brings its own config; it goes with "
             "backbone_weights or pretrained=False."
         )
 
@@ -269,43 +281,72 @@ def _loading(name: str) -> AbstractContextManager[None]:
     )
 
 
-def _checked_config(name: str) -> PreTrainedConfig:
-    """A stored config, after a look at its numbers: some configs are big already before any weight is made."""
+def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> PreTrainedConfig:
+    """The config of a folder or Hub name, unless it describes a far larger model than the weights beside it.
+
+    The rest of such a model would be drawn, not loaded. Its parameters are counted on the meta device, where none is
+    allocated; what takes long or much memory there too, in loops of Python, has a limit of its own.
+
+    Args:
+        name: The folder or Hub name, whose weights are brought into the cache.
+        kind: The auto class that will build the model.
+
+    Raises:
+        OSError: There is no such config, or the network is down.
+        ValueError: It is as said, makes timm read other files, or takes no images.
+    """
     values = PreTrainedConfig.get_config_dict(name)[0]
-    check_sizes(values)
     if values.get("model_type") == "balancemix_feature_classifier":  # of hf_balancemix.frozen
         raise ValueError(
             "it is a head on cached features, as checkpoints of --frozen_backbone are, and takes no images; the "
             "folder that the checkpoints are in holds the whole model once the run is over"
         )
-    return AutoConfig.from_pretrained(name)
-
-
-def _check_parameters(config: PreTrainedConfig, name: str | None, kind: Any = AutoModelForImageClassification) -> None:
-    """Refuse a config that describes a far larger model than its weights, of which most would be drawn anew.
-
-    `kind` is the auto class that will build it; `name` is None where a config comes without weights.
-    """
-    with torch.device("meta"):
-        described = kind.from_config(config)
+    check_timm_files(values)
+    for key, number in _numbers(values):
+        most = min((limit for part, limit in _LOOPS.items() if part in key), default=number)
+        if number > most:
+            raise ValueError(f"its config says {key}={number:g}; it must be at most {most:,}; load another model")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            described = kind.from_config(config)
+    except Exception as error:  # transformers and timm raise what they like
+        raise ValueError(f"its config describes no model ({textwrap.shorten(str(error), 200)})") from error
     count = sum(parameter.numel() for parameter in described.parameters())
-    stored = None if name is None else _stored_bytes(name)
-    if count > _MOST_PARAMETERS or (stored is not None and count > 2 * stored + 100_000_000):
-        held = "" if stored is None else f", and its weights hold {stored:,} bytes"
-        raise ValueError(f"its config describes a model of {count:,} parameters{held}; it is damaged or malicious")
+    stored = _stored_bytes(name)
+    if stored is not None and count > 2 * stored + 100_000_000:  # a new head may come on top
+        raise ValueError(
+            f"its config describes a model of {count:,} parameters, and its weights hold {stored:,} bytes; it is "
+            "damaged or malicious"
+        )
+    return config
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a config and the key that it stands under, also in lists and nested configs."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _numbers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part, key)
+    elif isinstance(value, int | float):
+        yield key, value
 
 
 def _stored_bytes(name: str) -> int | None:
-    """Size of the safetensors of a folder, or of a Hub name's where they are in the cache already."""
+    """Size of the safetensors of a folder or a Hub name; None where there are none, or several of a Hub name."""
     if Path(name).is_dir():
-        return sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
-    file = try_to_load_from_cache(name, "model.safetensors")
-    return Path(file).stat().st_size if isinstance(file, str) else None
+        return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) or None
+    file = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file).stat().st_size
 
 
-def _is_ours(name: str) -> bool:
+def _own_head(name: str) -> str | None:
+    """The head of a stored BalanceMix model; None for any other model."""
     with _loading(name):
-        return PreTrainedConfig.get_config_dict(name)[0].get("model_type") == BalanceMixConfig.model_type
+        values = PreTrainedConfig.get_config_dict(name)[0]
+    return values.get("head") if values.get("model_type") == BalanceMixConfig.model_type else None
 
 
 def _from_pretrained(
@@ -321,7 +362,6 @@ def _from_pretrained(
                 f"it was saved with the head {own_head}, {stored.head_args}; asked for is {head}, {head_args or {}}. "
                 "Leave both out (--head, --head_args)"
             )
-        _check_parameters(stored, name_or_path)
         model, info = AutoModelForImageClassification.from_pretrained(
             name_or_path,
             **labels,
@@ -330,7 +370,7 @@ def _from_pretrained(
             output_loading_info=True,
             use_safetensors=True,
         )
-    _own_memory(model)
+    own_memory(model)
     # Anything but a head of another K would stay random without notice.
     k = labels["num_labels"]
     bad = [name for name, old, new in info["mismatched_keys"] if new[0] != k or old[1:] != new[1:]]
@@ -354,130 +394,12 @@ def _from_pretrained(
     return model
 
 
-def _own_memory(model: nn.Module) -> None:
-    # Loaded tensors lie unaligned in the mapped file: results would differ in the last bit from those of the model
-    # that was saved, and saving to the same folder would write over them.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-
-
 def _own_processor(name_or_path: str, model: PreTrainedModel) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError):
         logger.warning("%s has no image processor; normalising as its architecture or ImageNet does.", name_or_path)
-        return _timm_defaults(model)
-
-
-# ---- timm ----
-
-
-def _architecture(name: str) -> str:
-    architecture = name.removeprefix("timm/")  # with its tag, which says how images are normalised
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(
-            f"timm has no architecture {architecture!r}, and with backbone_weights or from scratch one is needed"
-            + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models().")
-        )
-    return architecture
-
-
-def _sized(architecture: str, model_kwargs: dict[str, Any], size: int | None) -> dict[str, Any]:
-    """`model_kwargs` with `img_size` where the architecture is built for one size; weights are resized later."""
-    with _buildable(architecture, model_kwargs):
-        fixed = timm.get_pretrained_cfg(architecture).fixed_input_size
-    return {"img_size": size, **model_kwargs} if size is not None and fixed else dict(model_kwargs)
-
-
-@contextmanager
-def _buildable(architecture: str, model_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        given = f" with {model_kwargs}" if model_kwargs else ""
-        raise ValueError(f"timm cannot build {architecture}{given}: {error}") from error
-
-
-def _from_timm(
-    name: str, labels: dict[str, Any], weights: str | Path | None, model_kwargs: dict[str, Any], size: int | None
-) -> PreTrainedModel:
-    architecture = _architecture(name)
-    model_kwargs = _sized(architecture, model_kwargs, size if weights is None else None)
-    with _buildable(architecture, model_kwargs):
-        config = TimmWrapperConfig(architecture=architecture, model_args=dict(model_kwargs), **labels)
-        model = AutoModelForImageClassification.from_config(config)
-        _draw_as_timm(model.timm_model, config, labels["num_labels"])
-    if weights is not None:
-        _draw_classifier(model.timm_model)
-        file = Path(weights)
-        load_timm_state(model.timm_model, read_state(file), file, architecture)
-    return model
-
-
-def _timm_backbone(
-    config: TimmWrapperConfig, state: dict[str, Tensor] | None, weights: str | Path | None
-) -> PreTrainedModel:
-    with _buildable(config.architecture, config.model_args):
-        backbone = build_backbone(config)
-        _draw_as_timm(backbone.timm_model, config, 0)
-    if state is not None:
-        load_timm_state(backbone.timm_model, state, Path(weights), config.architecture)
-    return backbone
-
-
-def _draw_as_timm(model: nn.Module, config: TimmWrapperConfig, num_classes: int) -> None:
-    # TimmWrapper draws every weight anew with standard deviation 0.02, which trains far worse than timm's own.
-    drawn = timm.create_model(config.architecture, num_classes=num_classes, **(config.model_args or {}))
-    model.load_state_dict(drawn.state_dict())
-
-
-def _draw_classifier(model: nn.Module) -> None:
-    # As torch draws linear layers and timm's `reset_classifier` leaves them. The initialisation of whole networks can
-    # be far larger (EfficientNet's and MobileNet's by K: logits beyond 10); its gradients would spoil the backbone.
-    classifiers = model.get_classifier()  # distilled models have two
-    for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
-        for module in classifier.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-
-
-class _TimmDefaults:
-    def __init__(self, data_config: dict[str, Any]) -> None:
-        self.data_config = data_config
-
-
-def _timm_defaults(model: PreTrainedModel) -> _TimmDefaults | None:
-    wrapper = _timm_wrapper(model)
-    return None if wrapper is None else _TimmDefaults(dict(wrapper.timm_model.pretrained_cfg))
-
-
-def _timm_wrapper(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The part of a model that wraps a timm model, if there is one."""
-    inner = model.backbone if isinstance(model, BalanceMixForImageClassification) else model
-    return inner if isinstance(inner.config, TimmWrapperConfig) else None
-
-
-def _resize_timm(model: PreTrainedModel, size: int) -> None:
-    """Interpolate the position embedding of a timm model for S x S images, and note the size in the config."""
-    wrapper = _timm_wrapper(model)
-    if wrapper is None:
-        return
-    config, timm_model = wrapper.config, wrapper.timm_model
-    native = timm_model.pretrained_cfg["input_size"][-1]
-    current = (config.model_args or {}).get("img_size", native)
-    if size == current or not timm_model.pretrained_cfg.get("fixed_input_size"):
-        return
-    timm_model.set_input_size(img_size=(size, size))
-    config.model_args = (config.model_args or {}) | {"img_size": size}
-    num_classes = model.config.num_labels if wrapper is model else 0
-    with torch.device("meta"):  # what from_pretrained will build from the config
-        rebuilt = timm.create_model(config.architecture, num_classes=num_classes, **config.model_args)
-    shapes = {name: value.shape for name, value in timm_model.state_dict().items()}
-    if shapes != {name: value.shape for name, value in rebuilt.state_dict().items()}:
-        raise ValueError(
-            f"{config.architecture} cannot be resized from {current} to {size}; set image_size={current}."
-        )
+        return timm_defaults(model)
 
 
 # ---- backbones ----
@@ -500,7 +422,7 @@ def _filled(cls: type, name: str | None, config: PreTrainedConfig, source: str, 
             f"{source} lacks {len(missing)} tensors of the backbone {config.model_type} ({', '.join(missing[:3])}); "
             "pass the weights that belong to its config."
         )
-    _own_memory(backbone)
+    own_memory(backbone)
     return backbone
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +39,10 @@ class BalanceMixForImageClassification(PreTrainedModel):
 
     def __init__(self, config: BalanceMixConfig) -> None:
         if config.backbone_config is None:
-            raise ValueError("the config has no backbone_config; use BalanceMixForImageClassification.from_backbone.")
+            raise ValueError(
+                "backbone_config is None; it must be the config of a backbone; make the model with "
+                "hf_balancemix.model_from_backbone."
+            )
         super().__init__(config)
         self.num_labels = config.num_labels
         self.backbone = build_backbone(config.backbone_config)
@@ -62,64 +63,12 @@ class BalanceMixForImageClassification(PreTrainedModel):
         return False
 
     @classmethod
-    def from_backbone(
-        cls,
-        name_or_config: str | PreTrainedConfig,
-        id2label: dict[int, str] | Sequence[str],
-        *,
-        head: str = "linear",
-        head_args: dict[str, Any] | None = None,
-        weights: str | os.PathLike | None = None,
-        pretrained: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
-    ) -> BalanceMixForImageClassification:
-        """A backbone with its pretrained weights and batch-norm statistics, and a head drawn anew.
-
-        Args:
-            name_or_config: A folder or Hub name of any image model; with `weights` or `pretrained=False` a timm
-                architecture (`resnet101`, `tresnet_v2_l`, ...); or a config of transformers.
-            id2label: Names of the K classes.
-            head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
-            head_args: Arguments of the head's class, such as `{"num_groups": 20}`.
-            weights: State dict of the backbone, `.safetensors`, `.pth` or `.pt`; or a published checkpoint of
-                ML-Decoder or Query2Label, whose head is taken too where it is of the same kind and K.
-            pretrained: False draws the weights anew. A config alone always does.
-            model_kwargs: Arguments of `timm.create_model`, such as `{"img_size": 448}`.
-
-        Returns:
-            The model, float32.
-
-        Raises:
-            FileNotFoundError, ValueError: As :func:`hf_balancemix.load_model`.
-        """
-        try:
-            from hf_balancemix.models.loading import model_from_backbone
-        except ImportError as error:
-            raise ImportError("from_backbone needs the package: pip install hf_balancemix.") from error
-        return model_from_backbone(
-            cls,
-            name_or_config,
-            id2label,
-            head=head,
-            head_args=head_args,
-            weights=weights,
-            pretrained=pretrained,
-            model_kwargs=model_kwargs,
-        )
-
-    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of `PreTrainedModel`, from safetensors only unless `use_safetensors=False` is given.
-
-        Tensors are moved out of the mapped file, in which they lie unaligned: results are those of the model that
-        was saved, bit for bit.
-        """
+        """As of `PreTrainedModel`, from safetensors only unless `use_safetensors=False` is given, and bit for bit the
+        model that was saved; see :func:`own_memory`."""
         kwargs.setdefault("use_safetensors", True)
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu":
-                tensor.data = tensor.data.clone()
+        own_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def save_pretrained(
@@ -149,6 +98,17 @@ class BalanceMixForImageClassification(PreTrainedModel):
             known = (labels >= 0).float()
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float() * known, weight=known)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def own_memory(model: nn.Module) -> None:
+    """Copy a loaded model's tensors out of the mapped file.
+
+    They lie unaligned there: results would differ in the last bit from those of the model that was saved, and saving
+    to the same folder would write over them.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
@@ -205,9 +165,3 @@ def grid(backbone: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
     if depths:  # hierarchical ones pad, the others leave out what is over
         return -(-height // stride), -(-width // stride)
     return height // stride, width // stride
-
-
-def code_files() -> list[Path]:
-    """The files that make a saved model loadable without this package."""
-    folder = Path(__file__).parent
-    return [folder / f"{name}.py" for name in ("configuration_balancemix", "heads", "modeling_balancemix")]

@@ -17,7 +17,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_balancemix import BalanceMixForImageClassification, load_model, load_trained, squash_processor
+from hf_balancemix import load_model, load_trained, model_from_backbone, squash_processor
 from hf_balancemix.frozen.head import (
     FeatureClassifier,
     FeatureClassifierConfig,
@@ -110,11 +110,11 @@ def test_a_head_of_another_kind_is_refused():
     model = tiny_resnet()
     with pytest.raises(ValueError, match="load the model with head='mlp'"):
         with_head(model, trained(16, 16))  # as many hidden units as features: the last layer alone would fit
-    ours = BalanceMixForImageClassification.from_backbone(tiny_resnet().config, NAMES, **MLP)
+    ours = model_from_backbone(tiny_resnet().config, NAMES, **MLP)
     for size in (0, 5):
         with pytest.raises(ValueError, match=f"a head of {size} hidden units"):
             with_head(ours, trained(16, size))
-    decoder = BalanceMixForImageClassification.from_backbone(
+    decoder = model_from_backbone(
         tiny_resnet().config, NAMES, head="ml_decoder", head_args={"embed_dim": 8, "inner_dim": len(NAMES)}
     )
     with pytest.raises(ValueError, match="no linear layer with 5 outputs on pooled features"):
@@ -148,9 +148,7 @@ def test_the_mlp_head_is_drawn_as_torch_draws():
         for parameter in (layer.weight.detach(), layer.bias.detach()):
             assert parameter.abs().max() <= inputs**-0.5
             assert parameter.std() == pytest.approx((inputs * 3) ** -0.5, rel=0.15)
-    model = BalanceMixForImageClassification.from_backbone(tiny_resnet().config, NAMES, **MLP)
+    model = model_from_backbone(tiny_resnet().config, NAMES, **MLP)
     assert model.head[0].weight.std().item() == pytest.approx((16 * 3) ** -0.5, rel=0.3)  # not transformers' 0.02
     with pytest.raises(ValueError, match="hidden_size is 0"):
-        BalanceMixForImageClassification.from_backbone(
-            tiny_resnet().config, NAMES, head="mlp", head_args={"hidden_size": 0}
-        )
+        model_from_backbone(tiny_resnet().config, NAMES, head="mlp", head_args={"hidden_size": 0})

@@ -111,7 +111,7 @@ def test_model_kwargs_reach_timm_or_are_refused(tmp_path):
     assert load_model(str(saved(model, tmp_path)), CLASSES)[0].timm_model.drop_rate == 0.25
     with pytest.raises(ValueError, match=r"timm cannot build test_resnet with {'rate': 1}"):
         load_model("test_resnet", CLASSES, pretrained=False, model_kwargs={"rate": 1})
-    with pytest.raises(ValueError, match=r"model_kwargs is {'drop_rate': 0.25}, but .* brings its own config"):
+    with pytest.raises(ValueError, match=r"model_kwargs is {'drop_rate': 0.25}; .* brings its own config"):
         load_model(str(tmp_path), CLASSES, model_kwargs={"drop_rate": 0.25})
 
 

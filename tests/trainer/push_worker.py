@@ -32,7 +32,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from hf_balancemix import BalanceMixTrainer
 from hf_balancemix.core.distributed import leave_process_group
-from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
+from hf_balancemix.models import BalanceMixForImageClassification, model_from_backbone
 from hf_balancemix.trainer import hub
 
 
@@ -46,7 +46,7 @@ def checkpoint_of(repository: str, folder: Path) -> str:
 def our_model() -> BalanceMixForImageClassification:
     torch.manual_seed(0)
     config = tiny_resnet().config
-    return BalanceMixForImageClassification.from_backbone(config, NAMES, head="ml_decoder")
+    return model_from_backbone(config, NAMES, head="ml_decoder")
 
 
 def run(folder: Path, data, name: str, **options: Any) -> None:
