@@ -13,6 +13,7 @@ from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassific
 from hf_balancemix.models.processing import squash_processor
 from hf_balancemix.models.thresholds import (
     class_thresholds,
+    iter_probabilities,
     pipeline_labels,
     predict_labels,
     predict_probabilities,
@@ -30,6 +31,7 @@ __all__ = [
     "check_image_size",
     "class_thresholds",
     "export_onnx",
+    "iter_probabilities",
     "load_model",
     "load_trained",
     "model_from_backbone",

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_balancemix.files import whole_file
+
 logger = logging.getLogger(__name__)
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -57,33 +59,26 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
         raise ImportError(
             f"ONNX export needs {' and '.join(missing)}: pip install 'hf_balancemix[onnx]' (or {' '.join(_NEEDED)})."
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(getattr(model, "_orig_mod", model))  # out of torch.compile's wrapper
     model.__dict__.pop("forward", None)  # accelerate's wrapper for mixed precision, which is about the original
     logits = _Logits(model).float().cpu().eval()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         for dynamic in (True, False):
             try:
                 _export(logits, image_size, dynamic).save(temporary, external_data=False)
                 _compare(temporary, logits, image_size + 40 if dynamic else image_size)
-                problem = None
                 break
             except Exception as error:  # torch, onnxscript and onnxruntime raise what they like
                 problem = error
                 logger.debug("Export for %s failed.", "any size" if dynamic else "one size", exc_info=True)
-        if problem is not None:
+        else:
             first_line = (str(problem).strip().splitlines() or ["no reason given"])[0]
             raise ValueError(
                 f"{type(model).__name__} cannot be exported to ONNX ({type(problem).__name__}: {first_line}). Use "
                 "another architecture, or a newer torch and onnxscript."
             ) from problem
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     logger.info("Wrote %s, for %s.", path, "any image size" if dynamic else f"images of {image_size} x {image_size}")
-    return path
+    return Path(path)
 
 
 def _export(logits: _Logits, image_size: int, dynamic: bool) -> torch.onnx.ONNXProgram:

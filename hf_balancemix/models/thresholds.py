@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from sklearn.metrics import precision_recall_curve
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
+from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.views import decode, undecoded_images
 
@@ -44,17 +46,15 @@ def best_thresholds(
         if not (y == 1).any():
             thresholds.append(None)
             continue
-        # Cut j predicts all instances from the j-th lowest probability on.
-        values, place = np.unique(p, return_inverse=True)
-        positives = np.bincount(place, weights=y == 1, minlength=len(values))[::-1].cumsum()[::-1]
-        predicted = np.bincount(place, minlength=len(values))[::-1].cumsum()[::-1]
+        # Cut j predicts all instances from the j-th lowest probability on; the curve ends with a point without a cut.
+        precision, recall, values = precision_recall_curve(y == 1, p)
+        precision, recall = precision[:-1], recall[:-1]
         if min_precision is None:
-            f1 = 2 * positives / (predicted + positives[0])
-            cut = len(f1) - 1 - int(f1[::-1].argmax())
+            f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
+            good = np.flatnonzero(f1 >= f1.max() * (1 - 1e-14))[-1:]  # equal F1 differ by a rounding error
         else:
-            precise = np.flatnonzero(positives / predicted >= min_precision)
-            cut = int(precise[0]) if len(precise) else None
-        thresholds.append(NEVER if cut is None else _below(values, cut))
+            good = np.flatnonzero(precision >= min_precision)[:1]
+        thresholds.append(_below(values, int(good[0])) if len(good) else NEVER)
     return thresholds
 
 
@@ -92,7 +92,7 @@ def tune_thresholds(
     """
     if min_precision is not None and not 0 < min_precision <= 1:
         raise ValueError(
-            f"min_precision is {min_precision}; it must be above 0 and at most 1, or None to maximise F1."
+            f"min_precision is {min_precision}; it must be above 0 and at most 1; leave it out to maximise F1."
         )
     names, targets = class_names(dataset), given_labels(dataset).numpy()
     if "clean_labels" in dataset.column_names and not np.array_equal(
@@ -104,17 +104,17 @@ def tune_thresholds(
         own = [config.id2label[k] for k in range(config.num_labels)]
         if own != names:
             raise ValueError(
-                f"the model's classes ({', '.join(own[:3])} ...) are not the data set's ({', '.join(names[:3])} ...); "
-                "use the data set that belongs to the model."
+                f"the model's classes are {', '.join(own[:3])}, ...; they must be the data set's, "
+                f"{', '.join(names[:3])}, ...; use the data set that belongs to the model."
             )
         probabilities = predict_probabilities(logits_or_model, dataset, processor, batch_size=batch_size)
     else:
         logits = torch.as_tensor(logits_or_model)
         if tuple(logits.shape) != targets.shape or not torch.isfinite(logits).all():
             raise ValueError(
-                f"logits have the shape {tuple(logits.shape)} and {int((~torch.isfinite(logits)).sum())} values that "
-                f"are not finite; needed are {targets.shape[0]} x {targets.shape[1]} finite values, a row an instance "
-                "of the data set."
+                f"logits are {' x '.join(map(str, logits.shape))} values, {int((~torch.isfinite(logits)).sum())} of "
+                f"them not finite; they must be {targets.shape[0]} x {targets.shape[1]} finite values, a row an "
+                "instance; pass trainer.predict(dataset).predictions."
             )
         probabilities = logits.double().sigmoid()
     found = best_thresholds(probabilities.numpy(), targets, min_precision)
@@ -149,44 +149,73 @@ def class_thresholds(config: PreTrainedConfig) -> dict[str, float]:
     good = isinstance(thresholds, list | tuple) and len(thresholds) == len(names)
     if not good or not all(isinstance(t, int | float) and 0 <= t <= 1 for t in thresholds):
         raise ValueError(
-            f"config.thresholds is {str(thresholds)[:80]}; {len(names)} numbers in [0, 1] are needed, one a class. "
-            "Run tune_thresholds again or set it to None."
+            f"config.thresholds is {str(thresholds)[:80]}; it must be {len(names)} numbers in [0, 1], one a class; "
+            "run tune_thresholds again or set it to None."
         )
     return dict(zip(names, map(float, thresholds), strict=True))
+
+
+def iter_probabilities(
+    model: nn.Module,
+    images: datasets.Dataset | Iterable[Any],
+    processor: Any | None,
+    *,
+    batch_size: int = 32,
+    on_bad_image: str = "error",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Sigmoid probabilities of one batch of images after the other.
+
+    Args:
+        model: Any multi-label image classifier of transformers. It runs in evaluation mode, and stays as it was.
+        images: A data set with `image`, or paths, bytes or PIL images.
+        processor: The model's image processor.
+        batch_size: Images at a time.
+        on_bad_image: `"error"`, or `"skip"` to leave out images that cannot be decoded.
+
+    Yields:
+        `(indices, probabilities)`: the places in `images` of a batch's images, and `(len(indices), K)` float64 in
+        [0, 1] on the CPU.
+
+    Raises:
+        ValueError: No processor, a model with softmax outputs, or an image that cannot be decoded.
+        FileNotFoundError: An image is gone.
+    """
+    if processor is None:
+        raise ValueError(
+            "processor is None; it must be the model's image processor; load it by AutoImageProcessor.from_pretrained."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more; 32 is usual.")
+    if model.config.problem_type != "multi_label_classification":
+        raise ValueError(
+            f"the model's problem_type is {model.config.problem_type!r}, whose outputs are no independent "
+            "probabilities; it must be 'multi_label_classification'; use a model trained by this package."
+        )
+    images = undecoded_images(images)["image"] if isinstance(images, datasets.Dataset) else list(images)
+    parameter = next(model.parameters())
+    for start in tqdm(range(0, len(images), batch_size), desc="Predicting", disable=len(images) <= batch_size):
+        batch = {}
+        for index in range(start, min(start + batch_size, len(images))):
+            try:
+                batch[index] = decode(images[index])
+            except ValueError:
+                if on_bad_image != "skip":
+                    raise
+        if not batch:
+            continue
+        pixels = processor(list(batch.values()), return_tensors="pt")["pixel_values"]
+        with torch.no_grad(), evaluation_mode(model):
+            logits = model(pixel_values=pixels.to(parameter.device, parameter.dtype)).logits
+        yield list(batch), logits.double().sigmoid().cpu()
 
 
 def predict_probabilities(
     model: nn.Module, images: datasets.Dataset | Iterable[Any], processor: Any | None, *, batch_size: int = 32
 ) -> Tensor:
-    """Sigmoid probabilities `(N, K)`, float64, of a data set's `image` column or of paths, bytes or PIL images.
-
-    Raises:
-        ValueError: No processor, an image that cannot be decoded, or a model with softmax outputs.
-    """
-    if processor is None:
-        raise ValueError("processor is None; pass the model's image processor (AutoImageProcessor.from_pretrained).")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-    if model.config.problem_type != "multi_label_classification":
-        raise ValueError(
-            f"the model's problem_type is {model.config.problem_type!r}, whose outputs are no independent "
-            "probabilities; multi_label_classification is needed."
-        )
-    images = undecoded_images(images)["image"] if isinstance(images, datasets.Dataset) else list(images)
-    parameter = next(model.parameters())
-    training = [module.training for module in model.modules()]
-    model.eval()
-    rows = [torch.zeros(0, model.config.num_labels, dtype=torch.float64)]
-    try:
-        for start in tqdm(range(0, len(images), batch_size), desc="Predicting", disable=len(images) <= batch_size):
-            batch = [decode(image) for image in images[start : start + batch_size]]
-            pixels = processor(batch, return_tensors="pt")["pixel_values"].to(parameter.device, parameter.dtype)
-            with torch.no_grad():
-                rows.append(model(pixel_values=pixels).logits.double().sigmoid().cpu())
-    finally:
-        for module, was in zip(model.modules(), training, strict=True):
-            module.training = was
-    return torch.cat(rows)
+    """Sigmoid probabilities `(N, K)`, float64, of all images; see :func:`iter_probabilities`."""
+    batches = iter_probabilities(model, images, processor, batch_size=batch_size)
+    none = torch.zeros(0, model.config.num_labels, dtype=torch.float64)
+    return torch.cat([none, *(probabilities for _, probabilities in batches)])
 
 
 def predict_labels(
@@ -232,7 +261,7 @@ def pipeline_labels(
     scores = {output["label"]: output["score"] for output in outputs}
     if scores.keys() != thresholds.keys():
         raise ValueError(
-            f"the pipeline gave scores of {len(scores)} labels, and the model has {len(thresholds)} classes; call the "
+            f"outputs are scores of {len(scores)} labels, and the model has {len(thresholds)} classes; call the "
             f"pipeline with top_k={len(thresholds)} and pass the config of its model."
         )
     return _above(scores, thresholds)

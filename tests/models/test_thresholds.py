@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification, ImageClassificationPip
 
 from hf_balancemix.models import (
     class_thresholds,
+    iter_probabilities,
     load_model,
     pipeline_labels,
     predict_labels,
@@ -116,6 +117,27 @@ def test_a_model_is_tuned_keeps_its_thresholds_and_uses_them(tmp_path, caplog):
         assert load_model(str(tmp_path / "model"), NAMES[:3])[0].config.thresholds is None
 
 
+def test_images_that_cannot_be_decoded_are_skipped_or_named(tmp_path):
+    dataset, model = instances(tmp_path, 7), tiny_resnet()
+    files = [image.filename for image in dataset["image"]]
+    expected = predict_probabilities(model, files, PROCESSOR)
+    for bad in (1, 4, 5):
+        Path(files[bad]).write_bytes(b"no image")
+    model.train()
+    found = {}
+    for indices, probabilities in iter_probabilities(model, files, PROCESSOR, batch_size=2, on_bad_image="skip"):
+        assert model.training
+        assert probabilities.dtype == torch.float64
+        found |= dict(zip(indices, probabilities, strict=True))
+    assert list(found) == [0, 2, 3, 6]
+    for index, row in found.items():
+        torch.testing.assert_close(row, expected[index], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=f"cannot decode image {files[1]}"):
+        list(iter_probabilities(model, files, PROCESSOR))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        list(iter_probabilities(model, files, PROCESSOR, batch_size=0))
+
+
 def test_the_pipelines_output_becomes_labels(tmp_path):
     dataset, model = instances(tmp_path, 6), tiny_resnet()
     model.config.id2label, model.config.label2id = dict(enumerate(NAMES)), {n: k for k, n in enumerate(NAMES)}
@@ -182,20 +204,20 @@ def test_warnings_name_classes_without_positives_and_noisy_labels(tmp_path, capl
 
 def test_bad_input_is_one_sentence(tmp_path):
     dataset, model = instances(tmp_path, 6), tiny_resnet()
-    with pytest.raises(ValueError, match=r"the model's classes \(LABEL_0, .* are not the data set's \(ant, "):
+    with pytest.raises(ValueError, match=r"the model's classes are LABEL_0, .*; they must be the data set's, ant, "):
         tune_thresholds(model, dataset, processor=PROCESSOR)
     model.config.id2label = dict(enumerate(NAMES))
     with pytest.raises(ValueError, match="processor is None"):
         tune_thresholds(model, dataset)
     for wrong in (torch.zeros(5, 5), torch.zeros(6, 4), torch.full((6, 5), torch.nan)):
-        with pytest.raises(ValueError, match="needed are 6 x 5 finite values"):
+        with pytest.raises(ValueError, match="they must be 6 x 5 finite values"):
             tune_thresholds(wrong, dataset)
     for wrong in (0, 1.5, -1):
         with pytest.raises(ValueError, match="min_precision is"):
             tune_thresholds(torch.zeros(6, 5), dataset, min_precision=wrong)
     for wrong in ([0.5] * 4, [0.5] * 4 + [1.5], [0.5] * 4 + ["a"], 0.5, [0.5] * 4 + [float("nan")]):
         model.config.thresholds = wrong
-        with pytest.raises(ValueError, match=r"config.thresholds is .*; 5 numbers in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"config.thresholds is .*; it must be 5 numbers in \[0, 1\]"):
             class_thresholds(model.config)
     model.config.problem_type = None
     with pytest.raises(ValueError, match="no independent probabilities"):
