@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from hf_balancemix.data import ViewMaker, class_names
+from hf_balancemix.files import cache_folder
 from hf_balancemix.frozen.cache import CachedViews, cache_features
 from hf_balancemix.frozen.head import (
     FeatureClassifier,
@@ -20,7 +22,6 @@ from hf_balancemix.frozen.head import (
     pooled_features,
     with_head,
 )
-from hf_balancemix.methods.co_teaching import TwoNetworks
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 
@@ -46,8 +47,7 @@ class FrozenArguments:
     @property
     def features_folder(self) -> Path:
         """`cache_dir`, or its default."""
-        cache = os.environ.get("HF_BALANCEMIX_CACHE") or "~/.cache/hf_balancemix"
-        return Path(self.cache_dir or Path(cache, "features")).expanduser()
+        return Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder() / "features"
 
 
 class FrozenBackbone:
@@ -124,12 +124,15 @@ class FrozenBackbone:
         return {"model": FeatureClassifier(config), "processing_class": self._processor, "views": views}
 
     def image_model(self, trained: nn.Module) -> nn.Module:
-        """The backbone with a trained head (two of them for co-teaching's :class:`TwoNetworks`): it takes images.
+        """A model that takes images: the backbone with a trained head, or where `trained` holds several heads, such as
+        co-teaching's two, a copy of it with the backbone under each.
 
         Raises:
             ValueError: Such a head cannot take the place of the backbone's own.
         """
-        if isinstance(trained, TwoNetworks):
-            first, second = (with_head(self._model, head) for head in (trained.first, trained.second))
-            return TwoNetworks(first, second, trained.scored)
-        return with_head(self._model, trained)
+        if isinstance(trained, FeatureClassifier):
+            return with_head(self._model, trained)
+        whole = copy.deepcopy(trained)
+        for name, head in trained.named_children():
+            setattr(whole, name, with_head(self._model, head))
+        return whole

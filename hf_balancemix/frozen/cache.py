@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,7 @@ from tqdm.auto import tqdm
 
 from hf_balancemix.core.keys import keyed_seed
 from hf_balancemix.data.views import ViewMaker, normalise, undecoded_images
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; there, two processes that make the same cache at a time get in each other's way
-    fcntl = None
+from hf_balancemix.files import process_lock
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +36,8 @@ _FEATURES, _DESCRIPTION = "features.npy", "cache.json"
 
 class CachedViews:
     """In place of a :class:`ViewMaker`: views are rows of a feature matrix, picked by the same kind of keys.
+
+    Its `num_views` tells it from a view maker, whose views are ever new ones.
 
     Args:
         features: `(M, D)` float32. The rows of a training instance stand together: un-augmented first, then its views.
@@ -164,8 +161,7 @@ def cache_features(
     cache = Path(folder).expanduser() / f"features-{name}"
     num_rows = len(train) * (1 + num_views) + len(evaluation)
     if not _is_whole(cache, num_rows):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(cache.with_suffix(".lock")):
+        with process_lock(cache.with_suffix(".lock")):
             if not _is_whole(cache, num_rows):  # another process may have made it meanwhile
                 parts = [(train, num_views), (evaluation, 0)]
                 instances = [_Instances(dataset, views, v) for dataset, v in parts]
@@ -220,7 +216,7 @@ def _features(
 
 
 def _write(cache: Path, batches: Iterator[np.ndarray], num_rows: int, facts: dict[str, Any]) -> None:
-    """The files under their final name, only once they are whole and on the disk."""
+    """The folder under its final name, only once its files are whole and the features on the disk."""
     partial = cache.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
     partial.mkdir()
@@ -234,10 +230,7 @@ def _write(cache: Path, batches: Iterator[np.ndarray], num_rows: int, facts: dic
     matrix.flush()
     del matrix
     description = facts | {"rows": num_rows, "bytes": (partial / _FEATURES).stat().st_size}
-    with open(partial / _DESCRIPTION, "w", encoding="utf-8") as file:
-        json.dump(description, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
     shutil.rmtree(cache, ignore_errors=True)
     os.replace(partial, cache)
     logger.info("Cached the features of %d views in %s.", filled, cache)
@@ -257,15 +250,6 @@ def _is_whole(cache: Path, num_rows: int) -> bool:
         problem = f"{type(error).__name__}: {error}"
     logger.warning("The feature cache %s is damaged (%s) and is made anew.", cache, problem)
     return False
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """One process at a time; the lock of a process that dies is free again."""
-    with open(file, "w") as stream:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _images_digest(*parts: datasets.Dataset) -> str:

@@ -165,7 +165,7 @@ def test_a_checkpoint_is_a_head_which_predict_refuses(trained, tmp_path, monkeyp
     assert "takes no images" in message
     assert not list(tmp_path.iterdir())
     code = (
-        "import sys, hf_balancemix.models\nfrom transformers import AutoModelForImageClassification\n"
+        "import sys, hf_balancemix.frozen\nfrom transformers import AutoModelForImageClassification\n"
         "print(type(AutoModelForImageClassification.from_pretrained(sys.argv[1])).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(head)], capture_output=True, text=True, timeout=300)
