@@ -12,19 +12,28 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "AsymmetricLoss": "core.losses",
     "BalanceMixConfig": "models",
     "BalanceMixForImageClassification": "models",
     "BalanceMixTrainer": "trainer",
     "BalanceMixTrainingArguments": "trainer",
     "ClassConditional": "data",
     "Compose": "data",
+    "DBLoss": "core.losses",
+    "FocalLoss": "core.losses",
+    "HillLoss": "core.losses",
+    "LargeLoss": "core.losses",
+    "LossTrainer": "methods",
+    "METHODS": "methods",
     "MLDecoderHead": "models",
     "Mislabel": "data",
+    "MultiLabelLoss": "core.losses",
     "MultiLabelTrainer": "trainer",
     "MultiLabelTrainingArguments": "trainer",
     "NoiseMap": "data",
     "Query2LabelHead": "models",
     "RandomFlip": "data",
+    "SPLCLoss": "core.losses",
     "SinglePositive": "data",
     "describe": "report.description",
     "drop_bad_images": "data",
@@ -46,6 +55,7 @@ _HOME = {
     "pipeline_labels": "models",
     "predict_labels": "models",
     "squash_processor": "models",
+    "trainer_for": "methods",
     "tune_thresholds": "models",
 }
 

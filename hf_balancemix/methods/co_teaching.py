@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 logger = logging.getLogger(__name__)
 
 PEER_FOLDER = "peer"
+Scored = Literal["first", "second", "mean"]
 
 
 def instance_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,7 +104,8 @@ def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"the model is a {type(model).__name__}, of which no second one can be made; pass it as peer=..."
+            f"model is a {type(model).__name__}; it must be a PreTrainedModel for a second one to be made of it; make "
+            "one and pass it as peer=..."
         )
     with keyed_rng(seed, "second network"):
         drawn = type(model)(copy.deepcopy(model.config)).state_dict()
@@ -114,7 +116,10 @@ def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     else:
         head = [name for name in drawn if not name.startswith(model.base_model_prefix + ".")]
     if not head:
-        raise ValueError(f"cannot tell which weights of {type(model).__name__} are its classifier; pass peer=...")
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose classifier cannot be told from its backbone; it must be one of "
+            "transformers' or timm's image classifiers; else make a second one and pass it as peer=..."
+        )
     second = copy.deepcopy(model)
     second.load_state_dict({name: drawn[name] for name in head}, strict=False)
     return second
@@ -128,14 +133,12 @@ class TwoNetworks(nn.Module):
         scored: Whose logits count in evaluation: `"first"`, `"second"`, or the `"mean"` of both.
     """
 
-    SCORED = ("first", "second", "mean")
-
-    def __init__(self, first: nn.Module, second: nn.Module, scored: str = "first") -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, scored: Scored = "first") -> None:
         super().__init__()
-        if scored not in self.SCORED:
-            raise ValueError(f"co_teaching_scored is {scored!r}; it must be one of {', '.join(self.SCORED)}.")
+        if scored not in get_args(Scored):
+            raise ValueError(f"scored is {scored!r}; it must be one of {', '.join(get_args(Scored))}.")
         if first is second:
-            raise ValueError("both networks are the same object; pass a second model, or no peer.")
+            raise ValueError("peer is the same object as model; it must be a second model; pass one, or no peer.")
         self.first, self.second, self.scored = first, second, scored
 
     @property
@@ -173,8 +176,10 @@ class CoTeachingTrainer(MixupTrainer):
     mean is scored), with its peer in the folder `peer`.
 
     Args:
-        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which also
-            `co_teaching_scored`, `monotone`, `mixup_alpha`, `lambda_per_batch` and `label_warmup_epochs` are used.
+        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which also `monotone`,
+            `mixup_alpha`, `lambda_per_batch` and `label_warmup_epochs` are used.
+        scored: The network that is evaluated and saved: `"first"` or `"second"`; `"mean"` evaluates the mean of both
+            networks' logits and saves the first.
         peer: The second network, of the same architecture and with another start. By default
             :func:`second_network`: the backbone of `model` (pretrained, one hopes) and a classifier drawn anew. For
             networks from scratch draw a second model.
@@ -186,6 +191,14 @@ class CoTeachingTrainer(MixupTrainer):
         TypeError, ValueError: As :class:`MultiLabelTrainer`; FSDP and DeepSpeed, which split a model, are refused.
     """
 
+    method_name = "co-teaching"
+    citation = """@inproceedings{han2018coteaching,
+  title     = {Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy Labels},
+  author    = {Han, Bo and Yao, Quanming and Yu, Xingrui and Niu, Gang and Xu, Miao and Hu, Weihua and Tsang, Ivor and
+               Sugiyama, Masashi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2018}
+}"""
     _forward_options: ClassVar[dict[str, Any]] = {"both": True}
 
     def __init__(
@@ -193,18 +206,19 @@ class CoTeachingTrainer(MixupTrainer):
         model: nn.Module | None = None,
         args: BalanceMixTrainingArguments | None = None,
         *others: Any,
+        scored: Scored = "first",
         peer: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
         if model is None:
-            raise ValueError("model is None; co-teaching needs the first network, and makes the second from it.")
-        networks = TwoNetworks(
-            model, peer or second_network(model, args.seed), getattr(args, "co_teaching_scored", "first")
-        )
+            raise ValueError("model is None; it must be the first network, of which the second is made.")
+        networks = TwoNetworks(model, peer or second_network(model, args.seed), scored)
         super().__init__(networks, args, *others, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("co-teaching runs on one process or with DDP; switch FSDP and DeepSpeed off.")
+            raise ValueError(
+                "FSDP or DeepSpeed is on; co-teaching must run in one process or with DDP; switch both off."
+            )
         check_model(networks.ordered[1], self.class_names)
         if networks.scored == "mean":
             self.figures_note = (
@@ -214,8 +228,13 @@ class CoTeachingTrainer(MixupTrainer):
         num_instances = 0 if self.train_labels is None else len(self.train_labels)
         self.clean = torch.ones(num_instances, 2, dtype=torch.bool)
 
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """What model cards say of the method: its settings that differ from their defaults."""
+        return {} if self.model.scored == "first" else {"scored": self.model.scored}
+
     def _run_facts(self) -> dict[str, Any]:
-        return super()._run_facts() | {"co_teaching_scored": self.model.scored}
+        return super()._run_facts() | {"scored": self.model.scored}
 
     # ---- training ----
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from fractions import Fraction
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hf_balancemix.methods.citations import CITATIONS
+import torch
+from torch import Tensor
+
+from hf_balancemix.core.losses import (
+    AsymmetricLoss,
+    DBLoss,
+    FocalLoss,
+    HillLoss,
+    LargeLoss,
+    MultiLabelLoss,
+    SPLCLoss,
+)
+from hf_balancemix.data.labels import given_labels
 from hf_balancemix.methods.co_teaching import CoTeachingTrainer
-from hf_balancemix.methods.losses import LARGE_LOSS_METHODS, LOSS_METHODS, loss_trainer
+from hf_balancemix.methods.losses import LargeLossTrainer, LossTrainer
 from hf_balancemix.methods.t_estimator import TEstimatorTrainer
 from hf_balancemix.trainer import BalanceMixTrainer, MixupTrainer, MultiLabelTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
@@ -32,44 +50,149 @@ METHODS = {
     "balancemix-without-minority": "Table 13: both streams uniform, label-wise management",
 }
 
-# BalanceMix with some of its switches set; what is not named is as the arguments say.
+_LOSSES: dict[str, type[MultiLabelLoss]] = {
+    "focal": FocalLoss,
+    "asl": AsymmetricLoss,
+    "ll-r": LargeLoss,
+    "ll-ct": LargeLoss,
+    "ll-cp": LargeLoss,
+    "spl-hill": HillLoss,
+    "splc": SPLCLoss,
+    "db-loss": DBLoss,
+}
+_LARGE_LOSS_MODES = {"ll-r": "reject", "ll-ct": "correct", "ll-cp": "permanent"}
+_TRAINERS: dict[str, type[MultiLabelTrainer]] = {  # of the others; it is BalanceMix's where none is named
+    "bce": MultiLabelTrainer,
+    "mixup": MixupTrainer,
+    "co-teaching": CoTeachingTrainer,
+    "t-estimator": TEstimatorTrainer,
+}
+# BalanceMix with some of its switches set; what is not named is as the training arguments say.
 _SWITCHES: dict[str, dict[str, Any]] = {
     "+minority": {"select_clean": False},
     "+clean": {"select_clean": True, "relabel": False, "ambiguous": False},
     "+relabel": {"select_clean": True, "relabel": True, "ambiguous": False},
     "balancemix-without-minority": {"minority_score": "uniform"},
 }
+# What an argument of a method can be: what JSON and a config file can say.
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 
 
-def trainer_for(method: str, args: BalanceMixTrainingArguments, **kwargs: Any) -> MultiLabelTrainer:
+def trainer_for(
+    method: str, args: BalanceMixTrainingArguments, method_args: Mapping[str, Any] | None = None, **kwargs: Any
+) -> MultiLabelTrainer:
     """The trainer of a method.
 
     Args:
         method: A name in `METHODS`.
         args: For all methods alike; what a method does not know, it ignores.
+        method_args: The method's own: the settings of its loss, such as `{"gamma_neg": 2}` for asl, or `scored` of
+            co-teaching. BalanceMix's are in `args`.
         kwargs: For the trainer: model, train_dataset, eval_dataset, processing_class, ...
 
     Raises:
-        ValueError: Unknown method.
+        ValueError: Unknown method, an argument that it does not have, or a value that is refused.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    trainer = _trainer(method, args, **kwargs)
-    trainer.method_name, trainer.citation = method, CITATIONS.get(method)
+    own = dict(method_args or {})
+    check_method_args(method, own)
+    trainer = _trainer(method, args, own, **kwargs)
+    trainer.method_name = method
     return trainer
 
 
-def _trainer(method: str, args: BalanceMixTrainingArguments, **kwargs: Any) -> MultiLabelTrainer:
-    if method == "bce":
-        return MultiLabelTrainer(args=args, **kwargs)
-    if method == "mixup":
-        return MixupTrainer(args=args, **kwargs)
-    if method == "co-teaching":
-        return CoTeachingTrainer(args=args, **kwargs)
-    if method == "t-estimator":
-        return TEstimatorTrainer(args=args, **kwargs)
-    if method in LOSS_METHODS or method in LARGE_LOSS_METHODS:
-        return loss_trainer(method, args, **kwargs)
+def _trainer(method: str, args: BalanceMixTrainingArguments, own: dict[str, Any], **kwargs: Any) -> MultiLabelTrainer:
+    if method in _LOSSES:
+        train = kwargs.get("train_dataset")
+        labels = given_labels(train) if method == "db-loss" and train is not None else None
+        loss = _loss(method, own, labels, args.num_train_epochs, args.loss_reduction)
+        return (LargeLossTrainer if method == "ll-cp" else LossTrainer)(args=args, loss=loss, **kwargs)
     if method in _SWITCHES:
         args = replace(args, **_SWITCHES[method])
-    return BalanceMixTrainer(args=args, **kwargs)
+    return _TRAINERS.get(method, BalanceMixTrainer)(args=args, **own, **kwargs)
+
+
+def _loss(
+    method: str, own: Mapping[str, Any], labels: Tensor | None, num_epochs: float = 1, reduction: str = "sum"
+) -> MultiLabelLoss:
+    """The loss of a method in `_LOSSES`, with what it must know of the run and of the `(N, K)` training labels."""
+    settings: dict[str, Any] = {"reduction": reduction}
+    if method in _LARGE_LOSS_MODES:
+        # The paper's 0.1, 0.04 and 0.05 per cent for 20, 50 and 40 epochs; a fraction is exact.
+        settings |= {"mode": _LARGE_LOSS_MODES[method], "delta": Fraction(2) / Fraction(str(num_epochs))}
+    if method != "db-loss":
+        return _LOSSES[method](**settings | own)
+    if labels is None:
+        raise ValueError("train_dataset is None; it must be given, because db-loss counts the training labels.")
+    return DBLoss.from_labels(labels, **settings | own)
+
+
+def arguments_by_method(methods: Sequence[str], method_args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Whose arguments are whose, checked before anything is loaded.
+
+    Args:
+        methods: A run's, names in `METHODS`.
+        method_args: The arguments of the one method, or a mapping from the names of methods to theirs.
+
+    Returns:
+        The arguments of those methods that have some.
+
+    Raises:
+        ValueError: As :func:`trainer_for`, or it is not clear whose the arguments are.
+    """
+    if not isinstance(method_args, Mapping):
+        raise ValueError(f"method_args is {method_args!r}; it must map the names of arguments to their values.")
+    given = dict(method_args)
+    if len(methods) == 1 and given and methods[0] not in given:
+        given = {methods[0]: given}
+    for name, own in given.items():
+        if name not in methods or not isinstance(own, dict):
+            raise ValueError(
+                f"method_args has {name!r}: {own!r}; for the methods {', '.join(methods)} it must map a method's name "
+                'to its arguments, as in {"asl": {"gamma_neg": 4}, "focal": {"gamma": 1}}.'
+            )
+        check_method_args(name, own)
+    return given
+
+
+def check_method_args(method: str, own: Mapping[str, Any]) -> None:
+    """Raise a ValueError where :func:`trainer_for` would, but for what depends on data and model."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    known = _arguments_of(method)
+    for name, value in own.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}."
+            if not known:
+                advice = "it takes none; leave out method_args."
+            raise ValueError(f"{name} is not an argument of {method}; {advice}")
+        if not _is_one_of(value, known[name]):
+            wanted = " or ".join(_KINDS.get(kind) or repr(kind) for kind in known[name])
+            raise ValueError(f"{name} of {method} is {value!r}; it must be {wanted}.")
+    if method in _LOSSES:
+        _loss(method, own, torch.eye(2))  # refuses what is out of range
+
+
+def _arguments_of(method: str) -> dict[str, tuple[Any, ...]]:
+    """A method's own arguments and what each can be: types, or for a choice between words the words.
+
+    They are those of its loss's, or its trainer's, constructor that have a default and a plain type, but for what the
+    training arguments (the reduction) or the method's name (the mode) say already.
+    """
+    owner = CoTeachingTrainer if method == "co-teaching" else _LOSSES.get(method)
+    if owner is None:
+        return {}
+    hints, known = get_type_hints(owner.__init__), {}
+    for name, parameter in inspect.signature(owner).parameters.items():
+        hint = hints.get(name)
+        kinds = set(get_args(hint) or (hint,)) - {Fraction}
+        plain = get_origin(hint) is Literal or kinds <= {*_KINDS}
+        if plain and parameter.default is not parameter.empty and name not in ("reduction", "mode"):
+            known[name] = tuple(kind for kind in get_args(hint) or (hint,) if kind in kinds)
+    return known
+
+
+def _is_one_of(value: Any, kinds: Sequence[Any]) -> bool:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (isinstance(value, int) and int in kinds) or (float in kinds and math.isfinite(value))
+    return any(type(value) is kind or value == kind for kind in kinds)

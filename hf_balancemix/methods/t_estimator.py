@@ -60,18 +60,21 @@ def estimate_transition_matrices(
     Raises:
         ValueError: Shapes differ or a label is none of 0, 1 and -1.
     """
+    shapes = {tuple(x.shape) for x in (labels, selected, probabilities) if x is not None}
+    if len(shapes) > 1 or labels.ndim != 2:
+        raise ValueError(f"labels, selected and probabilities have the shapes {sorted(shapes)}; all must be (N, K).")
+    if not bool(((labels == 0) | (labels == 1) | (labels == -1)).all()):
+        raise ValueError(
+            "labels hold values other than 0, 1 and -1; they must be given labels, -1 where unknown; pass those, not "
+            "mixed ones."
+        )
     return _estimate(labels, selected, probabilities, min_selected)[0]
 
 
 def _estimate(
     labels: Tensor, selected: Tensor, probabilities: Tensor | None, min_selected: int
 ) -> tuple[Tensor, Tensor]:
-    """The matrices, and where each comes from, `(K,)` indices into `_SOURCES`."""
-    shapes = {tuple(x.shape) for x in (labels, selected, probabilities) if x is not None}
-    if len(shapes) > 1 or labels.ndim != 2:
-        raise ValueError(f"labels, selected and probabilities have the shapes {sorted(shapes)}; all must be (N, K).")
-    if not bool(((labels == 0) | (labels == 1) | (labels == -1)).all()):
-        raise ValueError("labels hold values other than 0, 1 and -1 (unknown); pass the given labels, not mixed ones.")
+    """The matrices, and where each comes from, `(K,)` indices into `_SOURCES`; the input is not checked."""
     num_classes = labels.shape[1]
     labels = labels.cpu()
     given = torch.stack([labels == 0, labels == 1]).double()  # (2, N, K)
@@ -165,8 +168,8 @@ def importance_reweighted_bce(
     """
     if logits.shape != targets.shape or matrices.shape != (logits.shape[1], 2, 2):
         raise ValueError(
-            f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and matrices {tuple(matrices.shape)} are "
-            "given; needed are (B, K), (B, K) and (K, 2, 2)."
+            f"the shapes are logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and matrices "
+            f"{tuple(matrices.shape)}; they must be (B, K), (B, K) and (K, 2, 2)."
         )
     if reduction not in LOSS_REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(LOSS_REDUCTIONS)}.")
@@ -233,6 +236,13 @@ class TEstimatorTrainer(MixupTrainer):
         min_selected: For :func:`estimate_transition_matrices`.
     """
 
+    method_name = "t-estimator"
+    citation = """@inproceedings{li2022estimating,
+  title     = {Estimating Noise Transition Matrix with Label Correlations for Noisy Multi-Label Learning},
+  author    = {Li, Shikun and Xia, Xiaobo and Zhang, Hansong and Zhan, Yibing and Ge, Shiming and Liu, Tongliang},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}"""
     min_selected = 50
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -201,7 +201,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "mixtures": chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class)) if fitted else [],
         "method": _method(trainer),
         "args": args.to_dict(),
-        "changed": changed_arguments(args),
+        "changed": changed_arguments(args) | _method_settings(trainer),
         "many_shot": args.many_shot,
         "few_shot": args.few_shot,
         "step": state.global_step,
@@ -428,6 +428,12 @@ def _method(trainer: Trainer) -> dict[str, Any]:
         "settings": None if settings is None else dataclasses.asdict(settings),
         "is_balancemix": settings is not None and settings.needs_scan,
     }
+
+
+def _method_settings(trainer: Trainer) -> dict[str, Any]:
+    """The settings of the method's own object, such as a loss, that differ from its defaults."""
+    settings = getattr(trainer, "method_settings", {})
+    return {f"{name} ({trainer.method_name})": value for name, value in settings.items()}
 
 
 def _base_model(config: Any) -> str | None:

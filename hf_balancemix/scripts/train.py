@@ -23,7 +23,7 @@ from hf_balancemix.data import (
     load_noise_map,
 )
 from hf_balancemix.frozen.backbone import FrozenArguments, FrozenBackbone
-from hf_balancemix.methods.registry import METHODS, trainer_for
+from hf_balancemix.methods.registry import METHODS, arguments_by_method, trainer_for
 from hf_balancemix.models import load_model
 from hf_balancemix.models.configuration_balancemix import HEADS
 from hf_balancemix.report import results_table
@@ -105,24 +105,36 @@ class ModelArguments(FrozenArguments):
             "mixup."
         },
     )
+    method_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON with arguments of the method's own, such as '{\"gamma_neg\": 4}' for asl; of several "
+            'methods by their names: \'{"asl": {"gamma_neg": 4}}\'. In a config file a mapping.'
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unknown = sorted(set(self.method or []) - set(METHODS))
         if unknown:
             raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
-        for name in ("model_kwargs", "head_args"):
+        for name in ("model_kwargs", "head_args", "method_args"):
             value = getattr(self, name)
             if value is not None:
                 try:
                     json.loads(value)
                 except ValueError as error:
                     raise ValueError(f"{name} is {value!r}, which is no JSON ({error}).") from None
+        self.arguments_by_method(self.method or ["balancemix"])
         if self.frozen_backbone and (self.head is not None or self.head_args is not None):
             raise ValueError(
                 f"head is {self.head!r}, and frozen_backbone brings a head of its own, of hidden_size "
                 f"({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
             )
+
+    def arguments_by_method(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """`method_args` for each of `methods`, checked."""
+        return arguments_by_method(methods, json.loads(self.method_args or "{}"))
 
 
 def prepare(
@@ -241,6 +253,7 @@ def run_methods(
 
     results: dict[str, dict[str, float]] = {}
     methods = model_args.method or ["balancemix"]
+    method_args = model_args.arguments_by_method(methods)
     for method in methods:
         own = copy.copy(args)
         own.output_dir = str(Path(args.output_dir, method))
@@ -255,7 +268,7 @@ def run_methods(
                 given["peer"] = draw_model(args.seed + 1)[0]
             given["model"], given["processing_class"] = draw_model(args.seed)
         say(f"\n== {method}: {METHODS[method]}")
-        trainer = trainer_for(method, own, train_dataset=train, eval_dataset=val, **given)
+        trainer = trainer_for(method, own, method_args.get(method), train_dataset=train, eval_dataset=val, **given)
         output = trainer.train(_RESUME.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint))
         metrics = trainer.evaluate()
         if frozen is not None:  # what is saved takes images

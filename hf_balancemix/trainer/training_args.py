@@ -318,54 +318,6 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "or 'views', predictions of two RandAugment views in every step, as printed.",
         choices=[*PREDICTION_SOURCES],
     )
-    co_teaching_scored: str = field(
-        default="first",
-        metadata={
-            "help": "Co-teaching only: the network that is evaluated and saved; 'mean' evaluates the mean of both "
-            "networks' logits and saves the first, with its peer beside.",
-            "choices": ["first", "second", "mean"],
-        },
-    )
-
-    # Of the comparison methods that are a loss (methods/losses.py); the others ignore them.
-    focal_gamma: float = field(default=2.0, metadata={"help": "focal: gamma >= 0."})
-    focal_alpha: float | None = field(
-        default=None, metadata={"help": "focal: weight of the positives in [0, 1]. Default: none."}
-    )
-    asl_gamma_neg: float = field(default=4.0, metadata={"help": "asl: gamma- >= 0."})
-    asl_gamma_pos: float = field(default=0.0, metadata={"help": "asl: gamma+ >= 0."})
-    asl_margin: float = field(default=0.05, metadata={"help": "asl: margin m in [0, 1]."})
-    asl_detach_weight: bool = field(
-        default=True, metadata={"help": "asl: the weight is a constant for the gradient, as in its training scripts."}
-    )
-    large_loss_delta: float | None = field(
-        default=None,
-        metadata={
-            "help": "ll-r, ll-ct, ll-cp: more modified labels each epoch, in per cent of a batch's labels. Default: "
-            "2 / num_train_epochs, the paper's 0.1, 0.04 and 0.05 for 20, 50 and 40 epochs."
-        },
-    )
-    large_loss_across_ranks: bool = field(
-        default=True,
-        metadata={"help": "ll-r, ll-ct, ll-cp: rank the losses of all ranks' batches together; False: each its own."},
-    )
-    splc_threshold: float = field(
-        default=0.6, metadata={"help": "splc: negatives with a probability above it count as positives."}
-    )
-    splc_margin: float = field(default=1.0, metadata={"help": "splc: shift of the positives' logits."})
-    splc_gamma: float = field(default=2.0, metadata={"help": "splc: gamma >= 0."})
-    splc_first_epoch: int = field(
-        default=1, metadata={"help": "splc: first epoch, from 0, in which negatives can count as positives."}
-    )
-    hill_lam: float = field(
-        default=1.5, metadata={"help": "spl-hill: lambda >= 1 of the negatives, (lambda - p) p^2."}
-    )
-    hill_margin: float = field(default=1.0, metadata={"help": "spl-hill: shift of the positives' logits."})
-    hill_gamma: float = field(default=2.0, metadata={"help": "spl-hill: gamma >= 0 of the positives."})
-    db_mu: float = field(default=0.2, metadata={"help": "db-loss: mu, 0.2 for COCO-MLT and 0.3 for VOC-MLT."})
-    db_negative_scale: float = field(
-        default=2.0, metadata={"help": "db-loss: scale of the negatives' logits, 2 for COCO-MLT and 5 for VOC-MLT."}
-    )
 
     def __post_init__(self) -> None:
         if self.clean_probability_source == "views" and self.prediction_source is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from fractions import Fraction
 from functools import partial
 
@@ -21,11 +23,13 @@ from hf_balancemix.core import (
 )
 from hf_balancemix.core.distributed import gather
 from hf_balancemix.core.losses import (
+    REDUCTIONS,
     AsymmetricLoss,
     DBLoss,
     FocalLoss,
     HillLoss,
     LargeLoss,
+    MultiLabelLoss,
     SPLCLoss,
     large_loss_entries,
     num_large_losses,
@@ -33,6 +37,7 @@ from hf_balancemix.core.losses import (
 
 COUNTS = torch.tensor([1, 40, 7, 99, 20])  # of N = 100
 ALL = {
+    "bce": binary_cross_entropy,
     "focal": focal_loss,
     "asl": asymmetric_loss,
     "asl-differentiated": partial(asymmetric_loss, detach_weight=False),
@@ -190,8 +195,8 @@ def test_the_detached_weight_of_asl_is_a_constant(kind):
 
 def test_asl_gradient_of_a_negative_as_derived_by_hand():
     logits = torch.linspace(-4, 4, 41, dtype=torch.float64)[:, None].requires_grad_()
-    loss = asymmetric_loss(logits, torch.zeros(41, 1), detach_weight=False, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, logits)
+    losses = asymmetric_loss(logits, torch.zeros(41, 1), detach_weight=False, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
     for x, slope in zip(logits.flatten().tolist(), gradient.flatten().tolist(), strict=True):
         p, m = sigmoid(x), max(sigmoid(x) - 0.05, 0)
         expected = p * (1 - p) * (m**4 / (1 - m) - 4 * m**3 * math.log(1 - m)) if m > 0 else 0.0
@@ -201,9 +206,11 @@ def test_asl_gradient_of_a_negative_as_derived_by_hand():
 def test_special_cases_are_each_other():
     logits, targets = case("soft")
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    assert torch.allclose(focal_loss(logits, targets, gamma=0), expected, rtol=1e-12)
-    assert torch.allclose(asymmetric_loss(logits, targets, 0, 0, 0), expected, rtol=1e-12)
-    assert torch.allclose(large_loss(logits, targets, 0), expected, rtol=1e-12)
+    mean = {"reduction": "mean"}
+    assert torch.allclose(binary_cross_entropy(logits, targets, **mean), expected, rtol=1e-12)
+    assert torch.allclose(focal_loss(logits, targets, gamma=0, **mean), expected, rtol=1e-12)
+    assert torch.allclose(asymmetric_loss(logits, targets, 0, 0, 0, **mean), expected, rtol=1e-12)
+    assert torch.allclose(large_loss(logits, targets, 0, **mean), expected, rtol=1e-12)
     for gamma in (1, 2.5):
         same = asymmetric_loss(logits, targets, gamma, gamma, 0, detach_weight=False)
         assert torch.allclose(focal_loss(logits, targets, gamma), same, rtol=1e-12)
@@ -221,12 +228,13 @@ def test_reductions(name):
     assert losses.shape == (6, 5)
     assert losses.dtype == torch.float64
     assert (losses[targets < 0] == 0).all()
-    for reduction, divisor in (("sum", 1), ("mean", 30), ("batchmean", 6)):
+    for reduction, divisor in (("sum", 6), ("mean", 30)):
         value = ALL[name](logits, targets, reduction=reduction)
         assert value.item() == pytest.approx(sum(losses.flatten().tolist()) / divisor, rel=1e-12)
     # Whatever stands at an unknown label, it changes nothing (a large loss is never one of these).
     other = torch.where(targets < 0, 3.9, logits)
     assert torch.equal(ALL[name](other, targets, reduction="none"), losses)
+    assert torch.equal(ALL[name](logits, targets), ALL[name](logits, targets, reduction="sum"))
     with pytest.raises(ValueError, match="reduction is 'max'"):
         ALL[name](logits, targets, reduction="max")
     with pytest.raises(ValueError, match="same shape"):
@@ -253,13 +261,13 @@ def test_low_precision_is_computed_in_float32_and_finite(name, dtype):
     row = torch.tensor([60000.0, -60000.0, 20.0, -20.0, 0.0])
     logits = row.repeat(4, 1).to(dtype).requires_grad_()
     targets = torch.tensor([0.0, 1.0, 0.3, -1.0])[:, None].repeat(1, 5)
-    loss = ALL[name](logits, targets, reduction="sum")
+    loss = ALL[name](logits, targets)
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
     loss.backward()
     assert torch.isfinite(logits.grad).all()
     assert (logits.grad[3] == 0).all()
-    assert torch.equal(loss, ALL[name](logits.float(), targets, reduction="sum"))
+    assert torch.equal(loss, ALL[name](logits.float(), targets))
     linear = torch.nn.Linear(8, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = linear(torch.ones(2, 8))
@@ -270,11 +278,11 @@ def test_low_precision_is_computed_in_float32_and_finite(name, dtype):
 
 def test_gradients_where_a_published_clamp_would_have_stopped_them():
     logits = torch.tensor([[-60.0, -100.0]], requires_grad=True)
-    asymmetric_loss(logits, torch.ones(1, 2), reduction="sum").backward()
+    asymmetric_loss(logits, torch.ones(1, 2)).backward()
     assert logits.grad.tolist() == [[-1.0, -1.0]]
     # An exponent below 1 has an infinite derivative at a weight of 0, which p < margin gives.
     logits = torch.tensor([[-9.0, -3.0, -1.0]], requires_grad=True)
-    asymmetric_loss(logits, torch.zeros(1, 3), gamma_neg=0.5, detach_weight=False, reduction="sum").backward()
+    asymmetric_loss(logits, torch.zeros(1, 3), gamma_neg=0.5, detach_weight=False).backward()
     assert logits.grad[0, 0] == 0
     assert torch.isfinite(logits.grad).all()
 
@@ -339,7 +347,7 @@ def test_the_loss_with_modified_entries():
     assert len(modified) == 4
     for mode in ("reject", "correct"):
         x = logits.clone().requires_grad_()
-        losses = large_loss(x, labels, 4, mode, "none")
+        losses = large_loss(x, labels, 4, mode, reduction="none")
         (gradient,) = torch.autograd.grad(losses.sum(), x)
         for i in range(len(logits)):
             for j in range(logits.shape[1]):
@@ -348,7 +356,7 @@ def test_the_loss_with_modified_entries():
                     t = -1 if mode == "reject" else 1
                 assert losses[i, j].item() == pytest.approx(0 if t < 0 else bce(value, t), rel=1e-10)
                 assert gradient[i, j].item() == pytest.approx(0 if t < 0 else sigmoid(value) - t, rel=1e-10)
-        mean = large_loss(logits, labels, 4, mode, "mean").item()  # the rejected stay in the denominator
+        mean = large_loss(logits, labels, 4, mode, reduction="mean").item()  # the rejected stay in the denominator
         assert mean == pytest.approx(losses.sum().item() / 30)
 
 
@@ -362,7 +370,7 @@ def test_the_number_of_modified_labels_is_exact():
     assert num_large_losses(10_000, 39, Fraction(2, 40)) == 195
     assert num_large_losses(40, 3, 90) == 40
     assert num_large_losses(5120, 0, 5) == 0
-    with pytest.raises(ValueError, match="delta -1"):
+    with pytest.raises(ValueError, match="delta is -1"):
         num_large_losses(10, 1, -1)
 
 
@@ -371,25 +379,89 @@ def test_one_process_gathers_its_own():
     assert torch.equal(gather(x), x)
 
 
-def test_modules_are_the_functions():
+# ---- objects ----
+
+OBJECTS = (FocalLoss, AsymmetricLoss, HillLoss, SPLCLoss, partial(DBLoss, COUNTS, 100), LargeLoss)
+FUNCTIONS = (focal_loss, asymmetric_loss, hill_loss, splc_loss, db_loss, large_loss)
+
+
+def test_objects_are_the_functions():
     logits, targets = case("soft")
     for module, expected in (
-        (FocalLoss(1.5, 0.3, "sum"), focal_loss(logits, targets, 1.5, 0.3, "sum")),
+        (FocalLoss(1.5, 0.3, "none"), focal_loss(logits, targets, 1.5, 0.3, "none")),
         (AsymmetricLoss(3, 1, 0.1, False), asymmetric_loss(logits, targets, 3, 1, 0.1, False)),
-        (HillLoss(1.7, 0.5, 1, "batchmean"), hill_loss(logits, targets, 1.7, 0.5, 1, "batchmean")),
+        (HillLoss(1.7, 0.5, 1, "mean"), hill_loss(logits, targets, 1.7, 0.5, 1, "mean")),
         (DBLoss(COUNTS, 100, mu=0.3), db_loss(logits, targets, COUNTS, 100, mu=0.3)),
     ):
+        for epoch in (0, 5):  # all are called alike
+            assert torch.equal(module(logits, targets, epoch), expected)
         assert torch.equal(module(logits, targets), expected)
     for epoch in (0, 3):
         expected = splc_loss(logits, targets, epoch, 0.7, 0.5, 1.0, 2)
         assert torch.equal(SPLCLoss(0.7, 0.5, 1.0, 2)(logits, targets, epoch), expected)
         expected = large_loss(logits, targets, epoch, "correct")  # 10 / 3 per cent of 30 labels an epoch
         assert torch.equal(LargeLoss(Fraction(10, 3), "correct")(logits, targets, epoch), expected)
-    assert repr(HillLoss()) == "HillLoss(lam=1.5, margin=1.0, gamma=2.0, reduction=mean)"
+        expected = large_loss(logits, targets, min(epoch, 1), "correct")
+        assert torch.equal(LargeLoss(Fraction(10, 3), "permanent")(logits, targets, epoch), expected)
+    assert repr(HillLoss()) == "HillLoss(lam=1.5, margin=1.0, gamma=2.0, reduction=sum)"
 
 
-def test_the_sum_of_bce_is_the_others_batchmean():
+@pytest.mark.parametrize(("make", "function"), zip(OBJECTS, FUNCTIONS, strict=True))
+def test_an_object_has_its_functions_defaults(make, function):
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    for name, value in make().settings.items():
+        if name in defaults and name != "across_ranks":  # a function on its own must not wait for other ranks
+            assert defaults[name] in (value, inspect.Parameter.empty), name
+    assert make().settings.keys() >= defaults.keys() - {"logits", "targets", "labels", "epoch"} - {
+        "class_counts", "num_modified",
+    }  # fmt: skip
+
+
+FIRST_AUTHORS = ("Lin, Tsung-Yi", "Ridnik, Tal", "Zhang, Youcai", "Zhang, Youcai", "Wu, Tong", "Kim, Youngwook")
+
+
+@pytest.mark.parametrize(("make", "author"), zip(OBJECTS, FIRST_AUTHORS, strict=True))
+def test_an_object_tells_its_settings_and_whom_to_cite(make, author):
+    loss = make()
+    assert isinstance(loss, MultiLabelLoss)
+    assert loss.changed_settings == {}
+    assert make(reduction="mean").changed_settings == {}  # the trainer's, for all methods alike
+    assert loss.citation.startswith("@")
+    assert loss.citation.count("{") == loss.citation.count("}")
+    assert re.search(rf"author += {{{author} and ", loss.citation)
+
+
+def test_settings_are_kept_under_their_names():
+    loss = AsymmetricLoss(gamma_neg=2, margin=0.05)
+    assert (loss.gamma_neg, loss.gamma_pos, loss.margin) == (2, 0.0, 0.05)
+    assert loss.changed_settings == {"gamma_neg": 2}
+    labels = torch.tensor([[1, 0], [1, -1], [0, 1], [1, 0]])
+    counted = DBLoss.from_labels(labels, mu=0.3)
+    assert counted.class_counts.tolist() == [3, 1]
+    assert counted.num_instances == 4
+    assert list(counted.state_dict()) == ["class_counts"]  # moves with the module
+    assert counted.changed_settings == {"mu": 0.3}
+
+
+def test_an_object_refuses_bad_settings_when_it_is_made():
+    for make, message in (
+        (partial(FocalLoss, alpha=2), r"alpha is 2; it must be in \[0, 1\]"),
+        (partial(AsymmetricLoss, margin=1.5), "margin is 1.5"),
+        (partial(HillLoss, lam=0.5), "lam is 0.5"),
+        (partial(SPLCLoss, threshold=60), "threshold is 60"),
+        (partial(DBLoss, COUNTS, 100, negative_scale=0), "negative_scale is 0"),
+        (partial(LargeLoss, mode="drop"), "mode is 'drop'; it must be one of reject, correct, permanent"),
+        (partial(LargeLoss, delta=-1), "delta is -1"),
+        (partial(HillLoss, reduction="batchmean"), "reduction is 'batchmean'; it must be one of sum, mean, none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_the_same_word_is_the_same_reduction():
     logits, targets = case("unknown")
-    for ours, theirs in (("sum", "batchmean"), ("mean", "mean")):
-        expected = binary_cross_entropy(logits, targets, reduction=ours).item()
-        assert focal_loss(logits, targets, gamma=0, reduction=theirs).item() == pytest.approx(expected, rel=1e-6)
+    for reduction in REDUCTIONS:
+        expected = binary_cross_entropy(logits, targets, reduction=reduction)
+        of_none = LargeLoss(reduction=reduction)(logits, targets, 0)
+        assert torch.equal(of_none, expected)
+        assert torch.allclose(focal_loss(logits, targets, 0, None, reduction), expected, rtol=1e-12)

@@ -25,10 +25,11 @@ def main(folder: Path, batch: int) -> None:
     data = make_dataset(folder / f"images-{rank}-of-{ranks}", 32)
     for name, across in (("across", True), ("own", False)):
         args = arguments(
-            folder / name, num_train_epochs=3, per_device_train_batch_size=batch, large_loss_delta=10.0,
-            large_loss_across_ranks=across, **({"ddp_backend": "gloo"} if ranks > 1 else {}),
+            folder / name, num_train_epochs=3, per_device_train_batch_size=batch,
+            **({"ddp_backend": "gloo"} if ranks > 1 else {}),
         )  # fmt: skip
-        trainer = trainer_for("ll-cp", args, model=tiny_vit(), train_dataset=data)
+        own = {"delta": 10.0, "across_ranks": across}
+        trainer = trainer_for("ll-cp", args, own, model=tiny_vit(), train_dataset=data)
         steps, loss = [], trainer._loss
 
         def traced(logits, labels, inputs, steps=steps, loss=loss):

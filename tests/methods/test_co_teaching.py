@@ -117,18 +117,18 @@ def test_a_second_network_that_cannot_be_made_or_does_not_fit_is_refused(dataset
         run(tmp_path, dataset, model=model, peer=model)
     with pytest.raises(ValueError, match="the model has 7 outputs"):
         run(tmp_path, dataset, peer=tiny_vit(7))
-    with pytest.raises(ValueError, match="co_teaching_scored is 'third'"):
-        run(tmp_path, dataset, co_teaching_scored="third")
+    with pytest.raises(ValueError, match="scored of co-teaching is 'third'"):
+        run(tmp_path, dataset, scored="third")
 
 
 # ---- the step ----
 
 
-def run(folder, data, model=None, method="co-teaching", peer=None, **changes):
+def run(folder, data, model=None, method="co-teaching", peer=None, scored=None, **changes):
     args = arguments(folder, **{"num_train_epochs": 3} | changes)
-    more = {} if peer is None else {"peer": peer}
+    own, more = {} if scored is None else {"scored": scored}, {} if peer is None else {"peer": peer}
     return trainer_for(
-        method, args, model=model or tiny_vit(dropout=0.2), train_dataset=data, eval_dataset=data, **more
+        method, args, own, model=model or tiny_vit(dropout=0.2), train_dataset=data, eval_dataset=data, **more
     )
 
 
@@ -242,7 +242,7 @@ def test_the_mixtures_see_both_networks_plain_losses(dataset, tmp_path, monkeypa
 
 @pytest.mark.parametrize("scored", ["first", "second", "mean"])
 def test_what_is_scored_and_saved(scored, dataset, tmp_path):
-    trainer = run(tmp_path, dataset, model=tiny_vit(), num_train_epochs=2, co_teaching_scored=scored)
+    trainer = run(tmp_path, dataset, model=tiny_vit(), num_train_epochs=2, scored=scored)
     trainer.train()
     metrics = trainer.evaluate()
     scores = trainer.predict(dataset).predictions
@@ -272,7 +272,7 @@ def test_a_resumed_run_is_bit_equal(arch, step, dataset, tmp_path):
     def start(seed=0):
         model = tiny_vit(dropout=0.2, seed=seed) if arch == "vit" else tiny_resnet(seed=seed)
         options = {"save_strategy": "steps", "save_steps": step, "eval_strategy": "epoch", "max_grad_norm": 1.0}
-        return run(tmp_path, dataset, model=model, co_teaching_scored="second", **options)
+        return run(tmp_path, dataset, model=model, scored="second", **options)
 
     whole, resumed = start(), start(seed=9)
     whole.train()
@@ -286,8 +286,8 @@ def test_a_resumed_run_is_bit_equal(arch, step, dataset, tmp_path):
 
 def test_a_checkpoint_with_another_network_first_is_refused(dataset, tmp_path):
     run(tmp_path, dataset, save_strategy="epoch", num_train_epochs=1).train()
-    with pytest.raises(ValueError, match="its co_teaching_scored is first, this run's is second"):
-        run(tmp_path, dataset, co_teaching_scored="second").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="its scored is first, this run's is second"):
+        run(tmp_path, dataset, scored="second").train(resume_from_checkpoint=True)
 
 
 def test_a_damaged_peer_is_found(dataset, tmp_path):
@@ -300,7 +300,7 @@ def test_a_damaged_peer_is_found(dataset, tmp_path):
 def test_both_networks_of_the_best_epoch_are_loaded_back(dataset, tmp_path):
     trainer = run(
         tmp_path, dataset, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-        metric_for_best_model="mAP", greater_is_better=False, co_teaching_scored="mean",
+        metric_for_best_model="mAP", greater_is_better=False, scored="mean",
     )  # fmt: skip
     trainer.train()
     best = min(line["eval_mAP"] for line in trainer.state.log_history if "eval_mAP" in line)
@@ -320,7 +320,7 @@ def test_bf16_and_accumulation(tmp_path):
         ends.append(flat(trainer.model))
     assert 0 < trainer.clean.float().mean() < 1
     assert torch.allclose(*ends, atol=1e-5)
-    trainer = run(tmp_path, data, bf16=True, num_train_epochs=2, co_teaching_scored="mean")
+    trainer = run(tmp_path, data, bf16=True, num_train_epochs=2, scored="mean")
     trainer.train()
     assert torch.isfinite(flat(trainer.model)).all()
     assert trainer.predict(data).predictions.dtype == np.float32

@@ -15,7 +15,7 @@ from loss_worker import main as run_worker
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_balancemix import MultiLabelTrainer, MultiLabelTrainingArguments
+from hf_balancemix import AsymmetricLoss, LargeLoss, MultiLabelTrainer, MultiLabelTrainingArguments
 from hf_balancemix.core import (
     asymmetric_loss,
     binary_cross_entropy,
@@ -27,15 +27,14 @@ from hf_balancemix.core import (
     splc_loss,
 )
 from hf_balancemix.methods import METHODS, LargeLossTrainer, LossTrainer, trainer_for
-from hf_balancemix.scripts.parser import parse_arguments
+from hf_balancemix.report.model_card import card_facts, render_model_card
 from hf_balancemix.trainer.resumable import STATE_FILE
-from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
 K = len(NAMES)
 
 
-def end(method, dataset, args, **kwargs):
-    trainer = trainer_for(method, args, model=tiny_vit(), train_dataset=dataset, **kwargs)
+def end(method, dataset, args, method_args=None):
+    trainer = trainer_for(method, args, method_args, model=tiny_vit(), train_dataset=dataset)
     trainer.train()
     return flat(trainer.model)
 
@@ -51,29 +50,34 @@ def test_a_loss_of_ones_own_that_is_bce_is_mixup_and_unmixed_is_bce(dataset, tmp
         assert torch.equal(flat(trainer.model), end(method, dataset, args))
 
 
+NONE = {"reduction": "none"}
 FORMULAS = {
-    "focal": lambda x, t, epoch, n: focal_loss(x, t, 1.5, 0.3, "sum"),
-    "asl": lambda x, t, epoch, n: asymmetric_loss(x, t, 3.0, 1.0, 0.1, False, "sum"),
-    "spl-hill": lambda x, t, epoch, n: hill_loss(x, t, 1.7, 0.5, 1.0, "sum"),
-    "splc": lambda x, t, epoch, n: splc_loss(x, t, epoch, 0.4, 0.5, 1.0, 2, "sum"),
-    "db-loss": lambda x, t, epoch, n: db_loss(x, t, n, 24, mu=0.3, negative_scale=5.0, reduction="sum"),
-    "ll-r": lambda x, t, epoch, n: large_loss(x, t, 2 * epoch, "reject", "sum"),  # 10 per cent of 4 x 5 an epoch
-    "ll-ct": lambda x, t, epoch, n: large_loss(x, t, 2 * epoch, "correct", "sum"),
-    "ll-cp": lambda x, t, epoch, n: large_loss(x, t, 2 * min(epoch, 1), "correct", "sum"),
+    "focal": lambda x, t, epoch, n: focal_loss(x, t, 1.5, 0.3, **NONE),
+    "asl": lambda x, t, epoch, n: asymmetric_loss(x, t, 3.0, 1.0, 0.1, False, **NONE),
+    "spl-hill": lambda x, t, epoch, n: hill_loss(x, t, 1.7, 0.5, 1.0, **NONE),
+    "splc": lambda x, t, epoch, n: splc_loss(x, t, epoch, 0.4, 0.5, 1.0, 2, **NONE),
+    "db-loss": lambda x, t, epoch, n: db_loss(x, t, n, 24, mu=0.3, negative_scale=5.0, **NONE),
+    "ll-r": lambda x, t, epoch, n: large_loss(x, t, 2 * epoch, "reject", **NONE),  # 10 per cent of 4 x 5 an epoch
+    "ll-ct": lambda x, t, epoch, n: large_loss(x, t, 2 * epoch, "correct", **NONE),
+    "ll-cp": lambda x, t, epoch, n: large_loss(x, t, 2 * min(epoch, 1), "correct", **NONE),
 }
 SETTINGS = {
-    "focal_gamma": 1.5, "focal_alpha": 0.3, "asl_gamma_neg": 3.0, "asl_gamma_pos": 1.0, "asl_margin": 0.1,
-    "asl_detach_weight": False, "splc_threshold": 0.4, "db_mu": 0.3, "db_negative_scale": 5.0,
-    "splc_margin": 0.5, "splc_gamma": 1.0, "splc_first_epoch": 2, "hill_lam": 1.7, "hill_margin": 0.5,
-    "hill_gamma": 1.0, "large_loss_delta": 10.0,
-}  # fmt: skip
+    "focal": {"gamma": 1.5, "alpha": 0.3},
+    "asl": {"gamma_neg": 3.0, "gamma_pos": 1.0, "margin": 0.1, "detach_weight": False},
+    "spl-hill": {"lam": 1.7, "margin": 0.5, "gamma": 1.0},
+    "splc": {"threshold": 0.4, "margin": 0.5, "gamma": 1.0, "first_epoch": 2},
+    "db-loss": {"mu": 0.3, "negative_scale": 5.0},
+    "ll-r": {"delta": 10.0},
+    "ll-ct": {"delta": 10.0},
+    "ll-cp": {"delta": 10.0},
+}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("method", FORMULAS)
 def test_a_step_is_the_loss_of_the_mixed_batch_with_the_settings(method, reduction, dataset, tmp_path):
-    args = arguments(tmp_path, loss_reduction=reduction, **SETTINGS)
-    trainer = trainer_for(method, args, model=tiny_vit(), train_dataset=dataset)
+    args = arguments(tmp_path, loss_reduction=reduction)
+    trainer = trainer_for(method, args, SETTINGS[method], model=tiny_vit(), train_dataset=dataset)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     images, labels = minority_mixup(
         batch["pixel_values"], batch["minority_pixel_values"], batch["labels"], batch["minority_labels"], batch["lam"]
@@ -84,7 +88,7 @@ def test_a_step_is_the_loss_of_the_mixed_batch_with_the_settings(method, reducti
     for epoch in (0, 1, 2):
         trainer.train_sampler.set_epoch(epoch)
         logits = trainer.model(pixel_values=images).logits
-        expected = FORMULAS[method](logits, labels, epoch, counts) / (4 if reduction == "sum" else 4 * K)
+        expected = FORMULAS[method](logits, labels, epoch, counts).sum() / (4 if reduction == "sum" else 4 * K)
         (slopes,) = torch.autograd.grad(expected, trainer.model.classifier.weight)
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         (gradient,) = torch.autograd.grad(loss, trainer.model.classifier.weight)
@@ -117,15 +121,15 @@ def test_the_epoch_that_a_loss_gets_is_the_samplers_also_after_resuming_within_o
 def test_large_losses_of_none_are_mixup(dataset, tmp_path):
     mixup = end("mixup", dataset, arguments(tmp_path))
     for method in ("ll-r", "ll-ct", "ll-cp"):
-        assert torch.equal(end(method, dataset, arguments(tmp_path, large_loss_delta=0.0)), mixup)
-        assert not torch.equal(end(method, dataset, arguments(tmp_path, large_loss_delta=50.0)), mixup)
+        assert torch.equal(end(method, dataset, arguments(tmp_path), {"delta": 0.0}), mixup)
+        assert not torch.equal(end(method, dataset, arguments(tmp_path), {"delta": 50}), mixup)
 
 
 @pytest.mark.parametrize(("epochs", "delta"), [(20, 0.1), (50, 0.04), (40, 0.05), (10, 0.2)])
 def test_the_default_delta_is_the_papers(epochs, delta, dataset, tmp_path):
     args = arguments(tmp_path, num_train_epochs=epochs)
     trainer = trainer_for("ll-r", args, model=tiny_vit(), train_dataset=dataset)
-    assert trainer.delta * 1000 == round(delta * 1000)
+    assert trainer.loss.delta * 1000 == round(delta * 1000)
 
 
 def record(trainer):
@@ -147,10 +151,9 @@ def record(trainer):
 def test_permanent_corrections_replayed_step_by_step(dataset, tmp_path):
     # Workers that live on hold the labels of the start for ever.
     args = arguments(
-        tmp_path, num_train_epochs=3, large_loss_delta=12.0, dataloader_num_workers=2,
-        dataloader_persistent_workers=True,
+        tmp_path, num_train_epochs=3, dataloader_num_workers=2, dataloader_persistent_workers=True
     )  # fmt: skip
-    trainer = trainer_for("ll-cp", args, model=tiny_vit(), train_dataset=dataset)
+    trainer = trainer_for("ll-cp", args, {"delta": 12.0}, model=tiny_vit(), train_dataset=dataset)
     given = trainer.train_labels.bool()
     steps = record(trainer)
     trainer.train()
@@ -193,8 +196,8 @@ class Stop(TrainerCallback):
 
 def test_permanent_corrections_are_in_the_checkpoint(dataset, tmp_path):
     def make(name, **changes):
-        args = arguments(tmp_path / name, num_train_epochs=3, large_loss_delta=12.0, **changes)
-        return trainer_for("ll-cp", args, model=tiny_vit(dropout=0.3), train_dataset=dataset)
+        args = arguments(tmp_path / name, num_train_epochs=3, **changes)
+        return trainer_for("ll-cp", args, {"delta": 12.0}, model=tiny_vit(dropout=0.3), train_dataset=dataset)
 
     whole = make("whole")
     whole.train()
@@ -216,9 +219,10 @@ def test_permanent_corrections_are_in_the_checkpoint(dataset, tmp_path):
 def test_another_mode_is_not_resumed(dataset, tmp_path):
     args = arguments(tmp_path, num_train_epochs=1, save_strategy="epoch")
     end("ll-ct", dataset, args)
-    trainer = trainer_for("ll-cp", args, model=tiny_vit(), train_dataset=dataset)
-    with pytest.raises(ValueError, match="its method is ll-ct, this run's is ll-cp"):
-        trainer.train(resume_from_checkpoint=True)
+    for method, message in (("ll-r", "method is ll-ct, this run's is ll-r"), ("ll-cp", "trainer is LossTrainer")):
+        trainer = trainer_for(method, args, model=tiny_vit(), train_dataset=dataset)
+        with pytest.raises(ValueError, match=f"its {message}"):
+            trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.dist
@@ -254,8 +258,8 @@ def test_two_ranks_make_the_corrections_of_one_process_with_twice_the_batch(tmp_
 
 
 def test_unknown_labels_have_no_loss_and_are_never_corrected(dataset, tmp_path):
-    args = arguments(tmp_path, num_train_epochs=3, large_loss_delta=100.0)
-    trainer = trainer_for("ll-cp", args, model=tiny_resnet(), train_dataset=dataset)
+    args = arguments(tmp_path, num_train_epochs=3)
+    trainer = trainer_for("ll-cp", args, {"delta": 100.0}, model=tiny_resnet(), train_dataset=dataset)
     trainer.train_labels[:, 2] = -1
     before = trainer.model.classifier[1].weight[2].clone()
     trainer.args.weight_decay = 0.0
@@ -290,31 +294,33 @@ def test_evaluation_reports_bce_for_all(dataset, tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_arguments_are_flags():
-    (args,) = parse_arguments(
-        (BalanceMixTrainingArguments,),
-        ["--output_dir", "x", "--use_cpu", "--asl_gamma_neg", "2", "--focal_alpha", "0.25", "--no_asl_detach_weight",
-         "--large_loss_delta", "0.2", "--large_loss_across_ranks", "false"],
-    )  # fmt: skip
-    assert (args.asl_gamma_neg, args.focal_alpha, args.asl_detach_weight) == (2.0, 0.25, False)
-    assert (args.large_loss_delta, args.large_loss_across_ranks, args.asl_margin) == (0.2, False, 0.05)
+def test_a_trainer_speaks_of_its_loss(dataset, tmp_path):
+    loss = AsymmetricLoss(gamma_neg=2)
+    trainer = LossTrainer(loss=loss, args=arguments(tmp_path), model=tiny_vit(), train_dataset=dataset)
+    assert (trainer.method_name, trainer.citation) == ("AsymmetricLoss", AsymmetricLoss.citation)
+    text = render_model_card(card_facts(trainer))
+    assert "| gamma_neg (AsymmetricLoss) | 2 |" in text
+    assert "Ridnik, Tal" in text
+    assert "gamma_pos" not in text
 
 
 def test_what_is_refused_before_training(dataset, tmp_path):
     given = {"model": tiny_vit(), "train_dataset": dataset}
     with pytest.raises(ValueError, match="margin is 2"):
-        trainer_for("asl", arguments(tmp_path, asl_margin=2.0), **given)
-    with pytest.raises(ValueError, match="large_loss_delta is -1"):
-        trainer_for("ll-r", arguments(tmp_path, large_loss_delta=-1.0), **given)
+        trainer_for("asl", arguments(tmp_path), {"margin": 2.0}, **given)
+    with pytest.raises(ValueError, match="delta is -1"):
+        trainer_for("ll-r", arguments(tmp_path), {"delta": -1.0}, **given)
     with pytest.raises(ValueError, match=r"a tensor of shape \(2, 5\)"):
         LossTrainer(loss=lambda x, t, epoch: x, args=arguments(tmp_path), **given)
-    with pytest.raises(ValueError, match="mode is 'drop'"):
-        LargeLossTrainer(mode="drop", args=arguments(tmp_path), **given)
+    with pytest.raises(ValueError, match="mode is 'reject'; it must be 'permanent'"):
+        LargeLossTrainer(loss=LargeLoss(), args=arguments(tmp_path), **given)
     with pytest.raises(ValueError, match="db-loss counts the training labels"):
         trainer_for("db-loss", arguments(tmp_path), model=tiny_vit())
+    with pytest.raises(ValueError, match="method is 'asl2'"):
+        trainer_for("asl2", arguments(tmp_path), **given)
     plain = MultiLabelTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4, image_size=16
     )
     with pytest.raises(TypeError, match="args is MultiLabelTrainingArguments; it must be BalanceMix"):
-        LargeLossTrainer(args=plain, **given)
+        LargeLossTrainer(loss=LargeLoss(mode="permanent"), args=plain, **given)
     assert isinstance(trainer_for("asl", arguments(tmp_path), model=tiny_vit()), MultiLabelTrainer)

@@ -118,8 +118,10 @@ def test_training_removes_thresholds_with_a_warning(method, tmp_path, caplog):
 
 
 def test_an_export_that_fails_does_not_leave_other_ranks_waiting(tmp_path, monkeypatch):
-    args = arguments(tmp_path / "out", co_teaching_scored="second")
-    trainer = trainer_for("co-teaching", args, model=tiny_vit(), train_dataset=make_dataset(tmp_path / "images", 8))
+    args = arguments(tmp_path / "out")
+    trainer = trainer_for(
+        "co-teaching", args, {"scored": "second"}, model=tiny_vit(), train_dataset=make_dataset(tmp_path / "images", 8)
+    )
     exported, waits = [], []
 
     def fails(model, *_):

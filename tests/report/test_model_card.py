@@ -377,8 +377,10 @@ def test_unknown_labels_are_counted(dataset, tmp_path):
 @pytest.mark.parametrize("scored", ["first", "second", "mean"])
 def test_the_card_of_co_teaching_is_that_of_the_saved_network(scored, dataset, tmp_path):
     model = tiny_vit()
-    args = arguments(tmp_path / "out", co_teaching_scored=scored)
-    trainer = trainer_for("co-teaching", args, model=model, train_dataset=dataset, eval_dataset=dataset)
+    args = arguments(tmp_path / "out")
+    trainer = trainer_for(
+        "co-teaching", args, {"scored": scored}, model=model, train_dataset=dataset, eval_dataset=dataset
+    )
     assert trainer.saved_model is (trainer.model.second if scored == "second" else model)
     trainer.evaluate()
     text = write_model_card(trainer, tmp_path / "card").read_text()
@@ -390,6 +392,8 @@ def test_the_card_of_co_teaching_is_that_of_the_saved_network(scored, dataset, t
     assert "\nThe package implements:\n" in text
     assert "The method:" not in text
     assert "Han, Bo" in text
+    changed = rows(text, "Hyperparameters that differ from the default:")
+    assert changed.get("scored (co-teaching)") == (None if scored == "first" else [scored])
 
 
 def with_head(head, **changes):

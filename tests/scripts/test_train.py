@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_balancemix import BalanceMixTrainingArguments, MultiLabelTrainer
 from hf_balancemix.data import NoiseMap
 from hf_balancemix.report import results_table
+from hf_balancemix.scripts.parser import parse_arguments
 from hf_balancemix.scripts.train import (
     ModelArguments,
     NoiseArguments,
@@ -60,8 +61,48 @@ def test_limits_take_a_seeded_part(tmp_path):
 def test_unknown_methods_and_bad_json_are_refused():
     with pytest.raises(ValueError, match="method asl2 is not known"):
         ModelArguments(method=["bce", "asl2"])
-    with pytest.raises(ValueError, match="model_kwargs is 'x'"):
-        ModelArguments(model_kwargs="x")
+    for name in ("model_kwargs", "method_args"):
+        with pytest.raises(ValueError, match=f"{name} is 'x'"):
+            ModelArguments(**{name: "x"})
+
+
+def test_a_methods_own_arguments_reach_it_and_its_card(tmp_path):
+    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
+    args = arguments(tmp_path / "out", num_train_epochs=1, image_size=32)
+    (model,) = parse_arguments(
+        (ModelArguments,),
+        ["--model_name_or_path", "test_resnet", "--from_scratch", "--method", "asl", "co-teaching", "--method_args",
+         '{"asl": {"gamma_neg": 2, "margin": 0.05}, "co-teaching": {"scored": "second"}}'],
+    )  # fmt: skip
+    run_methods(lambda: [train, val], NoiseArguments(), model, args)
+    cards = {method: (tmp_path / "out" / method / "README.md").read_text() for method in model.method}
+    assert "| gamma_neg (asl) | 2 |" in cards["asl"]
+    assert "margin" not in cards["asl"]  # that is its default
+    assert "Ridnik, Tal" in cards["asl"]
+    assert "| scored (co-teaching) | second |" in cards["co-teaching"]
+
+
+def test_method_args_on_the_command_line_and_in_a_config_file(tmp_path):
+    def parse(*argv: str) -> dict:
+        (model,) = parse_arguments((ModelArguments,), argv)
+        return model.arguments_by_method(model.method)
+
+    assert parse("--method", "asl", "--method_args", '{"gamma_neg": 4}') == {"asl": {"gamma_neg": 4}}
+    file = tmp_path / "config.yaml"
+    file.write_text("method: asl\nmethod_args:\n  gamma_neg: 2\n  detach_weight: false\n")
+    assert parse("--config", str(file)) == {"asl": {"gamma_neg": 2, "detach_weight": False}}
+    file.write_text("method: [asl, focal]\nmethod_args:\n  focal: {gamma: 1.5}\n")
+    assert parse("--config", str(file)) == {"focal": {"gamma": 1.5}}
+    for argv, message in (
+        (["--method", "asl", "--method_args", '{"gama_neg": 4}'], "did you mean gamma_neg"),
+        (
+            ["--method", "asl", "focal", "--method_args", '{"gamma": 4}'],
+            "it must map a method's name to its arguments",
+        ),
+        (["--method_args", '{"gamma": 4}'], "gamma is not an argument of balancemix; it takes none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(*argv)
 
 
 def test_table_marks_what_a_method_does_not_have():

@@ -1,25 +1,25 @@
-"""Losses on logits. All are computed in float32 whatever the autocast dtype, and take soft targets.
+"""Losses on logits, one paper a file: the function, and an object that owns its settings and its citation.
 
-None changes its arguments or the gradient mode. Reductions are `"none"`, `"sum"` over all labels, `"mean"` over B K
-and `"batchmean"`: sum over K, mean over B. :func:`binary_cross_entropy` and the trainers' `loss_reduction` know only
-`"mean"` and that last one, and call it `"sum"`, as Eq. 1 does.
+All are computed in float32 whatever the autocast dtype, take soft targets, and change neither their arguments nor the
+gradient mode. The words for a reduction are the command line's: `"sum"` over K and mean over B, as Eq. 1 and 10 are
+printed; `"mean"` over B and K; `"none"`. Every object is called as `loss(logits, targets, epoch)`; see
+:class:`MultiLabelLoss`.
 """
 
-from hf_balancemix.core.losses.basics import LOSS_REDUCTIONS, REDUCTIONS, binary_cross_entropy
-from hf_balancemix.core.losses.distribution_balanced import db_loss
-from hf_balancemix.core.losses.focusing import asymmetric_loss, focal_loss
+from hf_balancemix.core.losses._base import LOSS_REDUCTIONS, REDUCTIONS, MultiLabelLoss
+from hf_balancemix.core.losses.asymmetric import AsymmetricLoss, asymmetric_loss
+from hf_balancemix.core.losses.binary_cross_entropy import binary_cross_entropy
+from hf_balancemix.core.losses.distribution_balanced import DBLoss, db_loss
+from hf_balancemix.core.losses.focal import FocalLoss, focal_loss
 from hf_balancemix.core.losses.large_loss import (
-    LARGE_LOSS_MODES,
+    LargeLoss,
     large_loss,
     large_loss_entries,
-    modified_labels,
     num_large_losses,
 )
-from hf_balancemix.core.losses.missing_labels import hill_loss, splc_loss
-from hf_balancemix.core.losses.modules import AsymmetricLoss, DBLoss, FocalLoss, HillLoss, LargeLoss, SPLCLoss
+from hf_balancemix.core.losses.missing_labels import HillLoss, SPLCLoss, hill_loss, splc_loss
 
 __all__ = [
-    "LARGE_LOSS_MODES",
     "LOSS_REDUCTIONS",
     "REDUCTIONS",
     "AsymmetricLoss",
@@ -27,6 +27,7 @@ __all__ = [
     "FocalLoss",
     "HillLoss",
     "LargeLoss",
+    "MultiLabelLoss",
     "SPLCLoss",
     "asymmetric_loss",
     "binary_cross_entropy",
@@ -35,7 +36,6 @@ __all__ = [
     "hill_loss",
     "large_loss",
     "large_loss_entries",
-    "modified_labels",
     "num_large_losses",
     "splc_loss",
 ]

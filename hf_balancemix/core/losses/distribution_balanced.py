@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.losses.basics import check_range, power, prepare, reduce
+from hf_balancemix.core.losses._base import MultiLabelLoss, check_range, power, prepare, reduce
 
 
 def db_loss(
@@ -21,7 +23,7 @@ def db_loss(
     kappa: float = 0.05,
     gamma: float = 2.0,
     focal_scale: float = 2.0,
-    reduction: str = "mean",
+    reduction: str = "sum",
 ) -> Tensor:
     """DB loss: re-balanced weights, negative-tolerant logits, focal.
 
@@ -37,8 +39,8 @@ def db_loss(
     setting draws class-aware batches as well, which is the sampler's business and not the loss's.
 
     Args:
-        logits: `(B, K)`, any float dtype; computed in float32, float64 stays. They are not changed.
-        targets: `(B, K)` in [0, 1]; -1 where unknown: weight 0, and no part of r.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too. An unknown label
+            is no part of r.
         class_counts: `(K,)`, n_k over the training set.
         num_instances: N >= 2.
         alpha: Least weight, >= 0.
@@ -48,10 +50,6 @@ def db_loss(
         kappa: Size of the logits' shift.
         gamma: Focus, >= 0; differentiated.
         focal_scale: Factor on everything.
-        reduction: As :func:`focal_loss`.
-
-    Returns:
-        float32 (or float64) scalar; `(B, K)` for `"none"`.
 
     Raises:
         ValueError: Shapes do not fit, the reduction is unknown or a setting out of range.
@@ -74,3 +72,46 @@ def db_loss(
     positive = -power((-z).sigmoid(), gamma) * F.logsigmoid(z)
     negative = -power(scaled.sigmoid(), gamma) * F.logsigmoid(-scaled) / negative_scale
     return reduce(focal_scale * weight * (t * positive + (1 - t) * negative), known, reduction)
+
+
+class DBLoss(MultiLabelLoss):
+    """:func:`db_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's.
+
+    :meth:`from_labels` counts the classes.
+    """
+
+    citation = """@inproceedings{wu2020distribution,
+  title     = {Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed Datasets},
+  author    = {Wu, Tong and Huang, Qingqiu and Liu, Ziwei and Wang, Yu and Lin, Dahua},
+  booktitle = {European Conference on Computer Vision},
+  year      = {2020}
+}"""
+    class_counts: Tensor
+
+    def __init__(
+        self,
+        class_counts: Tensor,
+        num_instances: int,
+        *,
+        alpha: float = 0.1,
+        beta: float = 10.0,
+        mu: float = 0.2,
+        negative_scale: float = 2.0,
+        kappa: float = 0.05,
+        gamma: float = 2.0,
+        focal_scale: float = 2.0,
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__(
+            class_counts=class_counts, num_instances=num_instances, alpha=alpha, beta=beta, mu=mu,
+            negative_scale=negative_scale, kappa=kappa, gamma=gamma, focal_scale=focal_scale, reduction=reduction,
+        )  # fmt: skip
+        self._refuse_bad_settings(len(class_counts))
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, **settings: Any) -> DBLoss:
+        """With the class counts of `(N, K)` given training labels in {0, 1}, or -1 where unknown."""
+        return cls((labels == 1).sum(0), len(labels), **settings)
+
+    def forward(self, logits: Tensor, targets: Tensor, epoch: int = 0) -> Tensor:
+        return db_loss(logits, targets, self.class_counts, **self.settings)

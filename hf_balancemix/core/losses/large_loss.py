@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.distributed import gather
-from hf_balancemix.core.losses.basics import prepare, reduce
-
-LARGE_LOSS_MODES = ("reject", "correct")
+from hf_balancemix.core.distributed import gather, world
+from hf_balancemix.core.losses._base import MultiLabelLoss, prepare
+from hf_balancemix.core.losses.binary_cross_entropy import binary_cross_entropy
 
 
 def num_large_losses(num_labels: int, epochs: int, delta: float | Fraction) -> int:
@@ -37,7 +36,7 @@ def num_large_losses(num_labels: int, epochs: int, delta: float | Fraction) -> i
         7
     """
     if epochs < 0 or not delta >= 0:
-        raise ValueError(f"epochs is {epochs} and delta {delta}; neither may be negative.")
+        raise ValueError(f"epochs is {epochs} and delta is {delta}; both must be 0 or more.")
     return min(math.ceil(num_labels * epochs * Fraction(str(delta)) / 100), num_labels)
 
 
@@ -79,37 +78,90 @@ def large_loss_entries(
 
 
 def large_loss(
-    logits: Tensor, labels: Tensor, num_modified: int, mode: str = "reject", reduction: str = "mean"
+    logits: Tensor,
+    labels: Tensor,
+    num_modified: int,
+    mode: str = "reject",
+    across_ranks: bool = False,
+    reduction: str = "sum",
 ) -> Tensor:
     """LL-R and LL-Ct: BCE in which the labels with a large loss are left out or count as positive, this time only.
 
-    Which labels, and what happens to ties and soft labels: :func:`large_loss_entries`, of which this is the form for
-    one rank's batch; how many: :func:`num_large_losses`.
+    Which labels, and what happens to ties and soft labels: :func:`large_loss_entries`; how many:
+    :func:`num_large_losses`.
 
     Args:
-        logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
-        labels: `(B, K)` in [0, 1]; -1 where unknown: weight 0.
+        logits, labels, reduction: As :func:`binary_cross_entropy`, which says what is returned, too; published is the
+            mean.
         num_modified: k >= 0.
         mode: `"reject"`: their loss is 0, the denominators of the reductions stay; `"correct"`: it is BCE(x, 1).
-        reduction: As :func:`focal_loss`. The published code takes the mean.
-
-    Returns:
-        float32 (or float64) scalar; `(B, K)` for `"none"`.
+        across_ranks: As :func:`large_loss_entries`.
 
     Raises:
-        ValueError: Shapes differ, or the mode or reduction is unknown.
+        ValueError: Shapes differ, `num_modified` is negative, or the mode or reduction is unknown.
     """
-    modified = large_loss_entries(logits, labels, num_modified)
-    x, t, known = prepare(logits, modified_labels(labels, modified, mode))
-    return reduce(F.binary_cross_entropy_with_logits(x, t, reduction="none"), known, reduction)
+    _check_mode(mode, ("reject", "correct"))
+    modified = large_loss_entries(logits, labels, num_modified, across_ranks=across_ranks)
+    targets = labels.masked_fill(modified, 1 if mode == "correct" else -1)  # -1 has no loss
+    return binary_cross_entropy(logits, targets, reduction=reduction)
 
 
-def modified_labels(labels: Tensor, modified: Tensor, mode: str) -> Tensor:
-    """`labels` with 1 (`"correct"`) or -1 (`"reject"`: weight 0, as for unknown ones) where `modified`.
+def _check_mode(mode: str, known: tuple[str, ...]) -> None:
+    if mode not in known:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(known)}.")
+
+
+class LargeLoss(MultiLabelLoss):
+    """LL-R, LL-Ct and LL-Cp as an object: the share of modified labels grows with the epoch; see
+    :class:`MultiLabelLoss`.
+
+    Args:
+        delta: Per cent of a batch's labels that are modified more each epoch, >= 0; a fraction is exact. The first
+            epoch, 0, modifies none. Published: 0.2 for 10 epochs; in BalanceMix's tables 2 / number of epochs.
+        mode: `"reject"` (LL-R) and `"correct"` (LL-Ct) as :func:`large_loss`. `"permanent"` (LL-Cp) corrects delta per
+            cent in every epoch but the first; of those, :meth:`entries` with `strict=True` are to become positive for
+            good, which is the caller's business.
+        across_ranks: Rank the losses of all ranks' batches together, so that a run does not depend on how many share
+            it; every rank must call. False: each rank its own, as published code under DistributedDataParallel.
 
     Raises:
-        ValueError: The mode is unknown.
+        ValueError: Unknown mode or reduction, or a negative delta.
     """
-    if mode not in LARGE_LOSS_MODES:
-        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(LARGE_LOSS_MODES)}.")
-    return labels.masked_fill(modified, 1 if mode == "correct" else -1)
+
+    citation = """@inproceedings{kim2022large,
+  title     = {Large Loss Matters in Weakly Supervised Multi-Label Classification},
+  author    = {Kim, Youngwook and Kim, Jae Myung and Akata, Zeynep and Lee, Jungwoo},
+  booktitle = {Conference on Computer Vision and Pattern Recognition},
+  year      = {2022}
+}"""
+    delta: float | Fraction
+    mode: str
+    across_ranks: bool
+    reduction: str
+
+    def __init__(
+        self,
+        delta: float | Fraction = 0.2,
+        mode: str = "reject",
+        across_ranks: bool = True,
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__(delta=delta, mode=mode, across_ranks=across_ranks, reduction=reduction)
+        _check_mode(mode, ("reject", "correct", "permanent"))
+        self._refuse_bad_settings()
+
+    def _num_modified(self, logits: Tensor, epoch: int) -> int:
+        ranks = world()[1] if self.across_ranks else 1
+        return num_large_losses(
+            logits.numel() * ranks, min(epoch, 1) if self.mode == "permanent" else epoch, self.delta
+        )
+
+    def entries(self, logits: Tensor, targets: Tensor, epoch: int, strict: bool = False) -> Tensor:
+        """`(B, K)` bool: the labels that are modified in this epoch; `strict` as :func:`large_loss_entries`."""
+        num_modified = self._num_modified(logits, epoch)
+        return large_loss_entries(logits, targets, num_modified, strict=strict, across_ranks=self.across_ranks)
+
+    def forward(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        num_modified = self._num_modified(logits, epoch)
+        mode = "reject" if self.mode == "reject" else "correct"
+        return large_loss(logits, targets, num_modified, mode, self.across_ranks, self.reduction)

@@ -1,11 +1,22 @@
-"""Losses for missing labels, given as negative ones: Hill and SPLC (Zhang et al., arXiv 2112.07368)."""
+"""Losses for missing labels, given as negative ones: Hill and SPLC (Zhang et al., arXiv 2112.07368).
+
+The published code sums over B, too.
+"""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.losses.basics import check_range, power, prepare, reduce
+from hf_balancemix.core.losses._base import MultiLabelLoss, check_range, power, prepare, reduce
+
+_CITATION = """@article{zhang2021simple,
+  title   = {Simple and Robust Loss Design for Multi-Label Learning with Missing Labels},
+  author  = {Zhang, Youcai and Cheng, Yuhao and Huang, Xinyu and Wen, Fei and Feng, Rui and Li, Yaqian and
+             Guo, Yandong},
+  journal = {arXiv:2112.07368},
+  year    = {2021}
+}"""
 
 
 def _focal_positive(x: Tensor, gamma: float) -> Tensor:
@@ -19,7 +30,7 @@ def hill_loss(
     lam: float = 1.5,
     margin: float = 1.0,
     gamma: float = 2.0,
-    reduction: str = "mean",
+    reduction: str = "sum",
 ) -> Tensor:
     """Hill loss: probable false negatives count less.
 
@@ -28,15 +39,10 @@ def hill_loss(
     the losses of its two labels.
 
     Args:
-        logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
-        targets: `(B, K)` in [0, 1]; -1 where unknown: weight 0.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too.
         lam: Where the hill stands, >= 1.
         margin: Shift of the positives' logits.
         gamma: Focus of the positives, >= 0.
-        reduction: As :func:`focal_loss`. The published code sums over all labels.
-
-    Returns:
-        float32 (or float64) scalar; `(B, K)` for `"none"`.
 
     Raises:
         ValueError: Shapes differ, the reduction is unknown or a setting out of range.
@@ -56,7 +62,7 @@ def splc_loss(
     margin: float = 1.0,
     gamma: float = 2.0,
     first_epoch: int = 1,
-    reduction: str = "mean",
+    reduction: str = "sum",
 ) -> Tensor:
     """SPLC: focal loss with a margin, in which confident negatives count as positives from the second epoch on.
 
@@ -66,17 +72,12 @@ def splc_loss(
     Mixup only those that neither image has.
 
     Args:
-        logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
-        targets: `(B, K)` in [0, 1]; -1 where unknown: weight 0.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too.
         epoch: Counted from 0.
         threshold: In [0, 1]; the paper uses 0.6, and 0.65 where a quarter of the labels is missing.
         margin: Shift of the positives' logits.
         gamma: Focus, >= 0; differentiated.
         first_epoch: First epoch in which negatives can change sides.
-        reduction: As :func:`focal_loss`. The published code sums over all labels.
-
-    Returns:
-        float32 (or float64) scalar; `(B, K)` for `"none"`.
 
     Raises:
         ValueError: Shapes differ, the reduction is unknown or a setting out of range.
@@ -89,3 +90,36 @@ def splc_loss(
         missed = (targets == 0) & (x.detach().sigmoid() > threshold)
         losses = losses.where(~missed, _focal_positive(x, gamma))
     return reduce(losses, known, reduction)
+
+
+class HillLoss(MultiLabelLoss):
+    """:func:`hill_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
+
+    citation = _CITATION
+
+    def __init__(self, lam: float = 1.5, margin: float = 1.0, gamma: float = 2.0, reduction: str = "sum") -> None:
+        super().__init__(lam=lam, margin=margin, gamma=gamma, reduction=reduction)
+        self._refuse_bad_settings()
+
+    def forward(self, logits: Tensor, targets: Tensor, epoch: int = 0) -> Tensor:
+        return hill_loss(logits, targets, **self.settings)
+
+
+class SPLCLoss(MultiLabelLoss):
+    """:func:`splc_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
+
+    citation = _CITATION
+
+    def __init__(
+        self,
+        threshold: float = 0.6,
+        margin: float = 1.0,
+        gamma: float = 2.0,
+        first_epoch: int = 1,
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__(threshold=threshold, margin=margin, gamma=gamma, first_epoch=first_epoch, reduction=reduction)
+        self._refuse_bad_settings()
+
+    def forward(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        return splc_loss(logits, targets, epoch, **self.settings)

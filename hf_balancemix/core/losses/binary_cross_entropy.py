@@ -1,0 +1,38 @@
+"""Binary cross-entropy (Eq. 1 and 10)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_balancemix.core.losses._base import prepare, reduce
+
+
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "sum"
+) -> Tensor:
+    """Eq. 1, and Eq. 10 when `weight` is given: BCE over the classes, averaged over the batch.
+
+    Args:
+        logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
+        targets: `(B, K)` in [0, 1]; mixed labels are soft. -1 where unknown: such a label has the weight 0.
+        weight: `(B, K)` in [0, 1]: 1 for clean and re-labelled labels, p_G for ambiguous ones. None means 1.
+        reduction: `"sum"` over the K classes and mean over B, as printed; `"mean"` over B and K; `"none"`.
+
+    Returns:
+        float32 (or float64) scalar; `(B, K)` for `"none"`.
+
+    Raises:
+        ValueError: Shapes differ or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> round(binary_cross_entropy(torch.zeros(4, 3), torch.ones(4, 3)).item(), 4)  # 3 ln 2
+        2.0794
+    """
+    x, t, known = prepare(logits, targets)
+    if weight is not None and weight.shape != x.shape:
+        raise ValueError(
+            f"weight has the shape {tuple(weight.shape)}; it must have the same shape as logits, {tuple(x.shape)}."
+        )
+    return reduce(F.binary_cross_entropy_with_logits(x, t, weight, reduction="none"), known, reduction)
