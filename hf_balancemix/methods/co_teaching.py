@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 PEER_FOLDER = "peer"
 Scored = Literal["first", "second", "mean"]
 
+_SAME_LOSS = 1e-3  # losses that differ by no more say the same: probabilities with a ratio below 1.0011
+
 
 def instance_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean binary cross-entropy of each instance over its known labels.
@@ -50,17 +52,20 @@ def instance_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def min_max(values: Tensor) -> Tensor:
     """Each column scaled to [0, 1], as DivideMix scales losses before the fit.
 
+    A column whose values are all but equal, none more than 0.001 from another, becomes 0: scaled like the others, its
+    rounding errors or its last thousandths of a nat would be parted into clean and noisy ones.
+
     Args:
-        values: `(N, C)` floats; those that are not finite stay as they are and count for nothing.
+        values: `(N, C)` losses; those that are not finite stay as they are and count for nothing.
 
     Returns:
-        `(N, C)` of the same dtype; a column of equal values becomes 0.
+        `(N, C)` of the same dtype.
     """
     finite = torch.isfinite(values)
     low = values.masked_fill(~finite, torch.inf).amin(0)
     high = values.masked_fill(~finite, -torch.inf).amax(0)
     width = high - low
-    scaled = (values - low) / torch.where(width > 0, width, 1.0)
+    scaled = (values - low) / torch.where(width > _SAME_LOSS, width, torch.inf)
     return torch.where(finite, scaled, values)
 
 
@@ -68,8 +73,8 @@ def clean_instances(losses: Tensor, monotone: bool = True) -> Tensor:
     """Which instances each network calls clean: posterior of the component with the smaller mean over 0.5.
 
     Losses are scaled to [0, 1] and fitted with DivideMix's settings (10 iterations, tolerance 1e-2, 5e-4 added to the
-    variances). Where two components mean nothing (fewer than 5 instances, equal losses, means that coincide), every
-    instance is clean; see :class:`~hf_balancemix.core.LossMixtures`.
+    variances). Where two components mean nothing (fewer than 5 instances, losses that are all but equal, see
+    :func:`min_max`, means that coincide), every instance is clean; see :class:`~hf_balancemix.core.LossMixtures`.
 
     Args:
         losses: `(N, C)` mean losses of N instances under C networks, any floating dtype.

@@ -188,7 +188,8 @@ def select_clean_labels(losses: Tensor, labels: Tensor, monotone: bool = True) -
     """Given labels that are clean (posterior over 0.5) by one mixture a class and given value, DivideMix's settings.
 
     Args:
-        losses: `(N, K)` in [0, 1], averages of scaled losses; see :func:`scaled_losses`.
+        losses: `(N, K)` in [0, 1], averages of scaled losses; see :func:`scaled_losses`. Where those of a set are all
+            but equal, all its labels are clean.
         labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
         monotone: Never let a larger loss be cleaner; False is the raw posterior.
 
@@ -208,7 +209,8 @@ def scaled_losses(logits: Tensor, labels: Tensor) -> Tensor:
         labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
 
     Returns:
-        `(N, K)` float32; 0 where the label is unknown.
+        `(N, K)` float32; 0 where the label is unknown, and for all labels of a set whose losses are all but equal;
+        see :func:`~hf_balancemix.methods.co_teaching.min_max`.
     """
     losses, scaled = label_losses(logits, labels.clamp(min=0)), torch.zeros(logits.shape)
     for value in (0, 1):

@@ -63,6 +63,25 @@ def test_where_two_components_mean_nothing_all_are_clean(values):
     assert clean_instances(torch.tensor(values, dtype=torch.float64)[:, None].expand(-1, 2)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, 0.7, 20.0])
+def test_losses_that_are_all_but_equal_are_all_clean(level, dtype):
+    # Two clear groups, which differ by more or by less than a thousandth.
+    groups = (torch.arange(100) % 2)[:, None] * torch.tensor([0.002, 0.0009]) + level
+    losses = (groups + 1e-5 * torch.rand(100, 2, generator=torch.Generator().manual_seed(0))).to(dtype)
+    clean = clean_instances(losses)
+    assert clean[:, 1].all()
+    assert torch.equal(clean[:, 0], torch.arange(100) % 2 == 0)
+    assert (min_max(losses)[:, 1] == 0).all()
+    # Rounding errors of equal losses, and one that is not finite.
+    rounded = torch.full((100, 1), level, dtype=dtype) * (
+        1 + torch.finfo(dtype).eps * (torch.arange(100)[:, None] % 3)
+    )
+    assert clean_instances(rounded).all()
+    rounded[7] = float("nan")
+    assert clean_instances(rounded).sum() == 99
+
+
 def test_losses_that_are_not_finite_are_not_clean_and_do_not_disturb():
     losses = torch.cat([torch.linspace(0.1, 0.2, 50), torch.linspace(3, 3.5, 50)])[:, None]
     with_bad = torch.cat([losses, torch.tensor([[float("nan")], [float("inf")], [float("-inf")]])])

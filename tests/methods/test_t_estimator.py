@@ -258,6 +258,17 @@ def test_losses_are_scaled_for_each_class_and_given_value():
     assert torch.equal(scaled[:, 1], torch.zeros(5))  # equal losses
 
 
+def test_of_losses_that_are_all_but_equal_all_labels_are_selected():
+    logits = torch.zeros(400, 3)
+    logits[:, 0] += 1e-6 * (torch.arange(400) % 4)
+    logits[:, 1] += 1e-4 * (torch.arange(400) % 4)
+    logits[:, 2] += 2.0 * (torch.arange(400) % 4 > 1)
+    labels = (torch.arange(400) % 2)[:, None].expand(-1, 3)
+    selected = t_estimator.select_clean_labels(t_estimator.scaled_losses(logits, labels), labels)
+    assert selected[:, :2].all()
+    assert torch.equal(selected[:, 2], (logits[:, 2] > 1) == labels[:, 2].bool())
+
+
 def test_selected_are_the_labels_of_the_small_losses_of_their_own_set():
     generator = torch.Generator().manual_seed(0)
     losses = 0.1 * torch.rand(400, 1, generator=generator)
