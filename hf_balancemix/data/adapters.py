@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain, compress, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +227,15 @@ def from_csv(
     except FileNotFoundError as error:
         absent = next(i for i, name in enumerate(files) if not os.path.isfile(os.path.join(image_dir, name)))
         raise FileNotFoundError(f"{error} The first is in line {table.lines[absent]}.") from None
-    number = sum(present)
     return image_dataset(
-        [os.path.join(image_dir, name) for name in compress(files, present)],
-        list(compress(lists, present)),
-        list(compress(image_ids, present)),
+        [os.path.join(image_dir, name) for name in files],
+        lists,
+        image_ids,
         names,
-        unknown_labels=None if unknown_lists is None else list(compress(unknown_lists, present)),
+        unknown_labels=unknown_lists,
+        present=present,
         name=file.stem,
-        description=f"{file.name}, {number} images, {len(names)} classes",
+        source=file.name,
     )
 
 

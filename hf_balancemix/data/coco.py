@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +90,14 @@ def load_coco(
         )
     if len(kept) < len(files):
         logger.info("%s: dropped %d images without an annotation.", annotation_file.name, len(files) - len(kept))
-    exists = present_files(image_dir, [files[image_id] for image_id in kept], annotation_file, on_bad_image)
-    kept = list(compress(kept, exists))
     return image_dataset(
         [os.path.join(image_dir, files[image_id]) for image_id in kept],
         [sorted(present[image_id]) for image_id in kept],
         kept,
         names,
+        present=present_files(image_dir, [files[image_id] for image_id in kept], annotation_file, on_bad_image),
         name="coco",
-        description=f"{root.name}/{split}{year}, {len(kept)} images in COCO layout, {len(names)} classes",
+        source=f"{root.name}/{split}{year} in COCO layout",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from itertools import compress
 from pathlib import Path
 
 import datasets
@@ -62,22 +61,22 @@ def load_deepfashion(
     names = _read_attributes(annotations / "list_attr_cloth.txt")
     image_ids: list[str] = []
     labels: list[list[int]] = []
+    present: list[bool] = []
     listed: dict[str, str] = {}
     for part in parts:
         file = annotations / f"{part}.txt"
         paths = _read_paths(file, listed)
-        rows = _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
-        exists = present_files(image_dir, paths, file, on_bad_image)
-        image_ids += compress(paths, exists)
-        labels += compress(rows, exists)
+        image_ids += paths
+        labels += _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
+        present += present_files(image_dir, paths, file, on_bad_image)
     return image_dataset(
         [os.path.join(image_dir, path) for path in image_ids],
         labels,
         image_ids,
         names,
+        present=present,
         name="deepfashion",
-        description=f"DeepFashion {split}, {len(image_ids)} images, {len(names)} fine-grained attributes; for "
-        f"non-commercial research only, not to be passed on",
+        source=f"DeepFashion {split}, fine-grained attributes, for non-commercial research only, not to be passed on",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,15 @@ def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_im
 
 
 def image_dataset(
-    images: list[str],
-    labels: list[list[int]],
+    images: Sequence[str],
+    labels: Sequence[list[int]],
     image_ids: Sequence[int | str],
-    class_names: list[str],
+    class_names: Sequence[str],
     *,
-    unknown_labels: list[list[int]] | None = None,
+    unknown_labels: Sequence[list[int]] | None = None,
+    present: Sequence[bool],
     name: str,
-    description: str,
+    source: str,
 ) -> datasets.Dataset:
     """The data set that a loader returns; its fingerprint follows from the values, so a changed label is seen.
 
@@ -129,14 +131,15 @@ def image_dataset(
         image_ids: N ids, all integers or all strings.
         class_names: The K class names.
         unknown_labels: N lists of the classes whose label is not known; None leaves the column out: all are known.
+        present: N booleans of `present_files`; images that are absent are left out.
         name: Name of the data set.
-        description: One line on where it comes from.
+        source: Where it comes from, for its description.
 
     Returns:
         A `datasets.Dataset` with the columns `image` (Image, RGB), `labels` (List(ClassLabel)), `image_id` (int64 or
         string) and, if given, `unknown_labels` (List(ClassLabel)).
     """
-    classes = datasets.List(datasets.ClassLabel(names=class_names))
+    classes = datasets.List(datasets.ClassLabel(names=list(class_names)))
     columns: dict[str, Sequence[Any]] = {"image": images, "labels": labels, "image_id": image_ids}
     features = {
         "image": datasets.Image(mode="RGB"),
@@ -146,9 +149,10 @@ def image_dataset(
     if unknown_labels is not None:
         columns["unknown_labels"] = unknown_labels
         features["unknown_labels"] = classes
-    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows = {column: list(compress(values, present)) for column, values in columns.items()}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     dataset.info.dataset_name = name
-    dataset.info.description = description
+    dataset.info.description = f"{source}, {len(dataset)} images, {len(class_names)} classes"
     return dataset
 
 

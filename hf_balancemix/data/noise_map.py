@@ -339,8 +339,8 @@ class NoiseMap:
                     message += f", whose label '{self.class_names[classes[row]]}' is {found} instead of {expected}"
                     break
         if has_clean_labels:
-            message += ". The data set has 'clean_labels', so its labels may be noisy already"
-        raise ValueError(f"{message}. Apply the map to the same clean data set, loaded in the same way.")
+            message += " (the data set has 'clean_labels', so its labels may be noisy already)"
+        raise ValueError(f"{message}; they must be the same; apply the map to that data set, loaded in the same way.")
 
     def _parquet(self) -> bytes:
         content = {
@@ -407,11 +407,11 @@ def _cells_of(dataset: datasets.Dataset, ids: list[int | str], names: list[str],
         differences = []
         for verb, some, rest in (("lacks", expected, found), ("also has", found, set(expected))):
             if missing := [value for value in some if value not in rest]:
-                differences.append(f"it {verb} {len(missing)}, the first is {what} {missing[0]!r}")
+                differences.append(f"it {verb} {len(missing)}, first {what} {missing[0]!r}")
         if differences:
             raise ValueError(
-                f"{this} has other {kind} than {other}: {'; '.join(differences)}. Use the same data set and split, "
-                "loaded in the same way."
+                f"{this} has other {kind} than {other} ({' and '.join(differences)}); they must be the same; use the "
+                "same data set and split, loaded in the same way."
             )
     return np.ix_([row_of[row] for row in rows], [column_of[name] for name in names])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from itertools import compress
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -88,6 +87,7 @@ def load_voc(
     root = absolute(root)
     images: list[str] = []
     image_ids: list[str] = []
+    present: list[bool] = []
     certain: Classes = []
     doubtful: Classes = []
     for one_year in year.split("+"):
@@ -100,12 +100,12 @@ def load_voc(
                 f"{ids_file}: the id {min(twice)!r} is also in the split of the other year; ids must be unique; "
                 "restore the official lists, or load one year."
             )
-        folder_of_images = folder / "JPEGImages"
-        exists = present_files(folder_of_images, [f"{name}.jpg" for name in ids], ids_file, on_bad_image)
+        files = [f"{image_id}.jpg" for image_id in ids]
+        present += present_files(folder / "JPEGImages", files, ids_file, on_bad_image)
         for all_rows, rows in zip((certain, doubtful), _read_labels(folder, split, ids), strict=True):
-            all_rows += compress(rows, exists)
-        images += [os.path.join(folder_of_images, f"{image_id}.jpg") for image_id in compress(ids, exists)]
-        image_ids += compress(ids, exists)
+            all_rows += rows
+        images += [os.path.join(folder, "JPEGImages", file) for file in files]
+        image_ids += ids
 
     labels = certain
     if difficult == "positive":
@@ -114,10 +114,11 @@ def load_voc(
         images,
         labels,
         image_ids,
-        list(VOC_CLASSES),
+        VOC_CLASSES,
         unknown_labels=doubtful if difficult == "ignore" else None,
+        present=present,
         name="voc",
-        description=f"PASCAL VOC {year} {split}, {len(image_ids)} images, difficult={difficult!r}",
+        source=f"PASCAL VOC {year} {split}, difficult={difficult!r}",
     )
 
 

@@ -241,24 +241,24 @@ def changed(row: int, k: int) -> Dataset:
 
 
 def test_other_images(clean, noise_map):
-    message = r"the data set has other images than the noise map: "
-    with pytest.raises(ValueError, match=message + r"it lacks 2, the first is image_id '103'\. Use the same data set"):
+    message = r"the data set has other images than the noise map \("
+    with pytest.raises(ValueError, match=message + r"it lacks 2, first image_id '103'\).*use the same data set"):
         noise_map.apply(clean.filter(lambda image_id: image_id not in (103, 150), input_columns="image_id"))
     more = make(np.ones((3, 5)), [500, 501, 502])
-    with pytest.raises(ValueError, match=message + r"it also has 3, the first is image_id '500'"):
+    with pytest.raises(ValueError, match=message + r"it also has 3, first image_id '500'"):
         noise_map.apply(concatenate_datasets([clean, more]))
     others = concatenate_datasets([clean.select(range(1, 200)), more])
-    with pytest.raises(ValueError, match=r"it lacks 1, .* '100'; it also has 3, the first is image_id '500'"):
+    with pytest.raises(ValueError, match=r"it lacks 1, .* '100' and it also has 3, first image_id '500'"):
         noise_map.apply(others)
     with pytest.raises(ValueError, match="image_id '100' occurs 2 times in the data set; it must be unique"):
         noise_map.apply(concatenate_datasets([clean, clean.select([0])]))
 
 
 def test_other_classes(noise_map):
-    message = r"other classes than the noise map: it lacks 1, the first is class 'kite'"
+    message = r"other classes than the noise map \(it lacks 1, first class 'kite'"
     with pytest.raises(ValueError, match=message):
         noise_map.apply(make(clean_labels()[:, :4], names=NAMES[:4]))
-    with pytest.raises(ValueError, match=message + r"; it also has 1, the first is class 'kites'"):
+    with pytest.raises(ValueError, match=message + r" and it also has 1, first class 'kites'"):
         noise_map.apply(make(clean_labels(), names=[*NAMES[:4], "kites"]))
 
 
@@ -273,7 +273,7 @@ def test_other_clean_labels(noisy, noise_map, row, k):
     known = label_matrix(noisy)[row, k] != clean_labels()[row, k]
     value = clean_labels()[row, k]
     assert (f"whose label '{NAMES[k]}' is {1 - value} instead of {value}" in str(error.value)) == bool(known)
-    assert "Apply the map to the same clean data set" in str(error.value)
+    assert "apply the map to that data set, loaded in the same way" in str(error.value)
 
 
 def test_applied_twice(noisy, noise_map):
@@ -290,7 +290,7 @@ def test_what_no_map_can_be_made_from(clean, noisy):
         NoiseMap.from_datasets(noisy=clean)
     with pytest.raises(TypeError, match="JSON serializable"):
         NoiseMap.from_datasets(clean, noisy, noise={"matrix": np.eye(2)})
-    with pytest.raises(ValueError, match=r"the noisy data set has other images than the clean one: it lacks 1"):
+    with pytest.raises(ValueError, match=r"the noisy data set has other images than the clean one \(it lacks 1"):
         NoiseMap.from_datasets(clean, noisy.select(range(199)))
     with pytest.raises(ValueError, match="image_id '100' occurs 2 times in the clean data set"):
         NoiseMap.from_datasets(concatenate_datasets([clean, clean.select([0])]), noisy)
