@@ -9,50 +9,57 @@ train+val, its 4,000 test images the test split. The images may not be passed on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-from hf_balancemix import load_deepfashion
-from hf_balancemix.scripts.parser import parse_arguments, run
-from hf_balancemix.scripts.train import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
-
-
-@dataclass
-class DataArguments(NoiseArguments):
-    """Which images and which noise."""
-
-    data_dir: str | None = field(default=None, metadata={"help": "Folder with Anno_fine/ and Img/. Required."})
-    train_split: str = field(default="train+val", metadata={"choices": ["train", "train+val"]})
-    eval_split: str = field(default="test", metadata={"choices": ["val", "test"]})
-
-
-@dataclass
-class DeepFashionArguments(ExperimentArguments):
-    """The paper's settings for DeepFashion; a preset gives way to every flag."""
-
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        name: values | {"num_train_epochs": 40, "label_warmup_epochs": 5, "global_batch_size": 64}
-        for name, values in ExperimentArguments.PRESETS.items()
-    }
-
-    output_dir: str = field(default="outputs/deepfashion", metadata={"help": "Where models and checkpoints go."})
+from hf_balancemix import BalanceMixTrainer, load_deepfashion
+from hf_balancemix.data import class_names
+from hf_balancemix.methods import METHODS, trainer_for
+from hf_balancemix.scripts.arguments import parse_script
+from hf_balancemix.scripts.parser import run
+from hf_balancemix.scripts.train import (
+    add_noise,
+    args_of,
+    draw_model,
+    figures_of,
+    freeze_backbone,
+    print_results,
+    say,
+    usable,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    types = (DataArguments, ModelArguments, DeepFashionArguments)
-    data, model, args = parse_arguments(types, argv, description=__doc__)
-    if data.data_dir is None:
-        raise ValueError("--data_dir is not given; pass the folder that holds Anno_fine/ and Img/.")
-    if args.process_index == 0:
-        print(
-            f"Training on DeepFashion {data.train_split}, evaluating on {data.eval_split} (fine-grained attributes)."
-        )
+    data, noise, model_args, args = parse_script("deepfashion", argv, description=__doc__)
+    say(args, f"Training on DeepFashion {data.train_split}, evaluating on {data.eval_split}.")
 
-    def load() -> list[Any]:
-        splits = (data.train_split, data.eval_split)
-        return [load_deepfashion(data.data_dir, split=split, on_bad_image=data.on_bad_image) for split in splits]
+    with args.main_process_first():  # the other ranks then find what rank 0 has made
+        train = load_deepfashion(data.data_dir, split=data.train_split, on_bad_image=data.on_bad_image)
+        val = load_deepfashion(data.data_dir, split=data.eval_split, on_bad_image=data.on_bad_image)
+        train, val, left_out = usable(train, val, data, args.seed)
+        train = add_noise(train, noise)
+    names = class_names(train)
+    say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
+    frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_backbone
+    if frozen is not None:
+        train, val = frozen.train, frozen.evaluation
 
-    run_methods(load, data, model, args)
+    results = {}
+    for method in model_args.methods:  # --method; each under the same conditions
+        say(args, f"\n== {method}: {METHODS[method]}")
+        parts = draw_model(method, model_args, names, args) if frozen is None else frozen.draw(args)
+        own_args = args_of(method, model_args, args)  # a folder of the method's name
+        if method == "balancemix":
+            trainer = BalanceMixTrainer(args=own_args, train_dataset=train, eval_dataset=val, **parts)
+        else:  # what it is compared with
+            parts["method_args"] = model_args.args_by_method.get(method)
+            trainer = trainer_for(method, own_args, train_dataset=train, eval_dataset=val, **parts)
+
+        output = trainer.train(resume_from_checkpoint=args.checkpoint)
+        metrics = trainer.evaluate()
+        if frozen is not None:
+            trainer.model = frozen.image_model(trainer.model)  # what is saved takes images
+        trainer.save_model()
+        trainer.create_model_card()
+        results[method] = figures_of(trainer, output, metrics)
+    print_results(results, args, left_out)
 
 
 if __name__ == "__main__":

@@ -9,60 +9,59 @@ which is the default here. What was used is printed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-from hf_balancemix import load_voc
-from hf_balancemix.scripts.parser import parse_arguments, run
-from hf_balancemix.scripts.train import ExperimentArguments, ModelArguments, NoiseArguments, run_methods
-
-
-@dataclass
-class DataArguments(NoiseArguments):
-    """Which images and which noise."""
-
-    data_dir: str | None = field(default=None, metadata={"help": "Folder with VOCdevkit/. Required."})
-    train_year: str = field(default="2007+2012", metadata={"choices": ["2007", "2012", "2007+2012"]})
-    train_split: str = field(default="trainval", metadata={"choices": ["train", "val", "trainval"]})
-    eval_year: str = field(default="2007", metadata={"choices": ["2007", "2012"]})
-    eval_split: str = field(default="test", metadata={"choices": ["train", "val", "trainval", "test"]})
-    difficult: str = field(
-        default="positive",
-        metadata={
-            "help": "Classes of which an image shows difficult objects only. The paper's class counts fit 'negative'.",
-            "choices": ["positive", "ignore", "negative"],
-        },
-    )
-
-
-@dataclass
-class VocArguments(ExperimentArguments):
-    """The paper's settings for VOC; a preset gives way to every flag."""
-
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        name: values | {"num_train_epochs": 20, "label_warmup_epochs": 5, "global_batch_size": 32}
-        for name, values in ExperimentArguments.PRESETS.items()
-    }
-
-    output_dir: str = field(default="outputs/voc", metadata={"help": "Where models and checkpoints go."})
+from hf_balancemix import BalanceMixTrainer, load_voc
+from hf_balancemix.data import class_names
+from hf_balancemix.methods import METHODS, trainer_for
+from hf_balancemix.scripts.arguments import parse_script
+from hf_balancemix.scripts.parser import run
+from hf_balancemix.scripts.train import (
+    add_noise,
+    args_of,
+    draw_model,
+    figures_of,
+    freeze_backbone,
+    print_results,
+    say,
+    usable,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    data, model, args = parse_arguments((DataArguments, ModelArguments, VocArguments), argv, description=__doc__)
-    if data.data_dir is None:
-        raise ValueError("--data_dir is not given; pass the folder that holds VOCdevkit/.")
-    if args.process_index == 0:
-        print(f"Training on VOC{data.train_year} {data.train_split}, evaluating on VOC{data.eval_year} "
+    data, noise, model_args, args = parse_script("voc", argv, description=__doc__)
+    say(args, f"Training on VOC{data.train_year} {data.train_split}, evaluating on VOC{data.eval_year} "
               f"{data.eval_split}; difficult objects count as {data.difficult}.")  # fmt: skip
 
-    def load() -> list[Any]:
+    with args.main_process_first():  # the other ranks then find what rank 0 has made
         options = {"difficult": data.difficult, "on_bad_image": data.on_bad_image}
-        return [
-            load_voc(data.data_dir, year=data.train_year, split=data.train_split, **options),
-            load_voc(data.data_dir, year=data.eval_year, split=data.eval_split, **options),
-        ]
+        train = load_voc(data.data_dir, year=data.train_year, split=data.train_split, **options)
+        val = load_voc(data.data_dir, year=data.eval_year, split=data.eval_split, **options)
+        train, val, left_out = usable(train, val, data, args.seed)
+        train = add_noise(train, noise)
+    names = class_names(train)
+    say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
+    frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_backbone
+    if frozen is not None:
+        train, val = frozen.train, frozen.evaluation
 
-    run_methods(load, data, model, args)
+    results = {}
+    for method in model_args.methods:  # --method; each under the same conditions
+        say(args, f"\n== {method}: {METHODS[method]}")
+        parts = draw_model(method, model_args, names, args) if frozen is None else frozen.draw(args)
+        own_args = args_of(method, model_args, args)  # a folder of the method's name
+        if method == "balancemix":
+            trainer = BalanceMixTrainer(args=own_args, train_dataset=train, eval_dataset=val, **parts)
+        else:  # what it is compared with
+            parts["method_args"] = model_args.args_by_method.get(method)
+            trainer = trainer_for(method, own_args, train_dataset=train, eval_dataset=val, **parts)
+
+        output = trainer.train(resume_from_checkpoint=args.checkpoint)
+        metrics = trainer.evaluate()
+        if frozen is not None:
+            trainer.model = frozen.image_model(trainer.model)  # what is saved takes images
+        trainer.save_model()
+        trainer.create_model_card()
+        results[method] = figures_of(trainer, output, metrics)
+    print_results(results, args, left_out)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_run_coco_trains_evaluates_and_saves(trained):
     assert "24 training and 10 evaluation images, 3 classes, noise: mislabel 0.4" in stdout
     assert "| balancemix |" in stdout
     assert "clean precision" in stdout
-    assert f"python examples/predict.py --model {out / 'balancemix'}" in stdout
+    assert f"balancemix predict --model {out / 'balancemix'} --images FOLDER" in stdout
     assert "Traceback" not in trained["stderr"]
     results = json.loads((out / "results.json").read_text())["balancemix"]
     assert 0 < results["eval_mAP"] <= 1
@@ -261,6 +261,19 @@ def test_predict_says_in_one_sentence_what_is_wrong(trained, folder, tmp_path, m
 
 
 # ---- the rest ----
+
+
+@pytest.mark.parametrize("name", ["run_coco", "run_voc", "run_deepfashion", "run_multilabel"])
+def test_each_script_is_short_and_makes_its_trainer_in_plain_sight(name):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= 120
+    steps = [
+        "add_noise(", "draw_model(", "BalanceMixTrainer(", "trainer.train(", "trainer.evaluate(",
+        "trainer.save_model(", "print_results(",
+    ]  # fmt: skip
+    main = source[source.index("def main") :]
+    assert [main.count(step) for step in steps] == [1] * len(steps)
+    assert sorted(steps, key=main.index) == steps
 
 
 def test_plain_pytorch_is_short_and_learns_in_spite_of_the_noise(monkeypatch, capsys):

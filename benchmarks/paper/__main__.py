@@ -27,13 +27,13 @@ from benchmarks.paper.cell import SOURCES, GridData, Setup
 from benchmarks.paper.grid import GridFolder, in_this_process, launched, render, run_cells
 from benchmarks.paper.tables import FIGURES, TABLES, cells_of
 from hf_balancemix import BalanceMixTrainingArguments
-from hf_balancemix.frozen.backbone import FrozenArguments
 from hf_balancemix.methods import METHODS
+from hf_balancemix.scripts.arguments import NetworkArguments
 from hf_balancemix.scripts.parser import parse_arguments, run
 
 
 @dataclass
-class GridArguments(FrozenArguments):
+class GridArguments(NetworkArguments):
     """What to reproduce, on which data and with which network."""
 
     table: list[int] | None = field(default=None, metadata={"help": "Tables of the paper, 1 to 15."})
@@ -62,9 +62,6 @@ class GridArguments(FrozenArguments):
         metadata={"help": "Hub name, folder, or with --backbone_weights or --from_scratch a timm architecture."},
     )
     head: str = field(default="ml_decoder", metadata={"choices": ["ml_decoder", "q2l", "linear"]})
-    backbone_weights: str | None = field(default=None, metadata={"help": "File with the timm backbone's state dict."})
-    from_scratch: bool = field(default=False, metadata={"help": "Draw the weights anew."})
-    model_kwargs: str | None = field(default=None, metadata={"help": "JSON with arguments of timm.create_model."})
     image_size: int = field(default=448, metadata={"help": "Images are squashed to so many pixels a side."})
 
     preset: str = field(default="default", metadata={"choices": [*BalanceMixTrainingArguments.PRESETS]})
@@ -88,11 +85,6 @@ class GridArguments(FrozenArguments):
             raise ValueError("say what to reproduce: --table N ... or --figure N ...")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be 1 or more.")
-        if self.model_kwargs is not None:
-            try:
-                json.loads(self.model_kwargs)
-            except ValueError as error:
-                raise ValueError(f"model_kwargs is {self.model_kwargs!r}, which is no JSON ({error}).") from None
 
 
 def training_settings(assignments: list[str] | None) -> dict[str, Any]:
@@ -125,7 +117,7 @@ def setup_of(asked: GridArguments) -> Setup:
         head="linear" if asked.frozen_backbone else asked.head,
         backbone_weights=asked.backbone_weights and str(Path(asked.backbone_weights).absolute()),
         from_scratch=asked.from_scratch,
-        model_kwargs=json.loads(asked.model_kwargs or "{}"),
+        model_kwargs=asked.model_kwargs or {},
         image_size=asked.image_size,
         frozen_backbone=asked.frozen_backbone,
         num_views=asked.num_views,

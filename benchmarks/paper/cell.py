@@ -49,8 +49,8 @@ from hf_balancemix.files import process_lock, whole_file
 from hf_balancemix.frozen.backbone import FrozenBackbone
 from hf_balancemix.methods.registry import trainer_for
 from hf_balancemix.metrics import class_groups, mean_average_precision
-from hf_balancemix.models import load_model
-from hf_balancemix.scripts.train import NoiseArguments, add_noise
+from hf_balancemix.scripts.arguments import SCHEDULES, ModelArguments, NoiseArguments
+from hf_balancemix.scripts.train import add_noise, load_model_from
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _coco(year: int) -> Source:
         return load_coco(root, split="train", year=year), load_coco(root, split="val", year=year)
 
     needs = f"train{year}/, val{year}/ and annotations/instances_train{year}.json, instances_val{year}.json"
-    return Source(needs, load, {"num_train_epochs": 50, "label_warmup_epochs": 10, "global_batch_size": 64})
+    return Source(needs, load, SCHEDULES["coco"])
 
 
 def _voc(train: tuple[str, str], evaluation: tuple[str, str], needs: str) -> Source:
@@ -85,7 +85,7 @@ def _voc(train: tuple[str, str], evaluation: tuple[str, str], needs: str) -> Sou
         # The paper's class counts fit difficult objects as negative.
         return load_voc(root, *train, difficult="negative"), load_voc(root, *evaluation, difficult="negative")
 
-    return Source(needs, load, {"num_train_epochs": 20, "label_warmup_epochs": 5, "global_batch_size": 32})
+    return Source(needs, load, SCHEDULES["voc"])
 
 
 def _voc2012(root: str | None) -> TrainAndEvaluation:
@@ -110,17 +110,17 @@ SOURCES: dict[str, Source] = {
     "voc2012": Source(
         "VOCdevkit/VOC2012 with its splits train and val",
         _voc2012,
-        {"num_train_epochs": 20, "label_warmup_epochs": 5, "global_batch_size": 32},
+        SCHEDULES["voc"],
     ),
     "deepfashion": Source(
         "Anno_fine/ and Img/ of the Category and Attribute Prediction benchmark",
         _deepfashion,
-        {"num_train_epochs": 40, "label_warmup_epochs": 5, "global_batch_size": 64},
+        SCHEDULES["deepfashion"],
     ),
     "sample": Source(
         "nothing: it is drawn",
         _sample,
-        {"num_train_epochs": 32, "label_warmup_epochs": 22, "global_batch_size": 32, "mixup_alpha": 0.2},
+        SCHEDULES["sample"] | {"mixup_alpha": 0.2},
         300,
         150,
     ),
@@ -231,15 +231,14 @@ class GridData:
         s = self.setup
         options = {"model_name_or_path": s.model_name_or_path, "image_size": s.image_size, "head": s.head}
         options |= changes
-        return load_model(
-            options["model_name_or_path"],
-            class_names(self.train),
-            image_size=options["image_size"],
+        flags = ModelArguments(
+            model_name_or_path=options["model_name_or_path"],
             backbone_weights=s.backbone_weights,
-            pretrained=not s.from_scratch,
-            model_kwargs=dict(s.model_kwargs) or None,
+            from_scratch=s.from_scratch,
+            model_kwargs=s.model_kwargs,
             head=None if options["head"] == "linear" or s.frozen_backbone else options["head"],
         )
+        return load_model_from(flags, class_names(self.train), options["image_size"])
 
 
 def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> BalanceMixTrainingArguments:

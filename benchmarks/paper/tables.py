@@ -24,7 +24,7 @@ from benchmarks.paper.figures import (
 from benchmarks.paper.numbers import Entry, mean_and_error, ranks, read_paper_numbers
 from hf_balancemix.core import BalanceMixSettings
 from hf_balancemix.methods.registry import METHODS
-from hf_balancemix.scripts.train import single_positive_settings
+from hf_balancemix.scripts.arguments import single_positive_settings
 
 Noise = tuple[str, float]
 Results = Mapping["Cell", Mapping[str, Any]]

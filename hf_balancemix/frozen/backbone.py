@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from hf_balancemix.data import ViewMaker, class_names
-from hf_balancemix.files import cache_folder
 from hf_balancemix.frozen.cache import CachedViews, cache_features
 from hf_balancemix.frozen.head import (
     FeatureClassifier,
@@ -23,31 +20,6 @@ from hf_balancemix.frozen.head import (
     with_head,
 )
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
-
-
-@dataclass
-class FrozenArguments:
-    """Whether the backbone is frozen, and what is then trained on what."""
-
-    frozen_backbone: bool = field(
-        default=False, metadata={"help": "Train a head on cached features: seconds a run, on any machine."}
-    )
-    num_views: int = field(default=6, metadata={"help": "Cached RandAugment views of a training image."})
-    hidden_size: int = field(default=256, metadata={"help": "Hidden units of the head on cached features; 0: linear."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where features are kept. Default: ~/.cache/hf_balancemix/features."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.num_views < 1:
-            raise ValueError(f"num_views is {self.num_views}; at least one view of a training image is needed.")
-        if self.hidden_size < 0:
-            raise ValueError(f"hidden_size is {self.hidden_size}; it must be 0 (a linear classifier) or more.")
-
-    @property
-    def features_folder(self) -> Path:
-        """`cache_dir`, or its default."""
-        return Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder() / "features"
 
 
 class FrozenBackbone:

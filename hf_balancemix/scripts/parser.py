@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from hf_balancemix.core.distributed import leave_process_group
+from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
+
+_OTHER, _INHERITED = "options", "other arguments of transformers"
+_GROUPS = (_OTHER, "data", "noise", "model", "method", "BalanceMix", "training", "output", _INHERITED)
+_GROUP_OF_CLASS = {
+    BalanceMixTrainingArguments: "BalanceMix",
+    MultiLabelTrainingArguments: "training",
+    TrainingArguments: _INHERITED,
+}
+# Of the arguments of transformers, those that `--help` shows; `--help-all` shows them all.
+_INHERITED_IN_HELP = {
+    "training": (
+        "max_steps", "per_device_eval_batch_size", "gradient_accumulation_steps", "lr_scheduler_kwargs", "bf16",
+        "seed", "use_cpu", "dataloader_num_workers", "ddp_backend",
+    ),
+    "output": (
+        "save_steps", "eval_steps", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_strategy",
+    ),
+}  # fmt: skip
+_METAVARS = {int: "INT", float: "NUMBER", dict: "JSON", string_to_bool: "true|false"}
 
 
 def parse_arguments(
-    types: Sequence[type], argv: Sequence[str] | None = None, description: str = ""
+    types: Sequence[type], argv: Sequence[str] | None = None, description: str = "", prog: str | None = None
 ) -> tuple[Any, ...]:
     """Parse flags into dataclasses; `--config FILE` (YAML or JSON) gives values that flags override.
 
     Args:
-        types: Dataclasses; each field is a flag.
+        types: Dataclasses; each field is a flag. A class may name the part of `--help` that its fields stand in, as
+            `help_group`.
         argv: Arguments without the program's name; default `sys.argv[1:]`.
-        description: First lines of `--help`.
+        description: First lines of `--help`, shown as they are.
+        prog: The program's name in `--help` and in errors; default that of the script.
 
     Returns:
         An instance of each type.
@@ -36,35 +60,153 @@ def parse_arguments(
         ValueError: The config file cannot be read, is no mapping or has a key that is no flag; a flag is not known; or
             a value that the dataclasses refuse.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    known, rest = first.parse_known_args(argv)
-    parser = HfArgumentParser(
-        types,
-        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # not all flags, before every error
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,  # one letter less must not set something else
-    )
-    for action in parser._actions:
-        if action.type is string_to_bool:  # also those whose default a preset sets: --flag alone means true
-            action.nargs, action.const = "?", True
-    parser.add_argument("--config", type=Path, help="YAML or JSON file with values of these flags; flags win.")
-    if known.config is not None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser(types, description, prog, everything="--help-all" in argv)
+    file, rest = _without_config(argv)
+    if file is not None:
         # Through text, so that a value from a file is converted and checked as the flag's would be.
-        rest = [*_as_flags(_read(known.config), parser, known.config), *rest]
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            rest, look_for_args_file=False, return_remaining_strings=True
-        )
-    except (ValueError, TypeError) as error:  # what the dataclasses' own checks say
-        raise ValueError(str(error)) from error
+        rest = [*_as_flags(_read(file), parser, file), *rest]
+    _, unknown = parser.parse_known_args(rest)
     if unknown:
         names = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
+        hint = f"Did you mean {near[0]}?" if near else "See --help-all for the names."
         raise ValueError(f"not understood on the command line: {' '.join(unknown)}. {hint}")
+    try:
+        parsed = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    except (ValueError, TypeError) as error:  # what the dataclasses' own checks say
+        raise ValueError(str(error)) from error
     return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))
+
+
+def given_values(names: Sequence[str], argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a command line, or else its config file, says of a few flags: for what must be known to parse the others.
+
+    Args:
+        names: Flags without their dashes.
+        argv: As for :func:`parse_arguments`.
+
+    Returns:
+        A value for each name; None where neither says anything.
+
+    Raises:
+        FileNotFoundError, ValueError: The config file does not exist, or cannot be read.
+    """
+    file, rest = _without_config(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
+    flags = vars(parser.parse_known_args(rest)[0])
+    in_file = {} if file is None else _read(file)
+    return {name: in_file.get(name) if flags[name] is None else flags[name] for name in names}
+
+
+def flag(default: Any, help_text: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass's field with what `--help` says of it."""
+    metadata = {"help": help_text} if choices is None else {"help": help_text, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def json_mapping(name: str, value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The mapping that a flag holds as JSON, or that a config file or a program gave as one.
+
+    Raises:
+        ValueError: It is no JSON, or no mapping.
+    """
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} is {value!r}, which is no JSON ({error}).") from None
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise ValueError(f"{name} is {value!r}; it must be a JSON mapping, such as '{{\"name\": 1}}'.")
+    return None if mapping is None else dict(mapping)
+
+
+class _Parser(HfArgumentParser):
+    """A parser whose `--help` is in groups and says what the defaults are, also those that a preset sets."""
+
+    def __init__(self, types: Sequence[type], description: str, prog: str | None, *, everything: bool) -> None:
+        super().__init__(
+            types,
+            prog=prog,
+            usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # not all flags, before every error
+            description=description,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
+            allow_abbrev=False,  # one letter less must not set something else
+        )
+        self.everything = everything
+        presets: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        for cls in types:
+            presets |= getattr(cls, "PRESETS", {})
+            self._places |= {f.name: _place_in_help(cls, f.name) for f in dataclasses.fields(cls)}
+        negations = {a.dest: a for a in self._actions if a.nargs == 0 and a.const is False}  # --no_FLAG
+        for action in self._actions:
+            if action.type is string_to_bool:  # also those whose default a preset sets: --flag alone means true
+                action.nargs, action.const = "?", True
+            negation = negations.get(action.dest)
+            if action is negation:
+                action.help = argparse.SUPPRESS  # said beside the flag itself
+            elif action.dest != "help":
+                action.option_strings = action.option_strings[:1]  # in help and errors not also the form with dashes
+                action.metavar = None if action.choices else _METAVARS.get(action.type, "TEXT")
+                said = [_default(action, presets), negation and f"{negation.option_strings[0]}: false"]
+                default = "; ".join(filter(None, said)).replace("%", "%%")
+                action.help = f"{action.help or ''} ({default})" if default else action.help
+        self.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML or JSON file with values of these flags; flags win."
+        )
+        if any(issubclass(cls, TrainingArguments) for cls in types):
+            self.add_argument("--help-all", action="help", help="Show the other arguments of transformers, too.")
+
+    def format_help(self) -> str:
+        groups: dict[str, list[tuple[int, argparse.Action]]] = {title: [] for title in _GROUPS}
+        for action in self._actions:
+            title, place = self._places.get(action.dest, (_OTHER, 0))
+            groups[title].append((place, action))
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for title, actions in groups.items():
+            if self.everything or title != _INHERITED:
+                formatter.start_section(title)
+                formatter.add_arguments([action for _, action in sorted(actions, key=lambda pair: pair[0])])
+                formatter.end_section()
+        return formatter.format_help()
+
+
+def _place_in_help(cls: type, name: str) -> tuple[str, int]:
+    """The group that a field of a dataclass stands in, and its place there: a subclass's own fields come first."""
+    for place, owner in enumerate(cls.__mro__):
+        group = vars(owner).get("help_group") or _GROUP_OF_CLASS.get(owner)
+        names = [*inspect.get_annotations(owner)]
+        if group is not None and name in names:
+            shown_in = (shown for shown, of_these in _INHERITED_IN_HELP.items() if name in of_these)
+            return (next(shown_in, group) if group == _INHERITED else group), 1000 * place + names.index(name)
+    return _OTHER, 0
+
+
+def _default(action: argparse.Action, presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a flag is when it is not given, for people; empty where there is nothing to say."""
+    if action.default not in (None, "", [], argparse.SUPPRESS):
+        return f"default: {_text(action.default)}"
+    values = {preset: _text(own[action.dest]) for preset, own in presets.items() if action.dest in own}
+    usual = values.get("default")
+    return "; ".join(f"{preset}: {value}" for preset, value in values.items() if preset == "default" or value != usual)
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))  # of an Enum
+
+
+def _without_config(argv: Sequence[str] | None) -> tuple[Path | None, list[str]]:
+    """The config file that a command line names, and the rest of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, rest = parser.parse_known_args(argv)
+    return known.config, rest
 
 
 def run(main: Callable[[], None]) -> None:
@@ -129,7 +271,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: Path) -> list[str]:
     """The command line that says the same; an empty value or list leaves the default."""
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name, not its --no_ form
-    unknown = sorted(str(name) for name in values if name not in actions or name in ("help", "config"))
+    unknown = sorted(str(name) for name in values if name not in actions or name in ("help", "help_all", "config"))
     if unknown:
         near = difflib.get_close_matches(unknown[0], actions, n=1)
         hint = f"Did you mean {near[0]}?" if near else "See --help for the names."

@@ -1,308 +1,226 @@
-"""What the example scripts share: noise on the training labels, one run a method, and the table at the end."""
+r"""Train, evaluate and save a multi-label image model, with one method or with several under the same conditions.
+
+    balancemix train                                      # a comparison on a built-in sample, about five minutes
+    balancemix train --train_dir photos --train_csv labels.csv --label_column tags --separator ","
+    balancemix train --dataset_name user/set --label_column tags
+    balancemix train --data_dir coco --year 2017 --image_size 448 --head ml_decoder --preset paper --bf16
+    balancemix train --data_format voc --data_dir voc --frozen_backbone --method bce mixup balancemix
+
+--config FILE takes all flags from YAML or JSON. Flags of `accelerate launch`, such as --num_processes 4 or
+--config_file FILE, start several processes.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers import set_seed
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from hf_balancemix.data import (
-    Mislabel,
-    RandomFlip,
-    SinglePositive,
-    class_names,
-    drop_bad_images,
-    load_noise_map,
-)
-from hf_balancemix.frozen.backbone import FrozenArguments, FrozenBackbone
-from hf_balancemix.methods.registry import METHODS, arguments_by_method, trainer_for
+from hf_balancemix.data import Mislabel, RandomFlip, SinglePositive, class_names, drop_bad_images, load_noise_map
+from hf_balancemix.frozen.backbone import FrozenBackbone
+from hf_balancemix.methods.registry import METHODS, trainer_for
 from hf_balancemix.models import load_model
-from hf_balancemix.models.configuration_balancemix import HEADS
 from hf_balancemix.report import results_table
+from hf_balancemix.scripts.arguments import (
+    ModelArguments,
+    NoiseArguments,
+    SampleArguments,
+    parse_script,
+)
+from hf_balancemix.scripts.data import DataArguments
+from hf_balancemix.scripts.parser import run
+from hf_balancemix.trainer import MultiLabelTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-_RESUME = {"true": True, "last": True, "false": None, "none": None}  # as a flag or a config file says it
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The body of `balancemix train`, in each of its processes."""
+    data, noise, model_args, args = parse_script(None, argv, __doc__, prog="balancemix train")
+    use_sample = isinstance(args, SampleArguments)
+    if use_sample:
+        say(args, "No data given: using the built-in sample (small drawn scenes, made once into your cache).")
+    with args.main_process_first():  # the other ranks then find what rank 0 has made
+        train, val, left_out = usable(*data.load(args.seed), data, args.seed)
+        train = add_noise(train, noise)
+    names = class_names(train)
+    say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
+    frozen = freeze_backbone(model_args, train, val, args)
+    if frozen is not None:
+        train, val = frozen.train, frozen.evaluation
+
+    results = {}
+    for method in model_args.methods:
+        say(args, f"\n== {method}: {METHODS[method]}")
+        parts = draw_model(method, model_args, names, args) if frozen is None else frozen.draw(args)
+        parts |= {"args": args_of(method, model_args, args), "train_dataset": train, "eval_dataset": val}
+        trainer = trainer_for(method, method_args=model_args.args_by_method.get(method), **parts)
+        output = trainer.train(resume_from_checkpoint=args.checkpoint)
+        results[method] = figures_of(trainer, output, trainer.evaluate())
+        if frozen is not None:
+            trainer.model = frozen.image_model(trainer.model)
+        trainer.save_model()
+        trainer.create_model_card()
+    print_results(results, args, left_out)
+    if use_sample:
+        say(args, "or your own data:\n    balancemix train --help")
 
 
-@dataclass
-class ExperimentArguments(BalanceMixTrainingArguments):
-    """Training arguments with the defaults of a script: evaluate and save every epoch, keep two checkpoints."""
-
-    output_dir: str = field(default="outputs", metadata={"help": "Where models and checkpoints go."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of training loss."})
-    report_to: str | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..."})
+# ---- the steps, for scripts of one's own ----
 
 
-@dataclass
-class NoiseArguments:
-    """Noise on the training labels, and how much of the data to use."""
-
-    noise: str | None = field(
-        default=None,
-        metadata={
-            "help": "Noise on the training labels. Default: none; mislabel on the built-in sample.",
-            "choices": ["none", "mislabel", "flip", "single_positive"],
-        },
-    )
-    noise_rate: float = field(default=0.4, metadata={"help": "tau in [0, 1), for mislabel and flip."})
-    noise_seed: int = field(default=0, metadata={"help": "Seed of the noise."})
-    noise_map: str | None = field(
-        default=None, metadata={"help": "Instead: a saved noise map, a parquet file or a Hub data set."}
-    )
-    on_bad_image: str = field(
-        default="error",
-        metadata={"help": "Absent or truncated images: stop, or leave out and count.", "choices": ["error", "skip"]},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation images."})
+def say(args: BalanceMixTrainingArguments, text: str) -> None:
+    """Print on one of the ranks."""
+    if args.process_index == 0:
+        print(text)
 
 
-@dataclass
-class ModelArguments(FrozenArguments):
-    """Which model and which methods."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name (timm/resnet50.tv_in1k), folder, or with --backbone_weights or --from_scratch a timm "
-            "architecture. Default: timm/resnet50.tv_in1k; a tiny network from scratch on the built-in sample."
-        },
-    )
-    backbone_weights: str | None = field(
-        default=None, metadata={"help": "File with the state dict of the timm backbone; needs no network."}
-    )
-    from_scratch: bool = field(default=False, metadata={"help": "Draw the weights anew."})
-    model_kwargs: str | None = field(
-        default=None, metadata={"help": "JSON with arguments of timm.create_model, for a timm architecture."}
-    )
-    head: str | None = field(
-        default=None,
-        metadata={
-            "help": "linear (the plain model), mlp, ml_decoder or q2l. Default: linear, or what a saved model has.",
-            "choices": list(HEADS),
-        },
-    )
-    head_args: str | None = field(
-        default=None, metadata={"help": "JSON with arguments of the head, such as '{\"num_groups\": 20}'."}
-    )
-    method: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"One or more of {', '.join(METHODS)}. Default: balancemix; on the built-in sample also bce and "
-            "mixup."
-        },
-    )
-    method_args: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON with arguments of the method's own, such as '{\"gamma_neg\": 4}' for asl; of several "
-            'methods by their names: \'{"asl": {"gamma_neg": 4}}\'. In a config file a mapping.'
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unknown = sorted(set(self.method or []) - set(METHODS))
-        if unknown:
-            raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
-        for name in ("model_kwargs", "head_args", "method_args"):
-            value = getattr(self, name)
-            if value is not None:
-                try:
-                    json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"{name} is {value!r}, which is no JSON ({error}).") from None
-        self.arguments_by_method(self.method or ["balancemix"])
-        if self.frozen_backbone and (self.head is not None or self.head_args is not None):
-            raise ValueError(
-                f"head is {self.head!r}, and frozen_backbone brings a head of its own, of hidden_size "
-                f"({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
-            )
-
-    def arguments_by_method(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """`method_args` for each of `methods`, checked."""
-        return arguments_by_method(methods, json.loads(self.method_args or "{}"))
-
-
-def prepare(
-    dataset: datasets.Dataset, noise: NoiseArguments, limit: int | None, seed: int
-) -> tuple[datasets.Dataset, int]:
-    """The first `limit` instances in a seeded order, without undecodable images if these are to be skipped.
+def usable(
+    train: datasets.Dataset, evaluation: datasets.Dataset, data: DataArguments, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset, tuple[int, int]]:
+    """Both data sets, in a seeded order where they are limited, without undecodable images if these are to be skipped.
 
     Returns:
-        The data set, and how many instances were left out because they cannot be decoded.
+        The data sets, and how many instances of each were left out because they cannot be decoded.
     """
-    if limit is not None:
-        dataset = dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
-    kept = drop_bad_images(dataset) if noise.on_bad_image == "skip" else dataset
-    return kept, len(dataset) - len(kept)
-
-
-def single_positive_settings(preset: str) -> dict[str, Any]:
-    """BalanceMix's where positive labels are certainly right and most negative ones unknown.
-
-    The paper's eps is 0.55; but for its preset it is 0.9, which measured better (docs/results.md).
-    """
-    return {"trust_positives": True, "relabel_threshold": 0.55 if preset == "paper" else 0.9}
-
-
-def with_settings_for(noise: NoiseArguments, args: BalanceMixTrainingArguments) -> BalanceMixTrainingArguments:
-    """`args` with the settings for single-positive labels, where the user has left them open."""
-    if noise.noise != "single_positive":
-        return args
-    return replace(args, **{k: v for k, v in single_positive_settings(args.preset).items() if k in args.unset})
+    kept, left_out = [], []
+    for dataset, limit in ((train, data.max_train_samples), (evaluation, data.max_eval_samples)):
+        if limit is not None:
+            dataset = dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
+        kept.append(drop_bad_images(dataset) if data.on_bad_image == "skip" else dataset)
+        left_out.append(len(dataset) - len(kept[-1]))
+    return kept[0], kept[1], (left_out[0], left_out[1])
 
 
 def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Dataset:
     """`train` with noisy `labels` and `clean_labels` beside, or as it was."""
     if noise.noise_map is not None:
         return load_noise_map(noise.noise_map).apply(train)
-    maps: dict[str | None, Callable[[], Any]] = {
-        "mislabel": lambda: Mislabel(rate=noise.noise_rate, seed=noise.noise_seed),
-        "flip": lambda: RandomFlip(rate=noise.noise_rate, seed=noise.noise_seed),
-        "single_positive": lambda: SinglePositive(seed=noise.noise_seed),
-    }
-    if noise.noise not in maps:
-        return train
-    return maps[noise.noise]().add_to(train)
+    if noise.noise == "mislabel":
+        return Mislabel(rate=noise.noise_rate, seed=noise.noise_seed).add_to(train)
+    if noise.noise == "flip":
+        return RandomFlip(rate=noise.noise_rate, seed=noise.noise_seed).add_to(train)
+    if noise.noise == "single_positive":
+        return SinglePositive(seed=noise.noise_seed).add_to(train)
+    return train
 
 
-def run_methods(
-    load: Callable[[], Sequence[datasets.Dataset]],
-    noise: NoiseArguments,
-    model_args: ModelArguments,
-    args: BalanceMixTrainingArguments,
-) -> dict[str, dict[str, float]]:
-    """Train, evaluate and save each method under the same conditions, and print the table.
+def load_model_from(flags: ModelArguments, names: Sequence[str], image_size: int | None) -> tuple[Any, Any]:
+    """The model that the flags describe, and its image processor; what is drawn comes from torch's generator.
 
-    Args:
-        load: Gives the training and the evaluation set.
-        noise: Noise on the training set.
-        model_args: The model, drawn or loaded anew for each method, and the methods.
-        args: For every method; each gets a folder of its name in `args.output_dir`.
-
-    Returns:
-        Figures by method, also written to `output_dir/results.json`.
+    A backbone that is to be frozen gets the head that is trained on its cached features.
     """
-    if args.ema_decay and "co-teaching" in (model_args.method or ()):  # not only once the others are trained
-        raise ValueError(
-            f"ema_decay is {args.ema_decay}, but co-teaching trains two networks, and only one is averaged; leave out "
-            "co-teaching, or set ema_decay to 0."
-        )
-    main_process = args.process_index == 0
-    logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
-    say: Callable[[str], None] = print if main_process else (lambda text: None)
-    with args.main_process_first():  # the other ranks then find what rank 0 made
-        train, val = load()
-        train, skipped_train = prepare(train, noise, noise.max_train_samples, args.seed)
-        val, skipped_val = prepare(val, noise, noise.max_eval_samples, args.seed)
-        train = add_noise(train, noise)
-    args = with_settings_for(noise, args)
-    described = noise.noise_map or noise.noise or "none"
-    if described in ("mislabel", "flip"):
-        described += f" {noise.noise_rate:g}"
-    say(f"{len(train):,} training and {len(val):,} evaluation images, {len(class_names(train))} classes, "
-        f"noise: {described}.")  # fmt: skip
-
-    head, head_args = model_args.head, json.loads(model_args.head_args or "{}")
-    if model_args.frozen_backbone and model_args.hidden_size:
-        head, head_args = "mlp", {"hidden_size": model_args.hidden_size}
-
-    def draw_model(seed: int) -> tuple[Any, Any]:
-        set_seed(seed)
-        return load_model(
-            model_args.model_name_or_path or "timm/resnet50.tv_in1k",
-            class_names(train),
-            image_size=args.image_size,
-            backbone_weights=model_args.backbone_weights,
-            pretrained=not model_args.from_scratch,
-            model_kwargs=json.loads(model_args.model_kwargs or "{}"),
-            head=head,
-            head_args=head_args,
-        )
-
-    frozen: FrozenBackbone | None = None
-    if model_args.frozen_backbone:
-        if model_args.from_scratch:
-            logger.warning("--from_scratch draws the frozen backbone's weights too: its features mean little.")
-        frozen = FrozenBackbone(
-            *draw_model(args.seed),
-            train,
-            val,
-            args,
-            model_args.features_folder,
-            num_views=model_args.num_views,
-            hidden_size=model_args.hidden_size,
-        )
-        train, val = frozen.train, frozen.evaluation
-        frozen.image_model(frozen.draw(args)["model"])  # what cannot be saved is to be refused before the training
-        args = _for_features(args)
-
-    results: dict[str, dict[str, float]] = {}
-    methods = model_args.method or ["balancemix"]
-    method_args = model_args.arguments_by_method(methods)
-    for method in methods:
-        own = copy.copy(args)
-        own.output_dir = str(Path(args.output_dir, method))
-        if args.hub_model_id and len(methods) > 1:  # a repository each
-            own.hub_model_id = f"{args.hub_model_id}-{method.lstrip('+')}"
-        given: dict[str, Any] = {}
-        if frozen is not None:
-            given = frozen.draw(args)
-        else:
-            # Networks from scratch share no pretrained backbone, so that co-teaching's second one is another draw.
-            if method == "co-teaching" and model_args.from_scratch:
-                given["peer"] = draw_model(args.seed + 1)[0]
-            given["model"], given["processing_class"] = draw_model(args.seed)
-        say(f"\n== {method}: {METHODS[method]}")
-        trainer = trainer_for(method, own, method_args.get(method), train_dataset=train, eval_dataset=val, **given)
-        output = trainer.train(_RESUME.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint))
-        metrics = trainer.evaluate()
-        if frozen is not None:  # what is saved takes images
-            trainer.model = frozen.image_model(trainer.model)
-        trainer.save_model()
-        trainer.create_model_card()
-        results[method] = {"seconds": output.metrics["train_runtime"]} | metrics | _last_label_figures(trainer)
-    if main_process:
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(render(results, args))
-        if skipped_train or skipped_val:
-            print(
-                f"Left out because they cannot be read: {skipped_train:,} training and {skipped_val:,} evaluation "
-                "images."
-            )
-    return results
+    head, head_args = flags.head, flags.head_args
+    if flags.frozen_backbone and flags.hidden_size:
+        head, head_args = "mlp", {"hidden_size": flags.hidden_size}
+    return load_model(
+        flags.model_name_or_path or "timm/resnet50.tv_in1k",
+        names,
+        image_size=image_size,
+        backbone_weights=flags.backbone_weights,
+        pretrained=not flags.from_scratch,
+        model_kwargs=flags.model_kwargs,
+        head=head,
+        head_args=head_args,
+    )
 
 
-def _for_features(args: BalanceMixTrainingArguments) -> BalanceMixTrainingArguments:
-    """`args` for heads on cached features: nothing is pushed before the whole model is there, and passes over the data
-    take large batches, which change nothing and cost no memory."""
+def draw_model(
+    method: str, model_args: ModelArguments, names: Sequence[str], args: BalanceMixTrainingArguments
+) -> dict[str, Any]:
+    """A trainer's `model` and `processing_class`, drawn with the run's seed; for co-teaching also a `peer`."""
+    parts = {}
+    if method == "co-teaching" and model_args.from_scratch:
+        # Networks from scratch share no pretrained backbone, so that the second one is another draw.
+        set_seed(args.seed + 1)
+        parts["peer"], _ = load_model_from(model_args, names, args.image_size)
+    set_seed(args.seed)
+    parts["model"], parts["processing_class"] = load_model_from(model_args, names, args.image_size)
+    return parts
+
+
+def freeze_backbone(
+    model_args: ModelArguments,
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset,
+    args: BalanceMixTrainingArguments,
+) -> FrozenBackbone | None:
+    """The backbone with the features of both data sets, as `--frozen_backbone` asks for it; None without.
+
+    Raises:
+        ValueError: The model has no pooled features, or could not be saved with a trained head.
+    """
+    if not model_args.frozen_backbone:
+        return None
+    if model_args.from_scratch:
+        logger.warning("--from_scratch draws the frozen backbone's weights too: its features mean little.")
+    set_seed(args.seed)
+    frozen = FrozenBackbone(
+        *load_model_from(model_args, class_names(train), args.image_size),
+        train,
+        evaluation,
+        args,
+        model_args.features_folder,
+        num_views=model_args.num_views,
+        hidden_size=model_args.hidden_size,
+    )
+    frozen.image_model(frozen.draw(args)["model"])  # what cannot be saved is to be refused before the training
+    return frozen
+
+
+def args_of(method: str, model_args: ModelArguments, args: BalanceMixTrainingArguments) -> BalanceMixTrainingArguments:
+    """`args` for one of several methods: a folder of its name, and on the Hub a repository.
+
+    For heads on cached features, nothing is pushed before the whole model is there, and passes over the data take
+    large batches, which change nothing and cost no memory.
+    """
     args = copy.copy(args)
-    args.hub_strategy = HubStrategy.END
-    args.per_device_eval_batch_size = max(args.per_device_eval_batch_size, 512)
+    args.output_dir = str(Path(args.output_dir, method))
+    if args.hub_model_id and len(model_args.methods) > 1:
+        args.hub_model_id = f"{args.hub_model_id}-{method.lstrip('+')}"
+    if model_args.frozen_backbone:
+        args.hub_strategy = HubStrategy.END
+        args.per_device_eval_batch_size = max(args.per_device_eval_batch_size, 512)
     return args
 
 
-def _last_label_figures(trainer: Any) -> dict[str, float]:
-    """The newest label-quality figures of the log, over the random batches of the last epoch."""
+def figures_of(trainer: MultiLabelTrainer, output: TrainOutput, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Training seconds, the evaluation's figures, and the newest label-quality figures of the log: those over the
+    random batches of the last epoch."""
     logs = (line for line in reversed(trainer.state.log_history) if "label_clean_precision" in line)
-    return {k: v for k, v in next(logs, {}).items() if k.startswith("label_")}
+    labels = {name: value for name, value in next(logs, {}).items() if name.startswith("label_")}
+    return {"seconds": output.metrics["train_runtime"]} | dict(metrics) | labels
 
 
-def render(results: dict[str, dict[str, float]], args: BalanceMixTrainingArguments) -> str:
+def print_results(
+    results: Mapping[str, Mapping[str, float]], args: BalanceMixTrainingArguments, left_out: tuple[int, int] = (0, 0)
+) -> None:
+    """Print the tables and write `output_dir/results.json`, on one of the ranks.
+
+    Args:
+        results: Figures by method, as :func:`figures_of` gives them.
+        args: Of the whole experiment: `output_dir` holds a folder a method.
+        left_out: Training and evaluation images that could not be read.
+    """
+    if args.process_index != 0:
+        return
+    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(results_text(results, args))
+    if any(left_out):
+        print(f"Left out because they cannot be read: {left_out[0]:,} training and {left_out[1]:,} evaluation images.")
+
+
+def results_text(results: Mapping[str, Mapping[str, float]], args: BalanceMixTrainingArguments) -> str:
     """The tables, where the models are, and what to do next."""
     text = [
         f"\nEvaluation mAP in per cent after the last epoch (many-shot: more than {args.many_shot:,} clean positive "
@@ -325,7 +243,13 @@ def render(results: dict[str, dict[str, float]], args: BalanceMixTrainingArgumen
         columns["label_noise_rate_positives"] = "given wrong"
         text.append(results_table(quality, columns, percent=True))
     best = Path(args.output_dir, "balancemix" if "balancemix" in results else next(iter(results)))
+    installed = Path(sys.executable).with_name("balancemix")  # it need not be on the PATH
+    command = installed if installed.exists() and not shutil.which("balancemix") else "balancemix"
     text.append(f"\nModels, each with a card (README.md): {', '.join(str(Path(args.output_dir, n)) for n in results)}")
     text.append("Next, class probabilities for your own images:")
-    text.append(f"    python examples/predict.py --model {best} --images FOLDER --output scores.csv")
+    text.append(f"    {command} predict --model {best} --images FOLDER --output scores.csv")
     return "\n".join(text)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -18,7 +18,7 @@ from test_examples import CLASSES, EXAMPLES, fails, make_coco, rows_of, run_scri
 from transformers import AutoModelForImageClassification
 
 from hf_balancemix import load_trained
-from hf_balancemix.scripts.train import ModelArguments
+from hf_balancemix.scripts.arguments import ModelArguments
 
 V = 2
 ROWS = 24 * (1 + V) + 10

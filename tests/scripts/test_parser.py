@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,8 @@ from torch.utils.data import DataLoader
 from hf_balancemix import BalanceMixTrainingArguments
 from hf_balancemix.data.training_data import PlainInstances, collate
 from hf_balancemix.data.views import ViewMaker
+from hf_balancemix.scripts.arguments import SampleArguments, parse_script
 from hf_balancemix.scripts.parser import parse_arguments, run
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 run_coco = load_example("run_coco")
 
@@ -112,20 +111,20 @@ def test_lists_dicts_and_odd_strings(tmp_path):
 def test_the_examples_arguments_follow_the_same_order(tmp_path):
     def parse(*argv: str, **values):
         file = written(tmp_path, values)
-        return run_coco.parse([*argv, "--use_cpu", "--config", str(file)])
+        return parse_script("coco", [*argv, "--use_cpu", "--config", str(file)], "")
 
-    data, model, args = parse()
+    data, noise, model, args = parse()
     assert data.data_dir is None
-    assert data.noise == "mislabel"
+    assert noise.noise == "mislabel"
     assert model.method == ["bce", "mixup", "balancemix"]
     assert model.from_scratch
-    assert args.num_train_epochs == run_coco.SampleArguments.PRESETS["default"]["num_train_epochs"] != 50
+    assert args.num_train_epochs == SampleArguments.PRESETS["default"]["num_train_epochs"] != 50
     assert (args.output_dir, args.many_shot, args.image_size) == ("outputs/sample", 300, 48)
 
-    data, model, args = parse("--data_dir", "coco")
+    data, noise, model, args = parse("--data_dir", "coco")
     assert (args.num_train_epochs, args.label_warmup_epochs, args.global_batch_size) == (50, 10, 64)
     assert (args.output_dir, args.many_shot, args.few_shot) == ("outputs/coco", 10_000, 1_000)
-    assert data.noise is None
+    assert noise.noise is None
     assert model.method is None
     assert not model.from_scratch
 
@@ -133,12 +132,12 @@ def test_the_examples_arguments_follow_the_same_order(tmp_path):
         "data_dir": "coco", "method": ["bce", "mixup"], "num_train_epochs": 7, "noise": "flip", "year": 2014,
         "model_kwargs": {"drop_rate": 0.1},
     }  # fmt: skip
-    data, model, args = parse("--noise", "mislabel", "--preset", "paper", **file)
-    assert (data.data_dir, data.noise, data.year) == ("coco", "mislabel", 2014)
+    data, noise, model, args = parse("--noise", "mislabel", "--preset", "paper", **file)
+    assert (data.data_dir, noise.noise, data.year) == ("coco", "mislabel", 2014)
     assert model.method == ["bce", "mixup"]
-    assert json.loads(model.model_kwargs) == {"drop_rate": 0.1}
+    assert model.model_kwargs == {"drop_rate": 0.1}
     assert (args.num_train_epochs, args.label_warmup_epochs, args.monotone) == (7, 10, False)
-    assert parse("--method", "bce", **file)[1].method == ["bce"]
+    assert parse("--method", "bce", **file)[2].method == ["bce"]
     with pytest.raises(ValueError, match="method nothing is not known; choose from bce"):
         parse("--method", "nothing")
 
@@ -248,6 +247,94 @@ def test_help_lists_every_field(capsys):
     ):
         assert flag in out
     assert "Traceback" not in out + err
+
+
+def help_of(*argv: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        run_coco.main([*argv])
+    return capsys.readouterr().out
+
+
+def test_help_is_grouped_and_leaves_what_is_inherited_to_help_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = help_of("--help", capsys=capsys)
+    titles = [line[:-1] for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options", "data", "noise", "model", "method", "BalanceMix", "training", "output"]
+    parts = dict(zip(titles, re.split(r"\n[A-Za-z]+:\n", out)[1:], strict=True))
+    for title, flags in {
+        "data": ["data_dir", "year", "max_eval_samples"],
+        "noise": ["noise_rate", "noise_map"],
+        "model": ["head", "frozen_backbone"],
+        "method": ["method", "method_args"],
+        "BalanceMix": ["relabel_threshold", "label_warmup_epochs"],
+        "training": ["preset", "learning_rate", "seed", "bf16", "image_size"],
+        "output": ["output_dir", "save_total_limit", "push_to_hub", "resume_from_checkpoint"],
+    }.items():
+        assert all(f"\n  --{flag} " in "\n" + parts[title] for flag in flags), title
+    assert "--adam_beta1" not in out
+    everything = help_of("--help-all", capsys=capsys)
+    assert "--adam_beta1 NUMBER" in everything
+    assert everything.startswith(out.rstrip())
+    assert len(out.splitlines()) < 360  # were 724
+
+
+def test_help_shows_the_examples_as_they_are_and_defaults_as_values(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = help_of("--help", capsys=capsys)
+    assert run_coco.__doc__.rstrip() in out
+    assert not re.search(r"[dD]efault: [^)]*\bNone\b", out)
+
+    def text(flag: str, out: str) -> str:
+        return " ".join(out.split(f"\n  --{flag} ")[1].split("\n  --")[0].split())
+
+    assert text("learning_rate", out).endswith("(default: 0.004; paper: 0.01; ml-decoder: 0.0001)")
+    assert text("select_clean", out).endswith("(default: true; --no_select_clean: false)")
+    assert text("optim_args", out).endswith("(default: none; paper: momentum=0.9)")
+    assert text("seed", out).endswith("(default: 42)")
+    coco = help_of("--data_dir", "coco", "--help", capsys=capsys)
+    assert text("learning_rate", coco).endswith("(default: 0.01; ml-decoder: 0.0001)")
+    assert text("num_train_epochs", coco).endswith("(default: 50; ml-decoder: 40)")
+
+
+def test_a_flag_that_is_not_known_is_said_before_what_is_missing():
+    with pytest.raises(ValueError, match=r"not understood .*--data_dri voc\. Did you mean --data_dir\?"):
+        parse_script("voc", ["--use_cpu", "--data_dri", "voc"], "")
+    with pytest.raises(ValueError, match="--data_dir is not given; pass the folder that holds VOCdevkit/"):
+        parse_script("voc", ["--use_cpu"], "")
+
+
+def test_the_kind_of_data_is_what_a_flag_or_the_config_file_says(tmp_path):
+    def kinds(*argv: str, **values) -> list[str]:
+        file = written(tmp_path, values)
+        data, _, _, args = parse_script(None, [*argv, "--use_cpu", "--config", str(file)], "")
+        return [type(data).__name__, type(args).__name__]
+
+    assert kinds() == ["CocoData", "SampleArguments"]
+    assert kinds(data_dir="coco") == kinds("--data-dir=coco") == ["CocoData", "CocoArguments"]
+    assert kinds("--data_dir", "x", data_format="voc") == ["VocData", "VocArguments"]
+    assert kinds("--data_format", "deepfashion", data_format="voc", data_dir="x")[0] == "DeepFashionData"
+    assert kinds("--train_dir", "x") == kinds(dataset_name="user/set") == ["AnyData", "MultiLabelArguments"]
+    with pytest.raises(ValueError, match="data_format is 'folder'; it must be one of coco, voc, deepfashion, any"):
+        kinds(data_format="folder")
+    with pytest.raises(ValueError, match="not understood on the command line: --year 2014"):
+        kinds("--data_format", "voc", "--data_dir", "x", "--year", "2014")
+    with pytest.raises(ValueError, match="pass either --dataset_name"):
+        kinds("--data_format", "any")
+
+
+def test_a_methods_own_arguments_are_a_mapping_for_one_method(tmp_path):
+    def model(*argv: str, **values):
+        return parse_script("coco", [*argv, "--use_cpu", "--config", str(written(tmp_path, values))], "")[2]
+
+    assert model().method_options == {}
+    own = model("--method", "asl", "--method_args", '{"gamma_neg": 2}')
+    assert own.method_options == {"method_args": {"gamma_neg": 2}}
+    assert model(method="asl", method_args={"gamma_neg": 2}).method_options == own.method_options
+    for method in ("asl focal", "balancemix"):
+        with pytest.raises(ValueError, match="it must be for one method other than balancemix"):
+            model("--method", *method.split(), "--method_args", '{"gamma_neg": 2}')
+    with pytest.raises(ValueError, match=r"method_args is '\[1\]'; it must be a JSON mapping"):
+        model("--method", "asl", "--method_args", "[1]")
 
 
 def test_run_shows_our_messages_and_keeps_other_tracebacks(capsys):

@@ -1,34 +1,49 @@
-"""What the example scripts share."""
+"""The body of `balancemix train`, and the steps that the examples share with it."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import datasets
 import pytest
 from conftest import arguments, make_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_balancemix import BalanceMixTrainingArguments, MultiLabelTrainer
+from hf_balancemix import MultiLabelTrainer
 from hf_balancemix.data import NoiseMap
 from hf_balancemix.report import results_table
+from hf_balancemix.scripts.arguments import ModelArguments, NoiseArguments, parse_script
+from hf_balancemix.scripts.data import DataArguments
 from hf_balancemix.scripts.parser import parse_arguments
-from hf_balancemix.scripts.train import (
-    ModelArguments,
-    NoiseArguments,
-    add_noise,
-    prepare,
-    run_methods,
-    with_settings_for,
-)
+from hf_balancemix.scripts.train import add_noise, main, usable
+
+
+def flags(folder: Path, *more: str, spoilt: str | None = None) -> list[str]:
+    """A short run on 24 training and 12 evaluation images, which are saved in `folder`."""
+    if not (folder / "data").exists():
+        parts = {"train": make_dataset(folder / "t", 24), "val": make_dataset(folder / "v", 12, seed=1)}
+        if spoilt is not None:
+            (folder / spoilt).write_bytes(b"cut off")
+        datasets.DatasetDict(parts).save_to_disk(folder / "data")
+    return [
+        "--dataset_name", str(folder / "data"), "--eval_split", "val", "--model_name_or_path", "test_resnet",
+        "--from_scratch", "--use_cpu", "--save_strategy", "no", "--disable_tqdm", "true", "--logging_strategy", "no",
+        "--eval_strategy", "no", "--num_train_epochs", "2", "--global_batch_size", "4", "--image_size", "32",
+        "--label_warmup_epochs", "1", "--seed", "3", "--learning_rate", "0.05", "--relabel_threshold", "0.6",
+        "--mixture_preset", "sklearn", "--output_dir", str(folder / "out"), *more,
+    ]  # fmt: skip
+
+
+def results_in(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_methods_run_side_by_side_and_leave_a_table(tmp_path, capsys):
-    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
-    args = arguments(tmp_path / "out", num_train_epochs=2, image_size=32, many_shot=12, few_shot=8)
-    model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce", "mixup", "balancemix"])
-    results = run_methods(lambda: [train, val], NoiseArguments(noise="mislabel", noise_rate=0.5), model, args)
+    main(flags(tmp_path, "--noise", "mislabel", "--noise_rate", "0.5", "--method", "bce", "mixup", "balancemix",
+               "--many_shot", "12", "--few_shot", "8"))  # fmt: skip
+    results = results_in(tmp_path / "out")
     assert list(results) == ["bce", "mixup", "balancemix"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     for method, figures in results.items():
         assert 0 < figures["eval_mAP"] <= 1
         assert (tmp_path / "out" / method / "model.safetensors").exists()
@@ -51,11 +66,11 @@ def test_a_saved_noise_map_gives_the_very_same_labels(tmp_path):
 
 def test_limits_take_a_seeded_part(tmp_path):
     data = make_dataset(tmp_path / "t", 24)
-    first, again, other = (prepare(data, NoiseArguments(), 7, seed)[0] for seed in (0, 0, 1))
+    first, again, other = (usable(data, data, DataArguments(max_train_samples=7), seed)[0] for seed in (0, 0, 1))
     assert len(first) == 7
     assert first["image_id"] == again["image_id"] != other["image_id"]
-    whole, skipped = prepare(data, NoiseArguments(), 1000, 0)
-    assert (len(whole), skipped) == (24, 0)
+    whole, whole_too, skipped = usable(data, data, DataArguments(max_train_samples=1000), 0)
+    assert (len(whole), len(whole_too), skipped) == (24, 24, (0, 0))
 
 
 def test_unknown_methods_and_bad_json_are_refused():
@@ -67,15 +82,9 @@ def test_unknown_methods_and_bad_json_are_refused():
 
 
 def test_a_methods_own_arguments_reach_it_and_its_card(tmp_path):
-    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
-    args = arguments(tmp_path / "out", num_train_epochs=1, image_size=32)
-    (model,) = parse_arguments(
-        (ModelArguments,),
-        ["--model_name_or_path", "test_resnet", "--from_scratch", "--method", "asl", "co-teaching", "--method_args",
-         '{"asl": {"gamma_neg": 2, "margin": 0.05}, "co-teaching": {"scored": "second"}}'],
-    )  # fmt: skip
-    run_methods(lambda: [train, val], NoiseArguments(), model, args)
-    cards = {method: (tmp_path / "out" / method / "README.md").read_text() for method in model.method}
+    own = '{"asl": {"gamma_neg": 2, "margin": 0.05}, "co-teaching": {"scored": "second"}}'
+    main(flags(tmp_path, "--method", "asl", "co-teaching", "--method_args", own, "--num_train_epochs", "1"))
+    cards = {method: (tmp_path / "out" / method / "README.md").read_text() for method in ("asl", "co-teaching")}
     assert "| gamma_neg (asl) | 2 |" in cards["asl"]
     assert "margin" not in cards["asl"]  # that is its default
     assert "Ridnik, Tal" in cards["asl"]
@@ -85,7 +94,7 @@ def test_a_methods_own_arguments_reach_it_and_its_card(tmp_path):
 def test_method_args_on_the_command_line_and_in_a_config_file(tmp_path):
     def parse(*argv: str) -> dict:
         (model,) = parse_arguments((ModelArguments,), argv)
-        return model.arguments_by_method(model.method)
+        return model.args_by_method
 
     assert parse("--method", "asl", "--method_args", '{"gamma_neg": 4}') == {"asl": {"gamma_neg": 4}}
     file = tmp_path / "config.yaml"
@@ -110,52 +119,46 @@ def test_table_marks_what_a_method_does_not_have():
     assert table.splitlines()[2:] == ["| a      |  50.0 |    - |", "| bb     | 100.0 | 25.0 |"]
 
 
-def test_single_positive_labels_bring_settings_of_their_own_unless_the_user_has_chosen(tmp_path):
-    def settings(noise: str, **given):
-        given = {"use_cpu": True, "preset": "paper", "save_strategy": "no"} | given
-        args = with_settings_for(NoiseArguments(noise=noise), BalanceMixTrainingArguments(str(tmp_path), **given))
+def test_single_positive_labels_bring_settings_of_their_own_unless_the_user_has_chosen():
+    def settings(noise: str, *given: str, preset: str = "paper"):
+        argv = ["--data_dir", "coco", "--use_cpu", "--save_strategy", "no", "--noise", noise, "--preset", preset]
+        args = parse_script("coco", [*argv, *given], "")[3]
         return args.trust_positives, args.relabel_threshold
 
     assert settings("single_positive") == (True, 0.55)
-    assert settings("single_positive", relabel_threshold=0.8) == (True, 0.8)
-    assert settings("single_positive", trust_positives=False) == (False, 0.55)
+    assert settings("single_positive", "--relabel_threshold", "0.8") == (True, 0.8)
+    assert settings("single_positive", "--trust_positives", "false") == (False, 0.55)
     assert settings("single_positive", preset="default") == (True, 0.9)
     assert settings("mislabel") == (False, 0.975)
 
 
 def test_images_that_cannot_be_read_are_counted_at_the_end(tmp_path, capsys):
-    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
-    (tmp_path / "t" / "003.png").write_bytes(b"cut off")
-    args = arguments(tmp_path / "out", num_train_epochs=1, image_size=32)
-    model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce"])
-    run_methods(lambda: [train, val], NoiseArguments(on_bad_image="skip"), model, args)
+    skip = ("--on_bad_image", "skip", "--method", "bce", "--num_train_epochs", "1")
+    main(flags(tmp_path, *skip, spoilt="t/003.png"))
     assert "Left out because they cannot be read: 1 training and 0 evaluation images.\n" in capsys.readouterr().out
 
 
-def test_co_teaching_and_an_average_are_refused_before_anything_is_trained(tmp_path):
-    args = arguments(tmp_path, preset="ml-decoder")
-    model = ModelArguments(model_name_or_path="test_resnet", from_scratch=True, method=["bce", "co-teaching"])
+def test_co_teaching_and_an_average_are_refused_before_anything_is_loaded(tmp_path):
+    argv = flags(tmp_path, "--preset", "ml-decoder", "--method", "bce", "co-teaching", "--eval_split", "absent")
     with pytest.raises(ValueError, match=r"ema_decay is 0\.9997, but co-teaching .* set ema_decay to 0"):
-        run_methods(lambda: pytest.fail("was loaded"), NoiseArguments(), model, args)
+        main(argv)
 
 
 def test_a_frozen_backbone_keeps_its_normalisation_under_the_ml_decoder_recipe(tmp_path):
-    train, val = make_dataset(tmp_path / "t", 24), make_dataset(tmp_path / "v", 12, seed=1)
-    model = ModelArguments(
-        model_name_or_path="test_resnet", from_scratch=True, method=["asl"], frozen_backbone=True, num_views=2,
-        hidden_size=0, cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
     scores = []
     for decay in (0.5, 0.0):
-        recipe = {"preset": "ml-decoder", "ema_decay": decay, "learning_rate": 0.01}
-        args = arguments(tmp_path / str(decay), image_size=32, num_train_epochs=1, **recipe)
-        results = run_methods(lambda: [train, val], NoiseArguments(), model, args)
-        scores.append(results["asl"]["eval_loss"])
         folder = tmp_path / str(decay) / "asl"
+        main(flags(
+            tmp_path, "--method", "asl", "--frozen_backbone", "--num_views", "2", "--hidden_size", "0", "--cache_dir",
+            str(tmp_path / "cache"), "--preset", "ml-decoder", "--ema_decay", str(decay), "--learning_rate", "0.01",
+            "--num_train_epochs", "1", "--output_dir", str(folder.parent),
+        ))  # fmt: skip
+        scores.append(results_in(folder.parent)["asl"]["eval_loss"])
         assert AutoImageProcessor.from_pretrained(folder).image_mean[0] > 0
         saved = AutoModelForImageClassification.from_pretrained(folder)
         trainer = MultiLabelTrainer(
-            model=saved, args=arguments(tmp_path / "e", image_size=32), eval_dataset=val,
+            model=saved, args=arguments(tmp_path / "e", image_size=32),
+            eval_dataset=datasets.load_from_disk(tmp_path / "data")["val"],
             processing_class=AutoImageProcessor.from_pretrained(folder),
         )  # fmt: skip
         assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[-1], rel=1e-4)

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, load_example, make_dataset, tiny_resnet
+from conftest import arguments, make_dataset, tiny_resnet
 from PIL import Image
 from safetensors.torch import load_file
 from test_examples import FLAGS, make_coco, run_script
@@ -22,8 +22,7 @@ from hf_balancemix import (
     MultiLabelTrainingArguments,
 )
 from hf_balancemix.models import squash_processor
-
-run_coco = load_example("run_coco")
+from hf_balancemix.scripts.arguments import parse_script
 
 SGD = {
     "learning_rate": 0.01, "lr_scheduler_type": "cosine", "optim": "sgd", "optim_args": "momentum=0.9",
@@ -235,7 +234,7 @@ def test_run_coco_trains_with_the_recipe(with_recipe):
 
 def test_run_coco_has_the_recipes_epochs_and_the_papers_for_the_other_presets(tmp_path):
     def args(*flags: str):
-        return run_coco.parse(["--use_cpu", "--output_dir", str(tmp_path), *flags])[2]
+        return parse_script("coco", ["--use_cpu", "--output_dir", str(tmp_path), *flags], "")[3]
 
     coco = ("--data_dir", "somewhere")
     expected = EXPECTED["ml-decoder"] | {"label_warmup_epochs": 10}

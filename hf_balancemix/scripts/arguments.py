@@ -1,0 +1,323 @@
+"""The flags of the scripts: which noise, which model, and training arguments with a script's defaults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hf_balancemix.files import cache_folder
+from hf_balancemix.methods.registry import METHODS, arguments_by_method
+from hf_balancemix.models.configuration_balancemix import HEADS
+from hf_balancemix.scripts.data import AnyData, CocoData, DataArguments, DeepFashionData, VocData
+from hf_balancemix.scripts.parser import flag, given_values, json_mapping, parse_arguments
+from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
+
+# ---- noise ----
+
+
+@dataclass
+class NoiseArguments:
+    """Noise on the training labels."""
+
+    help_group: ClassVar[str] = "noise"
+
+    noise: str | None = flag(
+        None,
+        "Noise on the training labels. Default: none; mislabel on the built-in sample.",
+        ["none", "mislabel", "flip", "single_positive"],
+    )
+    noise_rate: float = flag(0.4, "tau in [0, 1), for mislabel and flip.")
+    noise_seed: int = flag(0, "Seed of the noise.")
+    noise_map: str | None = flag(None, "Instead: a saved noise map, a parquet file or a Hub data set.")
+
+    def __str__(self) -> str:
+        name = self.noise_map or self.noise or "none"
+        return f"{name} {self.noise_rate:g}" if name in ("mislabel", "flip") else name
+
+
+def single_positive_settings(preset: str) -> dict[str, Any]:
+    """BalanceMix's where positive labels are certainly right and most negative ones unknown.
+
+    The paper's eps is 0.55; but for its preset it is 0.9, which measured better (docs/results.md).
+    """
+    return {"trust_positives": True, "relabel_threshold": 0.55 if preset == "paper" else 0.9}
+
+
+# ---- models and methods ----
+
+
+@dataclass
+class FrozenArguments:
+    """Whether the backbone is frozen, and what is then trained on what."""
+
+    help_group: ClassVar[str] = "model"
+
+    frozen_backbone: bool = flag(False, "Train a head on cached features: seconds a run, on any machine.")
+    num_views: int = flag(6, "With it: cached RandAugment views of a training image.")
+    hidden_size: int = flag(256, "With it: hidden units of the head; 0: a linear one.")
+    cache_dir: str | None = flag(None, "Where features are kept. Default: ~/.cache/hf_balancemix/features.")
+
+    def __post_init__(self) -> None:
+        if self.num_views < 1:
+            raise ValueError(f"num_views is {self.num_views}; it must be 1 or more.")
+        if self.hidden_size < 0:
+            raise ValueError(f"hidden_size is {self.hidden_size}; it must be 0 (a linear head) or more.")
+
+    @property
+    def features_folder(self) -> Path:
+        """`cache_dir`, or its default."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder() / "features"
+
+
+@dataclass
+class NetworkArguments(FrozenArguments):
+    """Which network, and its weights."""
+
+    help_group: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = flag(
+        None,
+        "Hub name (timm/resnet50.tv_in1k), folder, or with --backbone_weights or --from_scratch a timm architecture. "
+        "Default: timm/resnet50.tv_in1k; a tiny network from scratch on the built-in sample.",
+    )
+    backbone_weights: str | None = flag(None, "File with the state dict of the timm backbone; needs no network.")
+    from_scratch: bool = flag(False, "Draw the weights anew.")
+    model_kwargs: Mapping[str, Any] | str | None = flag(
+        None, "JSON with arguments of timm.create_model, for a timm architecture."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.model_kwargs = json_mapping("model_kwargs", self.model_kwargs)
+
+
+@dataclass
+class MethodArguments:
+    """Which methods."""
+
+    help_group: ClassVar[str] = "method"
+
+    method: list[str] | None = flag(
+        None, f"One or more of {', '.join(METHODS)}. Default: balancemix; on the built-in sample also bce and mixup."
+    )
+    method_args: Mapping[str, Any] | str | None = flag(
+        None,
+        "JSON with the method's own arguments, such as '{\"gamma_neg\": 2}' of asl, or of several by their names: "
+        '\'{"asl": {"gamma_neg": 2}}\'. In a config file a mapping. BalanceMix\'s are flags.',
+    )
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown:
+            raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
+        self.method_args = json_mapping("method_args", self.method_args)
+        self.args_by_method = arguments_by_method(self.methods, self.method_args or {})  # not a field
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods to train with, one after the other."""
+        return self.method or ["balancemix"]
+
+
+@dataclass
+class ModelArguments(NetworkArguments, MethodArguments):
+    """Which model and which methods."""
+
+    help_group: ClassVar[str] = "model"
+
+    head: str | None = flag(None, "Default: linear (the plain model), or what a saved model has.", [*HEADS])
+    head_args: Mapping[str, Any] | str | None = flag(
+        None, "JSON with arguments of the head, such as '{\"num_groups\": 20}' of ml_decoder."
+    )
+
+    def __post_init__(self) -> None:
+        NetworkArguments.__post_init__(self)
+        MethodArguments.__post_init__(self)
+        self.head_args = json_mapping("head_args", self.head_args)
+        if self.frozen_backbone and (self.head is not None or self.head_args is not None):
+            raise ValueError(
+                f"head is {self.head!r}, and frozen_backbone brings a head of its own, of hidden_size "
+                f"({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
+            )
+
+
+# ---- training ----
+
+
+@dataclass
+class ExperimentArguments(BalanceMixTrainingArguments):
+    """Training arguments with the defaults of a script: evaluate and save every epoch, keep two checkpoints."""
+
+    help_group: ClassVar[str] = "output"
+
+    output_dir: str = flag("outputs", "Where models and checkpoints go.")
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "'last': go on from the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder.",
+    )
+    eval_strategy: str = flag("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = flag("epoch", "When to save a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = flag(2, "Checkpoints to keep.")
+    logging_steps: float = flag(100, "Steps between two lines of training loss.")
+    report_to: str | None = flag("none", "tensorboard, trackio, wandb, ...")
+
+    @property
+    def checkpoint(self) -> bool | str | None:
+        """What `trainer.train(resume_from_checkpoint=...)` takes: True for the last, a folder, or None."""
+        words = {"true": True, "last": True, "false": None, "none": None}
+        return words.get(str(self.resume_from_checkpoint).lower(), self.resume_from_checkpoint)
+
+
+# The paper's, and the built-in sample's.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "coco": {"num_train_epochs": 50, "label_warmup_epochs": 10, "global_batch_size": 64},
+    "voc": {"num_train_epochs": 20, "label_warmup_epochs": 5, "global_batch_size": 32},
+    "deepfashion": {"num_train_epochs": 40, "label_warmup_epochs": 5, "global_batch_size": 64},
+    "sample": {"num_train_epochs": 32, "label_warmup_epochs": 22, "global_batch_size": 32},
+}
+
+
+def _presets(schedule: str) -> dict[str, dict[str, Any]]:
+    """The presets with a data set's epochs and batch size."""
+    return {name: values | SCHEDULES[schedule] for name, values in ExperimentArguments.PRESETS.items()}
+
+
+@dataclass
+class CocoArguments(ExperimentArguments):
+    """The paper's settings for COCO."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets("coco")
+    # Published for COCO, with epochs and batch of its own.
+    PRESETS["ml-decoder"] = ExperimentArguments.PRESETS["ml-decoder"] | {"label_warmup_epochs": 10}
+
+    output_dir: str = flag("outputs/coco", "Where models and checkpoints go.")
+
+
+@dataclass
+class VocArguments(ExperimentArguments):
+    """The paper's settings for VOC."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets("voc")
+
+    output_dir: str = flag("outputs/voc", "Where models and checkpoints go.")
+
+
+@dataclass
+class DeepFashionArguments(ExperimentArguments):
+    """The paper's settings for DeepFashion."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets("deepfashion")
+
+    output_dir: str = flag("outputs/deepfashion", "Where models and checkpoints go.")
+
+
+@dataclass
+class MultiLabelArguments(ExperimentArguments):
+    """Any data set: no settings of the paper apply."""
+
+    output_dir: str = flag("outputs/multilabel", "Where models and checkpoints go.")
+
+
+@dataclass
+class SampleArguments(ExperimentArguments):
+    """What the built-in sample is learned with, from scratch, in a few minutes on two cores.
+
+    Chosen on a sample drawn with another seed (`make_scenes(seed=1)`). A network from scratch learns slowly, hence
+    AdamW, the long warm-up, and weaker mixing than the paper's alpha of 4, for Mixup and BalanceMix alike.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets("sample")
+    PRESETS["default"] |= {
+        "optim": "adamw_torch_fused",
+        "optim_args": None,
+        "learning_rate": 4e-3,
+        "mixup_alpha": 0.2,
+    }
+
+    output_dir: str = flag("outputs/sample", "Where models and checkpoints go.")
+    image_size: int | None = flag(48, "Side in pixels that images are squashed to.")
+    channels_last: bool = flag(True, "Memory format of convolutional networks.")
+    dataloader_num_workers: int = flag(1, "Processes that make the views.")
+    dataloader_persistent_workers: bool = flag(True, "Keep them between epochs.")
+    many_shot: int = flag(300, "Classes with more positive training labels are many-shot.")
+    few_shot: int = flag(150, "Classes with fewer are few-shot.")
+    eval_strategy: str = flag("no", "When to evaluate before the end: no, steps or epoch.")
+    save_strategy: str = flag("steps", "When to save a checkpoint: no, steps, epoch or best.")
+    save_steps: float = flag(0.25, "Steps, or share of the run, between two.")
+    save_total_limit: int | None = flag(1, "Checkpoints to keep.")
+    logging_steps: float = flag(470, "Steps between two lines of training loss.")
+
+
+# ---- all of them ----
+
+FORMATS: Mapping[str, tuple[type[DataArguments], type[ExperimentArguments]]] = {
+    "coco": (CocoData, CocoArguments),
+    "voc": (VocData, VocArguments),
+    "deepfashion": (DeepFashionData, DeepFashionArguments),
+    "any": (AnyData, MultiLabelArguments),
+}
+
+
+@dataclass
+class FormatArguments:
+    """Which kind of data."""
+
+    help_group: ClassVar[str] = "data"
+
+    data_format: str | None = flag(
+        None,
+        "Kind of data, which decides on the other flags of this group: coco (without --data_dir the built-in sample), "
+        "voc, deepfashion, or any: a folder of images with a CSV, or a data set of the Hub. Default: any with "
+        "--train_dir or --dataset_name, else coco.",
+        [*FORMATS],
+    )
+
+
+def parse_script(
+    data_format: str | None, argv: Sequence[str] | None, description: str, prog: str | None = None
+) -> tuple[Any, NoiseArguments, ModelArguments, ExperimentArguments]:
+    """The arguments of a script that trains, from its flags and config file; it logs on rank 0 from then on.
+
+    What the user has left open is as it suits the built-in sample, if there is no other data, and single-positive
+    labels, if these are the noise.
+
+    Args:
+        data_format: One of `FORMATS`, or None: --data_format says it.
+        argv, description, prog: As for :func:`~hf_balancemix.scripts.parser.parse_arguments`.
+
+    Returns:
+        Data, noise, model and training arguments.
+
+    Raises:
+        FileNotFoundError, ValueError: As `parse_arguments`, or arguments that exclude each other.
+    """
+    types: list[type] = []
+    given = given_values(("data_format", "data_dir", "dataset_name", "train_dir"), argv)
+    if data_format is None:
+        types.append(FormatArguments)
+        data_format = given["data_format"] or ("any" if given["dataset_name"] or given["train_dir"] else "coco")
+        if data_format not in FORMATS:
+            raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}.")
+    data_type, args_type = FORMATS[data_format]
+    use_sample = data_format == "coco" and given["data_dir"] is None
+    types += [data_type, NoiseArguments, ModelArguments, SampleArguments if use_sample else args_type]
+    data, noise, model_args, args = parse_arguments(types, argv, description, prog)[-4:]
+    if use_sample:
+        noise.noise = noise.noise or "mislabel"
+        model_args.method = model_args.method or ["bce", "mixup", "balancemix"]
+        if model_args.model_name_or_path is None:
+            model_args.model_name_or_path, model_args.from_scratch = "resnet10t", True
+            model_args.model_kwargs = model_args.model_kwargs or {"channels": [24, 48, 96, 192], "stem_width": 16}
+    if noise.noise == "single_positive":
+        settings = single_positive_settings(args.preset)
+        args = replace(args, **{name: value for name, value in settings.items() if name in args.unset})
+    if args.ema_decay and "co-teaching" in model_args.methods:  # not only once the others are trained
+        raise ValueError(
+            f"ema_decay is {args.ema_decay}, but co-teaching trains two networks, and only one is averaged; leave out "
+            "co-teaching, or set ema_decay to 0."
+        )
+    logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.WARNING, format="%(message)s")
+    return data, noise, model_args, args

@@ -1,0 +1,142 @@
+"""Class probabilities for a folder of images, as CSV; with the labels above the model's thresholds, if it has any.
+
+    balancemix predict --model outputs/sample/balancemix --images FOLDER --output scores.csv
+
+A row is an image of the folder, or of a folder in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_balancemix.data import decode
+from hf_balancemix.files import whole_file
+from hf_balancemix.models import class_thresholds, load_trained
+from hf_balancemix.scripts.parser import flag, parse_arguments
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+@dataclass
+class PredictArguments:
+    """A model, images, and where the probabilities go."""
+
+    model: str = flag(MISSING, "Folder or Hub name of a saved model.")
+    images: str = flag(MISSING, "Folder with images (sub-folders too).")
+    output: str = flag("scores.csv", "CSV to write.")
+    batch_size: int = flag(32, "Images at a time.")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
+    on_bad_image: str = flag("error", "Images that cannot be decoded: stop, or leave out.", ["error", "skip"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The body of `balancemix predict`."""
+    (args,) = parse_arguments((PredictArguments,), argv, __doc__, prog="balancemix predict")
+    files = image_files(args.images)
+    model, processor = load_trained(args.model)
+    written = write_probabilities(
+        args.output,
+        model,
+        processor,
+        files,
+        root=args.images,
+        batch_size=args.batch_size,
+        on_bad_image=args.on_bad_image,
+    )
+    print(f"{written} images written to {args.output}, {len(files) - written} skipped.")
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The images in a folder and below it, sorted by name.
+
+    Raises:
+        FileNotFoundError: It is no folder, or holds none.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; pass the folder that holds the images.")
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); pass another folder.")
+    return files
+
+
+def write_probabilities(
+    output: str | os.PathLike[str],
+    model: PreTrainedModel,
+    processor: Any,
+    files: Sequence[Path],
+    *,
+    root: str | os.PathLike[str],
+    batch_size: int = 32,
+    on_bad_image: str = "error",
+) -> int:
+    """A CSV with a row an image: its name below `root`, its labels if the model has thresholds, and a probability a
+    class.
+
+    Args:
+        output: The file; it appears only when it is whole.
+        model: A multi-label image classifier in evaluation mode.
+        processor: Its image processor.
+        files: The images.
+        root: The folder that all of them are in.
+        batch_size: Images at a time.
+        on_bad_image: `"error"`, or `"skip"`, which leaves out those that cannot be decoded.
+
+    Returns:
+        How many images were written.
+
+    Raises:
+        ValueError: An image cannot be decoded, or the model's outputs are no independent probabilities.
+    """
+    thresholds = class_thresholds(model.config)
+    has_labels = getattr(model.config, "thresholds", None) is not None
+    written = 0
+    with whole_file(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", *(["labels"] if has_labels else []), *thresholds])
+        batches = _probabilities(model, files, processor, batch_size=batch_size, on_bad_image=on_bad_image)
+        for indices, probabilities in batches:
+            for index, row in zip(indices, probabilities.tolist(), strict=True):
+                above = [name for (name, t), p in zip(thresholds.items(), row, strict=True) if p > t]
+                labels = [";".join(above)] if has_labels else []
+                name = files[index].relative_to(root).as_posix()
+                writer.writerow([name, *labels, *(f"{p:.6f}" for p in row)])
+            written += len(indices)
+    return written
+
+
+def _probabilities(
+    model: PreTrainedModel, files: Sequence[Path], processor: Any, *, batch_size: int, on_bad_image: str
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Places in `files`, and `(B, K)` float64 probabilities, a batch at a time."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+    if model.config.problem_type != "multi_label_classification":
+        raise ValueError(
+            f"the model's problem_type is {model.config.problem_type!r}, whose outputs are no independent "
+            "probabilities; pass a model trained by this package."
+        )
+    for start in tqdm(range(0, len(files), batch_size), desc="Predicting"):
+        indices, images = [], []
+        for index in range(start, min(start + batch_size, len(files))):
+            try:
+                images.append(decode(files[index]))
+            except ValueError:
+                if on_bad_image == "error":
+                    raise
+            else:
+                indices.append(index)
+        if images:
+            pixels = processor(images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+            with torch.no_grad():
+                yield indices, model(pixel_values=pixels).logits.double().sigmoid().cpu()
