@@ -75,7 +75,8 @@ class LargeLossTrainer(LossTrainer):
         if loss.mode != "permanent":
             raise ValueError(f"the loss's mode is {loss.mode!r}; it must be 'permanent'; for others use LossTrainer.")
         super().__init__(*args, loss=loss, **kwargs)
-        self.corrected = None if self.train_labels is None else torch.zeros(self.train_labels.shape, dtype=torch.bool)
+        shape = (0, 0) if self.train_labels is None else self.train_labels.shape
+        self.corrected = torch.zeros(shape, dtype=torch.bool)
 
     def _labels(self, inputs: dict[str, Tensor], prefix: str) -> Tensor:
         labels = super()._labels(inputs, prefix)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_balancemix.core import LossMixtures, label_losses
 from hf_balancemix.core.distributed import broadcast
-from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
+from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.methods.co_teaching import min_max
 from hf_balancemix.trainer.mixup import MixupTrainer
 
@@ -259,15 +259,15 @@ class TEstimatorTrainer(MixupTrainer):
     def _end_epoch(self, epoch: int) -> None:
         if epoch > self.warmup_epochs or epoch <= self.warmup_epochs - _RECORDED_EPOCHS:
             return
-        logits = self._scan_table(lambda logits, labels: logits, self.train_labels.shape[1])
-        self._recorded += scaled_losses(logits, self.train_labels)
+        logits = self._scan_table(lambda logits, labels: logits, self._training_labels.shape[1])
+        self._recorded += scaled_losses(logits, self._training_labels)
         if epoch == self.warmup_epochs:
             self._end_warmup(logits)
 
     def _end_warmup(self, logits: Tensor) -> None:
-        mean = self._recorded / min(_RECORDED_EPOCHS, self.warmup_epochs)
-        selected = select_clean_labels(mean, self.train_labels, self.args.monotone)
-        matrices, source = _estimate(self.train_labels, selected, logits.double().sigmoid(), self.min_selected)
+        labels, mean = self._training_labels, self._recorded / min(_RECORDED_EPOCHS, self.warmup_epochs)
+        selected = select_clean_labels(mean, labels, self.args.monotone)
+        matrices, source = _estimate(labels, selected, logits.double().sigmoid(), self.min_selected)
         # Broadcast: the counts are equal on every rank, their quotients over unlike machines need not be.
         self.matrices = broadcast(matrices)
         self._recorded = self._recorded[:0]
@@ -276,18 +276,16 @@ class TEstimatorTrainer(MixupTrainer):
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if self.statistics_epoch < self.warmup_epochs:
-            return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
+            return super()._loss(logits, targets, inputs)
         return importance_reweighted_bce(logits, targets, self.matrices, reduction=self.args.loss_reduction)
 
     def _run_state(self) -> dict[str, Tensor]:
-        return {
-            "epoch": torch.tensor(self.statistics_epoch), "matrices": self.matrices, "recorded_losses": self._recorded,
-        }  # fmt: skip
+        return super()._run_state() | {"matrices": self.matrices, "recorded_losses": self._recorded}
 
     def _reset_run_state(self) -> None:
         super()._reset_run_state()
         self._forget()
 
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
-        self.statistics_epoch, self.matrices = int(state["epoch"]), state["matrices"]
-        self._recorded = state["recorded_losses"]
+        super()._load_run_state(state)
+        self.matrices, self._recorded = state["matrices"], state["recorded_losses"]
