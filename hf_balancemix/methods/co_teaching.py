@@ -174,8 +174,9 @@ class CoTeachingTrainer(MixupTrainer):
 
     The loss is the sum of the networks' binary cross-entropies (Eq. 1), each over the batch with the weight 0 for what
     the peer does not call clean. The denominator stays the size of the batch: an epoch is one pass over the clean set,
-    and neither ranks nor accumulation steps change a gradient. Partners in Mixup are drawn from the instances that
-    both networks call clean. `trainer.model` is a :class:`TwoNetworks`.
+    and neither ranks nor accumulation steps change a gradient. (The original's is what is kept, which measured no
+    better: docs/choices.md.) Partners in Mixup are drawn from the instances that both networks call clean.
+    `trainer.model` is a :class:`TwoNetworks`.
 
     What is saved, to checkpoints and by `save_model`, is one ordinary model, the scored network (the first where the
     mean is scored), with its peer in the folder `peer`.
@@ -224,6 +225,7 @@ class CoTeachingTrainer(MixupTrainer):
             raise ValueError(
                 "FSDP or DeepSpeed is on; co-teaching must run in one process or with DDP; switch both off."
             )
+        self.method_settings = {} if scored == "first" else {"scored": scored}  # for model cards
         check_model(networks.ordered[1], self.class_names)
         if networks.scored == "mean":
             self.figures_note = (
@@ -232,11 +234,6 @@ class CoTeachingTrainer(MixupTrainer):
             )
         num_instances = 0 if self.train_labels is None else len(self.train_labels)
         self.clean = torch.ones(num_instances, 2, dtype=torch.bool)
-
-    @property
-    def method_settings(self) -> dict[str, Any]:
-        """What model cards say of the method: its settings that differ from their defaults."""
-        return {} if self.model.scored == "first" else {"scored": self.model.scored}
 
     def _run_facts(self) -> dict[str, Any]:
         return super()._run_facts() | {"scored": self.model.scored}
@@ -285,14 +282,15 @@ class CoTeachingTrainer(MixupTrainer):
         return model.ordered[0] if isinstance(model, TwoNetworks) else model
 
     def _run_state(self) -> dict[str, Tensor]:
-        return {"epoch": torch.tensor(self.statistics_epoch), "clean": self.clean}
+        return super()._run_state() | {"clean": self.clean}
 
     def _reset_run_state(self) -> None:
         super()._reset_run_state()
         self.clean = torch.ones_like(self.clean)
 
     def _load_run_state(self, state: dict[str, Tensor]) -> None:
-        self.statistics_epoch, self.clean = int(state["epoch"]), state["clean"]
+        super()._load_run_state(state)
+        self.clean = state["clean"]
 
     @contextmanager
     def _as_model(self, network: nn.Module) -> Iterator[None]:
