@@ -64,9 +64,8 @@ def from_detection(
 
     Raises:
         TypeError: `dataset` is no `datasets.Dataset`, or the objects or categories are of another type.
-        ValueError: A column or field is absent; a row has no image, no list of objects, an object without class, or a
-            class outside `names` (the message names row and class); `image_id` is not unique, or neither integers nor
-            strings.
+        ValueError: A column or field is absent, a row lacks an image or a class or has one outside `names`, or
+            `image_id` is not unique, or neither integers nor strings. The message names row and class.
     """
     undecoded_images(dataset)
     feature = column_feature(dataset, objects, "name the one that holds the objects (objects=...)")
@@ -107,17 +106,14 @@ def from_tags(
             `separator` splits.
         separator: What stands between the tags of a string, such as ",". Spaces around a tag are dropped, and so are
             empty tags: an empty string is an image without labels.
-        names: Fixes the K classes and their order. Default: those of the ClassLabel, or the strings that occur,
-            sorted: pass `class_names(train)` then, so that other splits get the same classes. Integer ids need it.
+        names: As in `from_detection`.
 
     Returns:
         A `datasets.Dataset` with `image`, `labels` and `image_id`, see `from_detection`.
 
     Raises:
         TypeError: `dataset` is no `datasets.Dataset`, or the column is of another type.
-        ValueError: A column is absent, a row has no image or no tags (None), a tag is empty or outside `names` (the
-            message names row and tag), `separator` is missing or out of place; `image_id` is not unique, or neither
-            integers nor strings.
+        ValueError: As `from_detection`, or `separator` is missing or out of place.
 
     Example:
         >>> from_tags(dataset, column="keywords", separator=";")  # doctest: +SKIP
@@ -181,10 +177,8 @@ def from_csv(
         order of the file.
 
     Raises:
-        ValueError: An argument is none of its choices, or the file is malformed: named with its line and column are
-            a row of another length than the header, broken quotes, a header that names a column twice or not at all,
-            a cell that is neither 0, 1 nor unknown, a class outside `names`, an id or a file a second time, an id
-            without file name, a file name that leaves the folder.
+        ValueError: An argument is none of its choices, or the file is malformed, such as by a cell that is neither 0,
+            1 nor unknown, or a file that stands there twice; the message names line and column.
         FileNotFoundError: The file, the folder or an image is absent.
     """
     check_choice("unknown", unknown, ("negative", "masked"))

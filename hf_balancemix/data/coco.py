@@ -53,9 +53,8 @@ def load_coco(
         strings).
 
     Raises:
-        ValueError: An argument is none of its choices, or the JSON is not valid, lacks a part, or contradicts itself:
-            duplicate ids, annotations of unknown images or categories, file names that leave the image folder. Or no
-            image is left.
+        ValueError: An argument is none of its choices, the JSON is not valid, lacks a part or contradicts itself, or
+            no image is left; the message names the record.
         FileNotFoundError: The root, the annotation file, the image folder or an image is absent.
     """
     check_choice("split", split, SPLITS)

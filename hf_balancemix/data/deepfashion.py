@@ -45,9 +45,8 @@ def load_deepfashion(
         listed, which is unique in all splits).
 
     Raises:
-        ValueError: An argument is none of its choices, or a file contradicts itself or another: malformed lines (with
-            file and line), an attribute named twice, a label other than 0 and 1, another number of rows than images,
-            duplicate images, paths that leave the image folder.
+        ValueError: An argument is none of its choices, or a file is malformed or contradicts itself or another; the
+            message names file and line.
         FileNotFoundError: A folder, a file of the split or an image is absent.
     """
     check_choice("split", split, SPLITS)

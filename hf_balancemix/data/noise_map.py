@@ -392,7 +392,9 @@ def load_noise_map(
         ) from error
 
 
-def _cells_of(dataset: datasets.Dataset, ids: list[int | str], names: list[str], this: str, other: str) -> Any:
+def _cells_of(
+    dataset: datasets.Dataset, ids: list[int | str], names: list[str], this: str, other: str
+) -> tuple[np.ndarray, ...]:
     """What indexes the data set's label matrix so that it has the N ids as its rows and the K names as its columns.
 
     Raises ValueError where these differ; `this` and `other` say what is compared.

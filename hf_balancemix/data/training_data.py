@@ -50,10 +50,10 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
         return dataset
     bad = np.flatnonzero(~kept)
     names = ", ".join(f"row {i} ({images[int(i)]['image']['path'] or 'bytes'})" for i in bad[:3])
-    problem = f"{len(bad)} of {len(kept)} images cannot be decoded: {names}{', ...' if len(bad) > 3 else ''}."
+    problem = f"{len(bad)} of {len(kept)} images cannot be decoded: {names}{', ...' if len(bad) > 3 else ''}"
     if not kept.any():
-        raise ValueError(f"{problem} One must be left, and nothing is left to use; replace the files.")
-    logger.warning("%s They are left out.", problem)
+        raise ValueError(f"{problem}; nothing is left to use; replace the files.")
+    logger.warning("%s; they are left out.", problem)
     return dataset.select(np.flatnonzero(kept))
 
 

@@ -69,9 +69,8 @@ def load_voc(
         `unknown_labels` (List(ClassLabel), never a class that is in `labels`).
 
     Raises:
-        ValueError: An argument is none of its choices, or a file contradicts itself or another: malformed lines or
-            XML (with file and line), a DTD in the XML, a label other than 1, 0 and -1, duplicate ids, ids that leave
-            the image folder, class files with other ids than the split, an object of no known class.
+        ValueError: An argument is none of its choices, or a file is malformed or contradicts itself or another; the
+            message names file and line. XML with a DTD is refused.
         FileNotFoundError: A folder, the list of the split, the labels, an annotation or an image is absent.
     """
     year = str(year)

@@ -17,7 +17,7 @@ from hf_balancemix.data.sample import draw_scene, make_scenes
 
 SMALL = {"num_train": 12, "num_val": 6}
 
-# Loads scenes.py by itself in another process: the package's other imports take seconds and play no part here.
+# Loads sample.py by itself in another process: the package's other imports take seconds and play no part here.
 LOAD = f"""
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("scenes", {scenes.__file__!r})

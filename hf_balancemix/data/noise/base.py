@@ -54,6 +54,8 @@ def without_recorded_noise(description: str | None) -> str:
 class LabelNoise:
     """Noise on the labels of a data set. A kind of noise is a subclass that defines `_disturb`.
 
+    Its public attributes are its arguments, which define the noise.
+
     Args:
         seed: Seed of the draws, at least 0.
     """
@@ -67,14 +69,11 @@ class LabelNoise:
     @property
     def parameters(self) -> dict[str, Any]:
         """The name and the arguments, which together define the noise: for logs and model cards."""
-        return {"name": type(self).__name__, **self._arguments()}
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"seed": self.seed}
+        return {"name": type(self).__name__} | {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in self._arguments().items())
-        return f"{type(self).__name__}({arguments})"
+        name, *arguments = self.parameters.items()
+        return f"{name[1]}({', '.join(f'{key}={reprlib.repr(value)}' for key, value in arguments)})"
 
     @property
     def features(self) -> datasets.Features:

@@ -49,11 +49,8 @@ class Mislabel(LabelNoise):
     """
 
     def __init__(self, rate: float, seed: int = 0) -> None:
-        super().__init__(seed)
         self.rate = _checked_rate(rate)
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"rate": self.rate, "seed": self.seed}
+        super().__init__(seed)
 
     def _fit(self, given: np.ndarray, ids: list[int | str]) -> None:
         if given.shape[1] < 2:
@@ -91,11 +88,8 @@ class RandomFlip(LabelNoise):
     """
 
     def __init__(self, rate: float, seed: int = 0) -> None:
-        super().__init__(seed)
         self.rate = _checked_rate(rate)
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"rate": self.rate, "seed": self.seed}
+        super().__init__(seed)
 
     def _disturb(self, given: np.ndarray, words: np.ndarray) -> np.ndarray:
         flips = self._uniform("flip", words[:, None], np.arange(given.shape[1])) < self.rate
@@ -156,11 +150,11 @@ class ClassConditional(LabelNoise):
         added: float | Sequence[float] | np.ndarray = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
         # Lists of floats, not arrays, as their pickle, which `map` hashes for the cache, is by value.
         self.matrix = None if matrix is None else _probabilities("matrix", matrix, (2,))
         self.missing = _probabilities("missing", missing, (0, 1))
         self.added = _probabilities("added", added, (0, 1))
+        super().__init__(seed)
         shapes = [() if value is None else np.shape(value) for value in (self.matrix, self.missing, self.added)]
         sizes = {size for shape in shapes for size in shape}
         if len(sizes) > 1:
@@ -177,9 +171,6 @@ class ClassConditional(LabelNoise):
                     f"row {row} of matrix sums to {np.sum(self.matrix[row]):g}, with missing to {total[row]:g}; it "
                     "must be at most 1; lower its entries, the diagonal (to stay) among them."
                 )
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"matrix": self.matrix, "missing": self.missing, "added": self.added, "seed": self.seed}
 
     def _fit(self, given: np.ndarray, ids: list[int | str]) -> None:
         if self._num_classes not in (None, given.shape[1]):
@@ -253,10 +244,11 @@ class Compose(LabelNoise):
         return f"Compose({self.noises!r})"
 
     def _fit(self, given: np.ndarray, ids: list[int | str]) -> None:
-        super()._fit(given, ids)
+        noisy = given
         for noise in self.noises:
-            noise._fit(given, ids)
-            given = noise._noisy(given, ids)
+            noise._fit(noisy, ids)
+            noisy = noise._noisy(noisy, ids)
+        super()._fit(given, ids)
 
     def _noisy(self, given: np.ndarray, ids: list[int | str]) -> np.ndarray:
         for noise in self.noises:
@@ -280,5 +272,5 @@ def _probabilities(name: str, value: Any, ndims: tuple[int, ...]) -> Any:
 
 def _checked_rate(rate: Any) -> float:
     if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < 1:  # NaN is not
-        raise ValueError(f"rate is {rate!r}; it must be a number in [0, 1); the paper uses 0.2 and 0.4.")
+        raise ValueError(f"the noise rate is {rate!r}; it must be a number in [0, 1); the paper uses 0.2 and 0.4.")
     return float(rate)
