@@ -427,10 +427,11 @@ def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: mAP of each variant, and its difference to the first one."""
     reference = next(iter(results.values()))
-    rows = [["variant", *GROUPS, "few: precision / recall of clean", "ESS"]]
+    groups = [group for group in GROUPS if group in reference[0]]
+    rows = [["variant", *groups, "few: precision / recall of clean", "ESS"]]
     for name, runs in results.items():
         cells = []
-        for group in GROUPS:
+        for group in groups:
             value = 100 * np.array([run[group] for run in runs])
             apart = value - 100 * np.array([run[group] for run in reference[: len(runs)]])
             error = sem(apart) if len(apart) > 1 else 0.0

@@ -29,7 +29,7 @@ from hf_balancemix.data.views import ViewMaker, Views, normalise
 from hf_balancemix.metrics import evaluation_figures
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.processing import squash_processor
-from hf_balancemix.report.model_card import MARK, write_model_card
+from hf_balancemix.report.model_card import MARK, PER_CLASS_AP, write_model_card
 from hf_balancemix.report.trackers import FigureCallback
 from hf_balancemix.trainer import optimisation
 from hf_balancemix.trainer.averaging import AveragingTrainer
@@ -314,7 +314,7 @@ class MultiLabelTrainer(AveragingTrainer):
         prefix = next((name.removesuffix("mAP") for name in logs if name.endswith("_mAP")), None)
         if prefix is not None and self._per_class_ap is not None:
             line: dict[str, Any] = self.state.log_history[-1]
-            line[f"{prefix}per_class_ap"] = [None if np.isnan(ap) else float(ap) for ap in self._per_class_ap]
+            line[f"{prefix}{PER_CLASS_AP}"] = [None if np.isnan(ap) else float(ap) for ap in self._per_class_ap]
             self._per_class_ap = None
 
     # ---- what others get ----
