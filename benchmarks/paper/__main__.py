@@ -17,7 +17,7 @@ import difflib
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,58 +29,47 @@ from benchmarks.paper.tables import FIGURES, TABLES, cells_of
 from hf_balancemix import BalanceMixTrainingArguments
 from hf_balancemix.methods import METHODS
 from hf_balancemix.scripts.arguments import NetworkArguments
-from hf_balancemix.scripts.parser import parse_arguments, run
+from hf_balancemix.scripts.parser import flag, parse_arguments, run
 
 
 @dataclass
 class GridArguments(NetworkArguments):
     """What to reproduce, on which data and with which network."""
 
-    table: list[int] | None = field(default=None, metadata={"help": "Tables of the paper, 1 to 15."})
-    figure: list[int] | None = field(default=None, metadata={"help": f"Figures: {', '.join(map(str, FIGURES))}."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Default: the table's own in the paper.", "choices": [*SOURCES]}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set; the sample needs none."})
-    methods: list[str] | None = field(
-        default=None, metadata={"help": f"Only these rows of the tables, or further ones: {', '.join(METHODS)}."}
-    )
-    noises: list[str] | None = field(
-        default=None, metadata={"help": "Only these, such as clean mislabel-0.4 flip-0.2 single-positive."}
-    )
-    seeds: int = field(default=3, metadata={"help": "Runs of each cell, with the seeds 0, 1, ...; also of the noise."})
-    jobs_dir: str = field(default="outputs/paper", metadata={"help": "Where results, checkpoints and tables go."})
-    render_only: bool = field(default=False, metadata={"help": "Run nothing; tables and figures of what is finished."})
-    max_cells: int | None = field(default=None, metadata={"help": "Begin no more than so many runs."})
-    max_minutes: float | None = field(default=None, metadata={"help": "Begin no run after so many minutes."})
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "Config file of `accelerate launch`, such as examples/accelerate_configs/*."}
+    table: list[int] | None = flag(None, "Tables of the paper, 1 to 15.")
+    figure: list[int] | None = flag(None, f"Figures: {', '.join(map(str, FIGURES))}.")
+    dataset: str | None = flag(None, "Default: the table's own in the paper.", [*SOURCES])
+    data_dir: str | None = flag(None, "Folder of the data set; the sample needs none.")
+    methods: list[str] | None = flag(None, f"Only these rows of the tables, or further ones: {', '.join(METHODS)}.")
+    noises: list[str] | None = flag(None, "Only these, such as clean mislabel-0.4 flip-0.2 single-positive.")
+    seeds: int = flag(3, "Runs of each cell, with the seeds 0, 1, ...; also of the noise.")
+    jobs_dir: str = flag("outputs/paper", "Where results, checkpoints and tables go.")
+    render_only: bool = flag(False, "Run nothing; tables and figures of what is finished.")
+    max_cells: int | None = flag(None, "Begin no more than so many runs.")
+    max_minutes: float | None = flag(None, "Begin no run after so many minutes.")
+    accelerate_config: str | None = flag(
+        None, "Config file of `accelerate launch`, such as examples/accelerate_configs/*."
     )
 
-    model_name_or_path: str = field(
-        default="timm/resnet50.tv_in1k",
-        metadata={"help": "Hub name, folder, or with --backbone_weights or --from_scratch a timm architecture."},
+    model_name_or_path: str = flag(
+        "timm/resnet50.tv_in1k", "Hub name, folder, or with --backbone_weights or --from_scratch a timm architecture."
     )
-    head: str = field(default="ml_decoder", metadata={"choices": ["ml_decoder", "q2l", "linear"]})
-    image_size: int = field(default=448, metadata={"help": "Images are squashed to so many pixels a side."})
+    head: str = flag("ml_decoder", "A frozen backbone brings its own.", ["ml_decoder", "q2l", "linear"])
+    image_size: int = flag(448, "Images are squashed to so many pixels a side.")
 
-    preset: str = field(default="default", metadata={"choices": [*BalanceMixTrainingArguments.PRESETS]})
-    set: list[str] | None = field(
-        default=None, metadata={"help": "Training arguments of every run: --set num_train_epochs=10 bf16=true."}
-    )
-    many_shot: int | None = field(default=None, metadata={"help": "More positive training labels: many-shot class."})
-    few_shot: int | None = field(default=None, metadata={"help": "Fewer positive training labels: few-shot class."})
-    min_positives: int = field(
-        default=1, metadata={"help": "mAP counts classes with so many positives in training and evaluation set each."}
-    )
-    eval_classes: list[str] | None = field(default=None, metadata={"help": "Instead: mAP counts these classes."})
+    preset: str = flag("default", "Of the training arguments.", [*BalanceMixTrainingArguments.PRESETS])
+    set: list[str] | None = flag(None, "Training arguments of every run: --set num_train_epochs=10 bf16=true.")
+    many_shot: int | None = flag(None, "More positive training labels: many-shot class. Default: 10000, sample 300.")
+    few_shot: int | None = flag(None, "Fewer positive training labels: few-shot class. Default: 1000, sample 150.")
+    min_positives: int = flag(1, "mAP counts classes with so many positives in training and evaluation set each.")
+    eval_classes: list[str] | None = flag(None, "Instead: mAP counts these classes.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag, numbers, known in (("table", self.table, TABLES), ("figure", self.figure, FIGURES)):
+        for option, numbers, known in (("table", self.table, TABLES), ("figure", self.figure, FIGURES)):
             unknown = [n for n in numbers or () if n not in known]
             if unknown:
-                raise ValueError(f"--{flag} {unknown[0]} is not known; choose from {', '.join(map(str, known))}.")
+                raise ValueError(f"--{option} {unknown[0]} is not known; choose from {', '.join(map(str, known))}.")
         if not self.table and not self.figure:
             raise ValueError("say what to reproduce: --table N ... or --figure N ...")
         if self.seeds < 1:
@@ -95,7 +84,7 @@ def training_settings(assignments: list[str] | None) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals or name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see run_coco.py --help for the names."
+            hint = f"did you mean {near[0]}?" if near else "see examples/run_coco.py --help-all for the names."
             raise ValueError(f"--set {assignment}: NAME=VALUE with the name of a training argument is needed; {hint}")
         try:
             settings[name] = json.loads(text)
@@ -132,7 +121,8 @@ def setup_of(asked: GridArguments) -> Setup:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (asked,) = parse_arguments((GridArguments,), argv, description=__doc__)
+    program = "python -m benchmarks.paper"
+    (asked,) = parse_arguments((GridArguments,), argv, description=__doc__, prog=program)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     datasets.disable_progress_bars()  # the grid has one
     setup, grid = setup_of(asked), GridFolder(asked.jobs_dir)
