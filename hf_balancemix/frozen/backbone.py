@@ -64,14 +64,7 @@ class FrozenBackbone:
             train,
             evaluation,
             # The views are the same for all seeds, which differ in what they pick of them.
-            ViewMaker(
-                processor.size["height"],
-                0,
-                resample=int(processor.resample),
-                num_ops=args.randaugment_num_ops,
-                magnitude=args.randaugment_magnitude,
-                cutout=args.cutout,
-            ),
+            ViewMaker.from_arguments(args, processor, 0),
             processor.image_mean,
             processor.image_std,
             num_views=num_views,

@@ -37,8 +37,6 @@ _FEATURES, _DESCRIPTION = "features.npy", "cache.json"
 class CachedViews:
     """In place of a :class:`ViewMaker`: views are rows of a feature matrix, picked by the same kind of keys.
 
-    Its `num_views` tells it from a view maker, whose views are ever new ones.
-
     Args:
         features: `(M, D)` float32. The rows of a training instance stand together: un-augmented first, then its views.
         num_views: V, views of a training instance.
@@ -58,7 +56,7 @@ class CachedViews:
         if ROW_COLUMN not in dataset.column_names:
             raise ValueError(
                 f"the data set's columns are {dataset.column_names}, without {ROW_COLUMN!r}: its features are not "
-                "cached. Pass the data sets that cache_features returned, or parts of them."
+                "cached; pass the data sets that cache_features returned, or parts of them."
             )
         return _Rows(dataset.select_columns([ROW_COLUMN]).with_format("numpy")[:][ROW_COLUMN])
 
@@ -143,7 +141,7 @@ def cache_features(
         FileNotFoundError: An image is gone.
     """
     if num_views < 1:
-        raise ValueError(f"num_views is {num_views}; at least one view of a training instance is needed.")
+        raise ValueError(f"num_views is {num_views}; it must be 1 or more; 6 is the default.")
     facts = {
         "format": 1,
         "backbone": backbone_digest,

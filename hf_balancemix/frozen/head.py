@@ -72,7 +72,7 @@ class FeatureClassifier(PreTrainedModel):
         if pixel_values.ndim != 2:
             raise ValueError(
                 f"pixel_values has the shape {tuple(pixel_values.shape)}; this head takes feature vectors (B, "
-                f"{self.config.feature_size}), no images. Use the whole model, which lies beside its checkpoints."
+                f"{self.config.feature_size}), no images; use the whole model, which lies beside its checkpoints."
             )
         return ImageClassifierOutput(logits=self.head(pixel_values))
 
@@ -124,8 +124,8 @@ def pooled_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
         if len(seen) != 1 or seen[0][0].ndim != 2:
             shapes = [tuple(x.shape) for x, _ in seen]
             raise ValueError(
-                f"the classifier of {type(model).__name__} sees inputs of shape {shapes}; needed is one feature "
-                "vector an image, (B, D). Choose a backbone with a linear classifier on pooled features."
+                f"the classifier of {type(model).__name__} sees inputs of shape {shapes}; it must see one feature "
+                "vector an image, (B, D); choose a backbone with a linear classifier on pooled features."
             )
         pooled, output = seen[0]
         if not torch.equal(output, logits):

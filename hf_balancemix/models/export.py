@@ -74,8 +74,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
         else:
             first_line = (str(problem).strip().splitlines() or ["no reason given"])[0]
             raise ValueError(
-                f"{type(model).__name__} cannot be exported to ONNX ({type(problem).__name__}: {first_line}). Use "
-                "another architecture, or a newer torch and onnxscript."
+                f"{type(model).__name__} cannot be exported to ONNX ({type(problem).__name__}: {first_line}); "
+                "use another architecture, or a newer torch and onnxscript."
             ) from problem
     logger.info("Wrote %s, for %s.", path, "any image size" if dynamic else f"images of {image_size} x {image_size}")
     return Path(path)

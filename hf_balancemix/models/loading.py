@@ -33,12 +33,12 @@ from hf_balancemix.models.modeling_balancemix import (
     without_pooler,
 )
 from hf_balancemix.models.processing import squash_processor
-from hf_balancemix.models.timm_models import resize_timm, timm_backbone, timm_classifier, timm_config, timm_defaults
+from hf_balancemix.models.timm_models import resize_timm, timm_config, timm_defaults, timm_model
 from hf_balancemix.models.weights import read_state, split_head
 
 logger = logging.getLogger(__name__)
 
-# What a config has built in a loop of Python, before any weight is made, by a part of the key: the most of it.
+# The most of what is made in a loop of Python, before any weight can be counted, by a part of its name in a config.
 _LOOPS = {"layers": 1_000, "depth": 1_000, "num_labels": 1_000_000, "num_classes": 1_000_000}
 
 
@@ -60,8 +60,8 @@ def load_model(
             or, with `backbone_weights` or `pretrained=False`, a timm architecture (`resnet50`, or with the
             normalisation of certain weights `resnet50.tv_in1k`).
         class_names: Names of the K classes.
-        image_size: Side of the squash in pixels; by default what the model was made for. A timm transformer is resized
-            to it (its position embedding is interpolated).
+        image_size: Pixels a side that images are squashed to; by default what the model was made for. A timm
+            transformer is resized to it (its position embedding is interpolated).
         backbone_weights: A `.safetensors`, `.pth` or `.pt` file with the timm backbone's state dict. Weights of
             another number of classes are left out; any other mismatch is an error.
         pretrained: False draws the weights anew.
@@ -89,7 +89,9 @@ def load_model(
         processor = _own_processor(name_or_path, model)
     elif head in (None, "linear"):
         size = image_size if backbone_weights is None else None  # a file's weights are resized later
-        model = timm_classifier(timm_config(name_or_path, model_kwargs, size, **labels), backbone_weights)
+        timm_labelled = timm_config(name_or_path, model_kwargs, size, **labels)
+        state = None if backbone_weights is None else read_state(Path(backbone_weights))
+        model = timm_model(timm_labelled, AutoModelForImageClassification, state, backbone_weights)
         processor = timm_defaults(model)
     else:
         model = model_from_backbone(
@@ -176,7 +178,7 @@ def model_from_backbone(
         _no_model_kwargs("a config", model_kwargs)
         config = copy.deepcopy(name_or_config)
         if isinstance(config, TimmWrapperConfig):
-            backbone = timm_backbone(config, state, backbone_weights)
+            backbone = timm_model(config, AutoModel, state, backbone_weights)
         elif state is None:
             backbone = build_backbone(config)
         else:
@@ -194,7 +196,7 @@ def model_from_backbone(
             backbone = _filled(AutoModel, name_or_config, config, name_or_config)
     else:
         config = timm_config(name_or_config, model_kwargs, image_size if state is None else None)
-        backbone = timm_backbone(config, state, backbone_weights)
+        backbone = timm_model(config, AutoModel, state, backbone_weights)
     channels = _channels(backbone, head)
     backbone.config.num_labels = 1  # else it carries the class names of its pretraining
     config = BalanceMixConfig(backbone.config, in_channels=channels, head=head, head_args=head_args, **labels)
@@ -378,8 +380,8 @@ def _from_pretrained(
         bad = [name for name in bad if stored.num_labels == k or not name.startswith("head.")]
     if bad:
         raise ValueError(
-            f"{name_or_path}: {len(bad)} tensors of its weights do not fit its config ({', '.join(sorted(bad)[:3])}). "
-            "Pass a folder whose config.json and weights belong together."
+            f"{name_or_path}: {len(bad)} tensors of its weights do not fit its config ({', '.join(sorted(bad)[:3])}); "
+            "pass a folder whose config.json and weights belong together."
         )
     same_head = stored.num_labels == k and not info["missing_keys"]
     same_names = same_head and [stored.id2label[i] for i in range(k)] == list(labels["label2id"])

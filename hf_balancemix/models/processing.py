@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import ViTImageProcessor
@@ -45,7 +46,10 @@ def squash_processor(
         mean, std = [0.0] * 3, [1.0] * 3
     size = image_size or size
     if not size:
-        raise ValueError("no image size is known: pass image_size (--image_size), the pixels a side of the squash.")
+        raise ValueError(
+            "image_size is None, and no image processor says one; it must be the pixels a side that images are "
+            "squashed to; pass image_size (--image_size)."
+        )
     return ViTImageProcessor(
         size={"height": size, "width": size},
         resample=resample,
@@ -58,11 +62,8 @@ def squash_processor(
 
 
 def _side(size: Any) -> int | None:
-    if size is None:
-        return None
-    if isinstance(size, int):
+    """Of a size as image processors have it: a number, or a mapping or object with a height or a shortest edge."""
+    if size is None or isinstance(size, int):
         return size
-    values = [
-        size.get(name) if hasattr(size, "get") else getattr(size, name, None) for name in ("height", "shortest_edge")
-    ]
-    return next((v for v in values if v), None)
+    values = size if isinstance(size, Mapping) else vars(size)
+    return values.get("height") or values.get("shortest_edge")

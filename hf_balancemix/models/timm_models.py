@@ -12,10 +12,10 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers import PreTrainedModel, TimmWrapperConfig
 
-from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification, build_backbone
-from hf_balancemix.models.weights import load_timm_state, read_state
+from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
+from hf_balancemix.models.weights import load_timm_state
 
 
 def timm_config(
@@ -46,35 +46,30 @@ def timm_config(
         return TimmWrapperConfig(architecture=architecture, model_args=arguments, **labels)
 
 
-def timm_classifier(config: TimmWrapperConfig, weights: str | Path | None) -> PreTrainedModel:
-    """A classifier drawn anew, or filled from a file; a head of another number of classes is then drawn small.
-
-    Raises:
-        FileNotFoundError, ValueError: timm cannot build it, or the file does not hold its weights.
-    """
-    with _buildable(config.architecture, config.model_args):
-        model = AutoModelForImageClassification.from_config(config)
-        _draw_as_timm(model.timm_model, config, config.num_labels)
-    if weights is not None:
-        _draw_classifier(model.timm_model)
-        load_timm_state(model.timm_model, read_state(Path(weights)), Path(weights), config.architecture)
-    return model
-
-
-def timm_backbone(
-    config: TimmWrapperConfig, state: dict[str, Tensor] | None, weights: str | Path | None
+def timm_model(
+    config: TimmWrapperConfig, kind: Any, state: dict[str, Tensor] | None = None, file: str | Path | None = None
 ) -> PreTrainedModel:
-    """A backbone drawn anew, or filled with a state dict that was read from the file `weights`.
+    """A classifier or a backbone, drawn anew or filled; a head of another number of classes is then drawn small.
+
+    Args:
+        config: As of :func:`timm_config`.
+        kind: `AutoModelForImageClassification`, or `AutoModel` for a backbone.
+        state: State dict of the timm model; None draws the weights.
+        file: Where it was read, for messages.
 
     Raises:
         ValueError: timm cannot build it, or the state dict is another architecture's.
     """
     with _buildable(config.architecture, config.model_args):
-        backbone = build_backbone(config)
-        _draw_as_timm(backbone.timm_model, config, 0)
+        model = kind.from_config(config)
+        # TimmWrapper draws every weight anew with standard deviation 0.02, which trains far worse than timm's own.
+        num_classes = model.timm_model.num_classes
+        drawn = timm.create_model(config.architecture, num_classes=num_classes, **(config.model_args or {}))
+        model.timm_model.load_state_dict(drawn.state_dict())
     if state is not None:
-        load_timm_state(backbone.timm_model, state, Path(weights), config.architecture)
-    return backbone
+        _draw_classifier(model.timm_model)
+        load_timm_state(model.timm_model, state, Path(file), config.architecture)
+    return model
 
 
 @contextmanager
@@ -84,12 +79,6 @@ def _buildable(architecture: str, model_args: dict[str, Any] | None) -> Iterator
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         given = f" with {model_args}" if model_args else ""
         raise ValueError(f"timm cannot build {architecture}{given}: {error}") from error
-
-
-def _draw_as_timm(model: nn.Module, config: TimmWrapperConfig, num_classes: int) -> None:
-    # TimmWrapper draws every weight anew with standard deviation 0.02, which trains far worse than timm's own.
-    drawn = timm.create_model(config.architecture, num_classes=num_classes, **(config.model_args or {}))
-    model.load_state_dict(drawn.state_dict())
 
 
 def _draw_classifier(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         ValueError: It cannot be read, or holds something else.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"backbone weights {file} do not exist; pass the file of a state dict.")
+        raise FileNotFoundError(f"backbone weights {file} do not exist; they must be a state dict; correct the path.")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -31,14 +31,14 @@ def read_state(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(
             f"backbone weights {file} cannot be read ({type(error).__name__}); they must be a state dict, saved as "
-            ".safetensors or by torch.save without other objects. Copy the file again or convert it."
+            ".safetensors or by torch.save without other objects; copy the file again or convert it."
         ) from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
-            f"backbone weights {file} hold no state dict; needed is a dict of tensors by name, bare or under "
-            "'state_dict'. Save model.state_dict()."
+            f"backbone weights {file} hold no state dict; they must be a dict of tensors by name, bare or under "
+            "'state_dict'; save model.state_dict()."
         )
     return state
 
@@ -99,7 +99,7 @@ def load_timm_state(model: nn.Module, state: dict[str, Tensor], file: Path, arch
     if bad or absent:
         raise ValueError(
             f"{file} does not hold the weights of {architecture}: {len(absent)} of its tensors are absent "
-            f"({', '.join(absent[:3])}) and {len(bad)} do not fit ({', '.join(bad[:3])}). Pass the matching file."
+            f"({', '.join(absent[:3])}) and {len(bad)} do not fit ({', '.join(bad[:3])}); pass the matching file."
         )
     model.load_state_dict(kept, strict=False)
     logger.info("Loaded %d tensors of %s from %s.", len(kept), architecture, file)
