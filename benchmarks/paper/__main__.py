@@ -36,6 +36,8 @@ from hf_balancemix.scripts.parser import flag, parse_arguments, run
 class GridArguments(NetworkArguments):
     """What to reproduce, on which data and with which network."""
 
+    help_group = "options"
+
     table: list[int] | None = flag(None, "Tables of the paper, 1 to 15.")
     figure: list[int] | None = flag(None, f"Figures: {', '.join(map(str, FIGURES))}.")
     dataset: str | None = flag(None, "Default: the table's own in the paper.", [*SOURCES])

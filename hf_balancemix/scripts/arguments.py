@@ -22,7 +22,7 @@ from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 class NoiseArguments:
     """Noise on the training labels."""
 
-    help_group: ClassVar[str] = "noise"
+    help_group = "noise"
 
     noise: str | None = flag(
         None,
@@ -50,17 +50,28 @@ def single_positive_settings(preset: str) -> dict[str, Any]:
 
 
 @dataclass
-class FrozenArguments:
-    """Whether the backbone is frozen, and what is then trained on what."""
+class NetworkArguments:
+    """Which network, its weights, and whether its backbone is frozen."""
 
-    help_group: ClassVar[str] = "model"
+    help_group = "model"
 
+    model_name_or_path: str | None = flag(
+        None,
+        "Hub name (timm/resnet50.tv_in1k), folder, or with --backbone_weights or --from_scratch a timm architecture. "
+        "Default: timm/resnet50.tv_in1k; a tiny network from scratch on the built-in sample.",
+    )
+    backbone_weights: str | None = flag(None, "File with the state dict of the timm backbone; needs no network.")
+    from_scratch: bool = flag(False, "Draw the weights anew.")
+    model_kwargs: Mapping[str, Any] | str | None = flag(
+        None, "JSON with arguments of timm.create_model, for a timm architecture."
+    )
     frozen_backbone: bool = flag(False, "Train a head on cached features: seconds a run, on any machine.")
-    num_views: int = flag(6, "With it: cached RandAugment views of a training image.")
-    hidden_size: int = flag(256, "With it: hidden units of the head; 0: a linear one.")
+    num_views: int = flag(6, "With a frozen backbone: cached RandAugment views of a training image.")
+    hidden_size: int = flag(256, "With a frozen backbone: hidden units of the head; 0: a linear one.")
     cache_dir: str | None = flag(None, "Where features are kept. Default: ~/.cache/hf_balancemix/features.")
 
     def __post_init__(self) -> None:
+        self.model_kwargs = json_mapping("model_kwargs", self.model_kwargs)
         if self.num_views < 1:
             raise ValueError(f"num_views is {self.num_views}; it must be 1 or more.")
         if self.hidden_size < 0:
@@ -73,32 +84,10 @@ class FrozenArguments:
 
 
 @dataclass
-class NetworkArguments(FrozenArguments):
-    """Which network, and its weights."""
-
-    help_group: ClassVar[str] = "model"
-
-    model_name_or_path: str | None = flag(
-        None,
-        "Hub name (timm/resnet50.tv_in1k), folder, or with --backbone_weights or --from_scratch a timm architecture. "
-        "Default: timm/resnet50.tv_in1k; a tiny network from scratch on the built-in sample.",
-    )
-    backbone_weights: str | None = flag(None, "File with the state dict of the timm backbone; needs no network.")
-    from_scratch: bool = flag(False, "Draw the weights anew.")
-    model_kwargs: Mapping[str, Any] | str | None = flag(
-        None, "JSON with arguments of timm.create_model, for a timm architecture."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.model_kwargs = json_mapping("model_kwargs", self.model_kwargs)
-
-
-@dataclass
 class MethodArguments:
     """Which methods."""
 
-    help_group: ClassVar[str] = "method"
+    help_group = "method"
 
     method: list[str] | None = flag(
         None, f"One or more of {', '.join(METHODS)}. Default: balancemix; on the built-in sample also bce and mixup."
@@ -126,8 +115,6 @@ class MethodArguments:
 class ModelArguments(NetworkArguments, MethodArguments):
     """Which model and which methods."""
 
-    help_group: ClassVar[str] = "model"
-
     head: str | None = flag(None, "Default: linear (the plain model), or what a saved model has.", [*HEADS])
     head_args: Mapping[str, Any] | str | None = flag(
         None, "JSON with arguments of the head, such as '{\"num_groups\": 20}' of ml_decoder."
@@ -151,7 +138,7 @@ class ModelArguments(NetworkArguments, MethodArguments):
 class ExperimentArguments(BalanceMixTrainingArguments):
     """Training arguments with the defaults of a script: evaluate and save every epoch, keep two checkpoints."""
 
-    help_group: ClassVar[str] = "output"
+    help_group = "output"
 
     output_dir: str = flag("outputs", "Where models and checkpoints go.")
     resume_from_checkpoint: str | None = flag(
@@ -265,7 +252,7 @@ FORMATS: Mapping[str, tuple[type[DataArguments], type[ExperimentArguments]]] = {
 class FormatArguments:
     """Which kind of data."""
 
-    help_group: ClassVar[str] = "data"
+    help_group = "data"
 
     data_format: str | None = flag(
         None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import datasets
 
@@ -30,7 +29,7 @@ Pair = tuple[datasets.Dataset, datasets.Dataset]
 class DataArguments:
     """How much of the data to use, and what to do with images that cannot be read."""
 
-    help_group: ClassVar[str] = "data"
+    help_group = "data"
 
     on_bad_image: str = flag("error", "Absent or truncated images: stop, or leave out and count.", ["error", "skip"])
     max_train_samples: int | None = flag(None, "Use only so many training images.")
@@ -40,8 +39,6 @@ class DataArguments:
 @dataclass
 class CocoData(DataArguments):
     """Data in COCO's layout, or the built-in sample."""
-
-    help_group: ClassVar[str] = "data"
 
     data_dir: str | None = flag(
         None, "Folder with train2017/, val2017/, annotations/. Without it: the built-in sample and its own defaults."
@@ -58,8 +55,6 @@ class CocoData(DataArguments):
 @dataclass
 class VocData(DataArguments):
     """Pascal VOC. The paper names no year; its class counts fit the default, and difficult objects as negative."""
-
-    help_group: ClassVar[str] = "data"
 
     data_dir: str | None = flag(None, "Folder with VOCdevkit/. Required.")
     train_year: str = flag("2007+2012", "Year of the training images.", ["2007", "2012", "2007+2012"])
@@ -87,8 +82,6 @@ class VocData(DataArguments):
 class DeepFashionData(DataArguments):
     """DeepFashion's fine-grained attributes; the paper trains on train+val and evaluates on test."""
 
-    help_group: ClassVar[str] = "data"
-
     data_dir: str | None = flag(None, "Folder with Anno_fine/ and Img/. Required.")
     train_split: str = flag("train+val", "Split to train on.", ["train", "train+val"])
     eval_split: str = flag("test", "Split to evaluate on.", ["val", "test"])
@@ -111,8 +104,6 @@ def _check_folder(data_dir: str | None, holds: str) -> None:
 @dataclass
 class AnyData(DataArguments):
     """A folder of images with a CSV, or a data set of the Hub."""
-
-    help_group: ClassVar[str] = "data"
 
     dataset_name: str | None = flag(None, "Data set on the Hub, or a folder that save_to_disk of datasets wrote.")
     dataset_config: str | None = flag(None, "Its configuration.")

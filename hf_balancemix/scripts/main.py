@@ -85,7 +85,3 @@ def split_flags(argv: Sequence[str], launcher: argparse.ArgumentParser) -> tuple
         else:
             for_script.append(word)
     return for_launcher, for_script
-
-
-if __name__ == "__main__":
-    main()

@@ -29,13 +29,11 @@ _GROUP_OF_CLASS = {
 }
 # Of the arguments of transformers, those that `--help` shows; `--help-all` shows them all.
 _INHERITED_IN_HELP = {
-    "training": (
-        "max_steps", "per_device_eval_batch_size", "gradient_accumulation_steps", "lr_scheduler_kwargs", "bf16",
-        "seed", "use_cpu", "dataloader_num_workers", "ddp_backend",
-    ),
-    "output": (
-        "save_steps", "eval_steps", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_strategy",
-    ),
+    "max_steps": "training", "per_device_eval_batch_size": "training", "gradient_accumulation_steps": "training",
+    "lr_scheduler_kwargs": "training", "bf16": "training", "seed": "training", "use_cpu": "training",
+    "dataloader_num_workers": "training", "dataloader_persistent_workers": "training", "ddp_backend": "training",
+    "save_steps": "output", "eval_steps": "output", "run_name": "output", "disable_tqdm": "output",
+    "push_to_hub": "output", "hub_model_id": "output", "hub_strategy": "output",
 }  # fmt: skip
 _METAVARS = {int: "INT", float: "NUMBER", dict: "JSON", string_to_bool: "true|false"}
 
@@ -46,8 +44,8 @@ def parse_arguments(
     """Parse flags into dataclasses; `--config FILE` (YAML or JSON) gives values that flags override.
 
     Args:
-        types: Dataclasses; each field is a flag. A class may name the part of `--help` that its fields stand in, as
-            `help_group`.
+        types: Dataclasses; each field is a flag. `help_group` of a class is the part of `--help` that its fields
+            stand in.
         argv: Arguments without the program's name; default `sys.argv[1:]`.
         description: First lines of `--help`, shown as they are.
         prog: The program's name in `--help` and in errors; default that of the script.
@@ -70,7 +68,7 @@ def parse_arguments(
     if unknown:
         names = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "See --help-all for the names."
+        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
         raise ValueError(f"not understood on the command line: {' '.join(unknown)}. {hint}")
     try:
         parsed = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
@@ -136,7 +134,7 @@ class _Parser(HfArgumentParser):
         )
         self.everything = everything
         presets: dict[str, dict[str, Any]] = {}
-        self._places: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, tuple[str, int, int]] = {}
         for cls in types:
             presets |= getattr(cls, "PRESETS", {})
             self._places |= {f.name: _place_in_help(cls, f.name) for f in dataclasses.fields(cls)}
@@ -160,30 +158,26 @@ class _Parser(HfArgumentParser):
             self.add_argument("--help-all", action="help", help="Show the other arguments of transformers, too.")
 
     def format_help(self) -> str:
-        groups: dict[str, list[tuple[int, argparse.Action]]] = {title: [] for title in _GROUPS}
-        for action in self._actions:
-            title, place = self._places.get(action.dest, (_OTHER, 0))
-            groups[title].append((place, action))
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(self.description)
-        for title, actions in groups.items():
-            if self.everything or title != _INHERITED:
-                formatter.start_section(title)
-                formatter.add_arguments([action for _, action in sorted(actions, key=lambda pair: pair[0])])
-                formatter.end_section()
+        places = [self._places.get(action.dest, (_OTHER, 0, 0)) for action in self._actions]
+        for group in _GROUPS if self.everything else _GROUPS[:-1]:
+            inside = [(place, i) for i, place in enumerate(places) if place[0] == group]
+            formatter.start_section(group)
+            formatter.add_arguments([self._actions[i] for _, i in sorted(inside)])
+            formatter.end_section()
         return formatter.format_help()
 
 
-def _place_in_help(cls: type, name: str) -> tuple[str, int]:
-    """The group that a field of a dataclass stands in, and its place there: a subclass's own fields come first."""
-    for place, owner in enumerate(cls.__mro__):
-        group = vars(owner).get("help_group") or _GROUP_OF_CLASS.get(owner)
-        names = [*inspect.get_annotations(owner)]
-        if group is not None and name in names:
-            shown_in = (shown for shown, of_these in _INHERITED_IN_HELP.items() if name in of_these)
-            return (next(shown_in, group) if group == _INHERITED else group), 1000 * place + names.index(name)
-    return _OTHER, 0
+def _place_in_help(cls: type, name: str) -> tuple[str, int, int]:
+    """The group of the class that brings a field in, and the field's place there: those of a subclass come first."""
+    if issubclass(cls, TrainingArguments) and name in _INHERITED_IN_HELP:
+        return _INHERITED_IN_HELP[name], len(cls.__mro__), [*_INHERITED_IN_HELP].index(name)
+    owners = [owner for owner in reversed(cls.__mro__) if name in inspect.get_annotations(owner)]
+    owner = next((owner for owner in owners if owner is not TrainingArguments), TrainingArguments)
+    group = _GROUP_OF_CLASS.get(owner) or getattr(owner, "help_group", _OTHER)
+    return group, cls.__mro__.index(owner), [*inspect.get_annotations(owner)].index(name)
 
 
 def _default(action: argparse.Action, presets: Mapping[str, Mapping[str, Any]]) -> str:

@@ -80,15 +80,14 @@ def write_probabilities(
     batch_size: int = 32,
     on_bad_image: str = "error",
 ) -> int:
-    """A CSV with a row an image: its name below `root`, its labels if the model has thresholds, and a probability a
-    class.
+    """Write a CSV that appears only when it is whole, with a row an image.
 
     Args:
-        output: The file; it appears only when it is whole.
-        model: A multi-label image classifier in evaluation mode.
+        output: The file.
+        model: A multi-label image classifier in evaluation mode. If it has thresholds, a column says the labels, too.
         processor: Its image processor.
         files: The images.
-        root: The folder that all of them are in.
+        root: The folder that all of them are in; they are named by their place in it.
         batch_size: Images at a time.
         on_bad_image: `"error"`, or `"skip"`, which leaves out those that cannot be decoded.
 

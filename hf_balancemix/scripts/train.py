@@ -30,12 +30,7 @@ from hf_balancemix.frozen.backbone import FrozenBackbone
 from hf_balancemix.methods.registry import METHODS, trainer_for
 from hf_balancemix.models import load_model
 from hf_balancemix.report import results_table
-from hf_balancemix.scripts.arguments import (
-    ModelArguments,
-    NoiseArguments,
-    SampleArguments,
-    parse_script,
-)
+from hf_balancemix.scripts.arguments import ModelArguments, NoiseArguments, SampleArguments, parse_script
 from hf_balancemix.scripts.data import DataArguments
 from hf_balancemix.scripts.parser import run
 from hf_balancemix.trainer import MultiLabelTrainer
@@ -215,40 +210,34 @@ def print_results(
     if args.process_index != 0:
         return
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(results_text(results, args))
-    if any(left_out):
-        print(f"Left out because they cannot be read: {left_out[0]:,} training and {left_out[1]:,} evaluation images.")
-
-
-def results_text(results: Mapping[str, Mapping[str, float]], args: BalanceMixTrainingArguments) -> str:
-    """The tables, where the models are, and what to do next."""
-    text = [
+    print(
         f"\nEvaluation mAP in per cent after the last epoch (many-shot: more than {args.many_shot:,} clean positive "
         f"training labels, few-shot: fewer than {args.few_shot:,})\n"
-    ]
+    )
     columns = {"eval_mAP": "all", "eval_mAP_many": "many", "eval_mAP_medium": "medium", "eval_mAP_few": "few"}
-    text.append(results_table(results, columns, percent=True, extra={"seconds": "training seconds"}))
+    print(results_table(results, columns, percent=True, extra={"seconds": "training seconds"}))
     quality = {name: figures for name, figures in results.items() if "label_clean_precision" in figures}
     if quality:
-        text.append("\nLabel quality in per cent over the last epoch (Eq. 14, 15)\n")
+        print("\nLabel quality in per cent over the last epoch (Eq. 14, 15)\n")
         columns = {
             "label_clean_precision": "clean precision",
             "label_clean_recall": "clean recall",
             "label_relabel_proportion": "re-labelled",
             "label_relabel_accuracy": "re-labelling right",
         }
-        text.append(results_table(quality, columns, percent=True))
-        text.append("\nThe same for labels that were given as positive\n")
+        print(results_table(quality, columns, percent=True))
+        print("\nThe same for labels that were given as positive\n")
         columns = {f"{name}_positives": heading for name, heading in columns.items()}
         columns["label_noise_rate_positives"] = "given wrong"
-        text.append(results_table(quality, columns, percent=True))
+        print(results_table(quality, columns, percent=True))
     best = Path(args.output_dir, "balancemix" if "balancemix" in results else next(iter(results)))
     installed = Path(sys.executable).with_name("balancemix")  # it need not be on the PATH
     command = installed if installed.exists() and not shutil.which("balancemix") else "balancemix"
-    text.append(f"\nModels, each with a card (README.md): {', '.join(str(Path(args.output_dir, n)) for n in results)}")
-    text.append("Next, class probabilities for your own images:")
-    text.append(f"    {command} predict --model {best} --images FOLDER --output scores.csv")
-    return "\n".join(text)
+    print(f"\nModels, each with a card (README.md): {', '.join(str(Path(args.output_dir, n)) for n in results)}")
+    print("Next, class probabilities for your own images:")
+    print(f"    {command} predict --model {best} --images FOLDER --output scores.csv")
+    if any(left_out):
+        print(f"Left out because they cannot be read: {left_out[0]:,} training and {left_out[1]:,} evaluation images.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import NAMES, load_example, make_dataset
 from packaging.version import Version
 
-from benchmarks.paper.__main__ import GridArguments
 from hf_balancemix.scripts import main as command
 from hf_balancemix.scripts import train
 from hf_balancemix.scripts.arguments import parse_script
@@ -188,9 +187,7 @@ def test_every_command_that_is_written_down_is_understood(text):
             parse_script(None, ["--use_cpu", *argv], "")
         elif "predict" in words[1] and words[2:]:
             parse_arguments((PredictArguments,), words[2:])
-        elif "benchmarks.paper" in words:
-            parse_arguments((GridArguments,), words[words.index("benchmarks.paper") + 1 :])
         else:
-            assert words[1] in ("COMMAND", "--version", "predict"), words
+            assert words[1] in ("COMMAND", "--version", "predict") or "benchmarks.paper" in words, words
         seen.add(script or words[1])
     assert {"run_coco", "predict"} <= seen

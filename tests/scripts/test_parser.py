@@ -154,11 +154,11 @@ def test_the_global_batch_is_shared_among_accumulation_steps_and_ranks(monkeypat
     monkeypatch.setattr(BalanceMixTrainingArguments, "world_size", 2)
     args = arguments("--gradient_accumulation_steps", "4", "--global_batch_size", "32")
     assert (args.per_device_train_batch_size, args.global_batch_size) == (4, 32)
-    with pytest.raises(ValueError, match="global_batch_size is 36, which 2 ranks x 4 accumulation steps cannot share"):
+    with pytest.raises(ValueError, match="global_batch_size is 36; it must be a multiple of 2 ranks x 4 accumulation"):
         arguments("--gradient_accumulation_steps", "4", "--global_batch_size", "36")
-    with pytest.raises(ValueError, match="global_batch_size is 64, but per_device_train_batch_size 8 x 2"):
+    with pytest.raises(ValueError, match="global_batch_size is 64; it must be per_device_train_batch_size 8 x 2"):
         arguments("--global_batch_size", "64", "--per_device_train_batch_size", "8")
-    with pytest.raises(ValueError, match="global_batch_size is 4, which 2 ranks x 8"):
+    with pytest.raises(ValueError, match="global_batch_size is 4; it must be a multiple of 2 ranks x 8"):
         arguments("--gradient_accumulation_steps", "8", "--global_batch_size", "4")
 
 
