@@ -240,7 +240,7 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     """
     values = args.to_dict()
     base = TrainingArguments.__dataclass_fields__
-    preset = {"num_train_epochs": 20.0, "global_batch_size": 64} | type(args).PRESETS["default"]
+    preset = type(args).PRESETS["default"]
     changed = {}
     for field in dataclasses.fields(args):
         own = field.name not in base or field.name in preset
