@@ -19,10 +19,11 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_balancemix.files import is_temporary, sync_folder, whole_file
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_TEMPORARY = MANIFEST + ".tmp"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -44,27 +45,16 @@ def write_manifest(directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"Received {directory}, which is not a folder; a checkpoint folder is required. "
-            "Save the checkpoint before its manifest."
+            f"directory is {directory}; it must be the folder of a checkpoint; save that before its manifest."
         )
     remove_manifest(directory)
     files = {name: _describe(directory / name) for name in _file_names(directory)}
     if not files:
         raise ValueError(
-            f"Received {directory}, which holds no file; a saved checkpoint is required. "
-            "Save the checkpoint before its manifest."
+            f"directory is {directory}, an empty folder; it must hold a checkpoint; save that before its manifest."
         )
-    temporary = directory / _TEMPORARY
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            json.dump({"version": 1, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, directory / MANIFEST)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(directory)
+    with whole_file(directory / MANIFEST) as temporary:
+        temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="ascii")
 
 
 def remove_manifest(directory: str | os.PathLike[str]) -> None:
@@ -75,7 +65,7 @@ def remove_manifest(directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     if os.path.lexists(directory / MANIFEST):
         (directory / MANIFEST).unlink()
-        _sync_directory(directory)
+        sync_folder(directory)
 
 
 def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | None:
@@ -197,11 +187,11 @@ def _step(path: Path) -> int:
 
 
 def _file_names(directory: Path) -> list[str]:
-    """Names of the regular files below, relative, with slashes, sorted; without the manifest itself."""
+    """Names of the regular files below, relative, with slashes, sorted; without the manifest, and unfinished ones."""
     names = []
     for root, _, files in os.walk(directory, onerror=_raise):
-        names += [(Path(root) / file).relative_to(directory).as_posix() for file in files]
-    return sorted(name for name in names if name not in (MANIFEST, _TEMPORARY) and (directory / name).is_file())
+        names += [(Path(root) / file).relative_to(directory).as_posix() for file in files if not is_temporary(file)]
+    return sorted(name for name in names if name != MANIFEST and (directory / name).is_file())
 
 
 def _raise(error: OSError) -> None:
@@ -232,14 +222,3 @@ def _parse_manifest(manifest: Any) -> dict[str, tuple[int, str]]:
     if not files or not inside:
         raise ValueError("not a manifest of files in this folder")
     return files
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename or a removal in the folder outlast a power cut."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

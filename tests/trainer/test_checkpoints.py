@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_balancemix.files import is_temporary
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.checkpoints import (
     MANIFEST,
@@ -185,19 +186,19 @@ def test_files_larger_than_a_chunk(tmp_path):
 def test_writing_again_describes_the_new_files(tmp_path):
     directory = _save(tmp_path, 1)
     (directory / "model.safetensors").write_bytes(b"new")
-    (directory / (MANIFEST + ".tmp")).write_text("left by a crash")
+    (directory / "sub" / ".empty.1.tmp").write_text("left by a crash")
     write_manifest(directory)
     assert check(directory) is None
-    assert sorted(path.name for path in directory.iterdir()) == sorted(
-        [MANIFEST, "model.safetensors", "sub", "trainer_state.json"]
-    )
+    listed = json.loads((directory / MANIFEST).read_text())["files"]
+    assert sorted(listed) == ["model.safetensors", "sub/empty", "trainer_state.json"]
+    assert {path.name for path in directory.iterdir()} == {MANIFEST, "model.safetensors", "sub", "trainer_state.json"}
 
 
 def test_nothing_to_declare_whole(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-1, which is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-1; it must be the folder of a checkpoint"):
         write_manifest(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1" / "sub").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no file"):
+    with pytest.raises(ValueError, match="an empty folder; it must hold a checkpoint"):
         write_manifest(tmp_path / "checkpoint-1")
     assert "no manifest.json" in check(tmp_path / "checkpoint-1")
 
@@ -215,7 +216,7 @@ def test_a_manifest_that_cannot_be_written_leaves_none(tmp_path, monkeypatch, st
         with pytest.raises(type(error)):
             write_manifest(directory)
     assert "no manifest.json" in check(directory)
-    assert not (directory / (MANIFEST + ".tmp")).exists()
+    assert not any(is_temporary(path.name) for path in directory.iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
@@ -236,7 +237,8 @@ def test_files_are_on_disk_before_the_manifest_appears(tmp_path, monkeypatch):
     sync, replace = os.fsync, os.replace
 
     def recording_sync(descriptor):
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(f"{directory}"))
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append("temporary" if is_temporary(path.name) else str(path).removeprefix(f"{directory}"))
         sync(descriptor)
 
     if not os.path.isdir("/proc/self/fd"):
@@ -245,7 +247,7 @@ def test_files_are_on_disk_before_the_manifest_appears(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
     write_manifest(directory)
     data = ["/model.safetensors", "/sub/empty", "/trainer_state.json"]
-    assert events == [*data, f"/{MANIFEST}.tmp", "replace", ""]
+    assert events == [*data, "temporary", "replace", ""]
 
 
 def test_remove_manifest(tmp_path):
