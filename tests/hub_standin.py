@@ -110,7 +110,6 @@ class _Fault:
     status: int | None
     path: str
     body: str
-    headers: dict[str, str]
     skip: int
     hold: Hold | None = None
 
@@ -143,11 +142,9 @@ class Hold:
 
 
 class _RefusedError(Exception):
-    def __init__(
-        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
+        self.status, self.message, self.code = status, message, code
 
 
 class HubStandin:
@@ -188,7 +185,6 @@ class HubStandin:
         path: str = "",
         *,
         body: str = "",
-        headers: dict[str, str] | None = None,
         skip: int = 0,
     ) -> None:
         """Fail the next requests.
@@ -198,10 +194,9 @@ class HubStandin:
             status: The HTTP status that they get; None drops the connection without an answer.
             path: Only requests whose method and path, such as "PUT /lfs/", this regular expression finds.
             body: And whose body this one finds (a repository's creation says its name there only).
-            headers: Of the answer, such as Retry-After.
             skip: So many requests of the kind are answered before.
         """
-        self._faults.append(_Fault(requests, status, path, body, headers or {}, skip))
+        self._faults.append(_Fault(requests, status, path, body, skip))
 
     def mend(self) -> None:
         """No more failures."""
@@ -213,7 +208,7 @@ class HubStandin:
         The first `skip` such requests are answered.
         """
         hold = Hold()
-        self._faults.append(_Fault(1, None, path, "", {}, skip, hold))
+        self._faults.append(_Fault(1, None, path, "", skip, hold))
         return hold
 
     def fault(self, path: str, body: bytes | None) -> _Fault | None:
@@ -289,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             if fault:
-                raise _RefusedError(fault.status, "a fault that the test asked for", headers=fault.headers)
+                raise _RefusedError(fault.status, "a fault that the test asked for")
             function, arguments = self._route(path)
             with self.hub.lock:
                 result = function(self, **arguments)
@@ -298,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as refused:
             status = refused.status
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
-            self._send(status, headers | refused.headers, {"error": refused.message})
+            self._send(status, headers, {"error": refused.message})
         finally:
             self.hub.requests.append((self.command, self.path, status))
 

@@ -4,11 +4,11 @@
 
 Each run is FOLDER/<name after the slash>; what is not an argument of the trainer begins with `_`:
 
-    _push: arguments of `push_to_hub` after training
+    _push: arguments of `push_to_hub` after training; what comes of a Future is written to FOLDER/<run>.oid
     _resume: true, or "user/name" for the last checkpoint of that repository as it was after the first save
     _ours: train this package's model class instead of one of transformers
-    _hub: constants of `hf_balancemix.trainer.hub` for this run and those after it
     _card: text of a README.md that the user has put into the output folder
+    _breaks: true: neither the card can be written, nor can a tracker be told of a push
 
 Rank 0 writes FOLDER/<run>.pt (parameters, and what came out) and all that was logged to FOLDER/<run>.log.
 """
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from huggingface_hub import HfApi, snapshot_download
+from transformers import TrainerCallback
 
 from hf_balancemix import BalanceMixTrainer
 from hf_balancemix.core.distributed import leave_process_group
@@ -49,12 +50,15 @@ def our_model() -> BalanceMixForImageClassification:
     return model_from_backbone(config, NAMES, head="ml_decoder")
 
 
+class Broken(TrainerCallback):
+    def on_push_begin(self, *args, **kwargs):
+        raise RuntimeError("it is broken")
+
+
 def run(folder: Path, data, name: str, **options: Any) -> None:
-    push, resume, ours, constants, card = (
-        options.pop(f"_{key}", None) for key in ("push", "resume", "ours", "hub", "card")
+    push, resume, ours, card, breaks = (
+        options.pop(f"_{key}", None) for key in ("push", "resume", "ours", "card", "breaks")
     )
-    for constant, value in (constants or {}).items():
-        setattr(hub, constant, value)
     run_name, ranks, rank = name.split("/")[1], int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if isinstance(resume, str):
         resume = checkpoint_of(resume, folder / f"{run_name}-download")
@@ -69,13 +73,18 @@ def run(folder: Path, data, name: str, **options: Any) -> None:
         args=arguments(folder / run_name, **options),
         train_dataset=data,
         eval_dataset=data.select(range(4)),
+        callbacks=[Broken()] if breaks else None,
     )
+    if breaks:
+        trainer._write_card = Broken().on_push_begin
     trainer.train(resume_from_checkpoint=resume)
     result: dict[str, Any] = {"parameters": flat(trainer.model), "metrics": trainer.evaluate()}
     if push is not None:
         info = trainer.push_to_hub(**push)
-        info = info.result() if isinstance(info, Future) else info
-        result["commit"] = info and info.oid
+        if isinstance(info, Future):  # nobody waits for it
+            info.add_done_callback(lambda done: (folder / f"{run_name}.oid").write_text(done.result().oid))
+        else:
+            result["commit"] = info and info.oid
         trainer.evaluate()  # the other ranks go on
     if ranks > 1:
         assert dist.get_world_size() == ranks
