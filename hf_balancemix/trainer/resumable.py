@@ -42,17 +42,19 @@ class ResumableTrainer(HubTrainer):
         Raises:
             ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed.
         """
+        checkpoint = None
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False):
-                resume_from_checkpoint = checkpoints.last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.info("No whole checkpoint in %s: training starts from the beginning.", self.args.output_dir)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            self._check_checkpoint(Path(resume_from_checkpoint))
-            logger.info("Resuming from %s.", resume_from_checkpoint)
+                checkpoint = checkpoints.last_whole_checkpoint(self._output_dir)
+            if checkpoint is None:
+                logger.info("No whole checkpoint in %s: training starts from the beginning.", self._output_dir)
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+            logger.info("Resuming from %s.", checkpoint)
         self._drop_thresholds()
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _drop_thresholds(self) -> None:
         """Thresholds are of the weights on which they were tuned, which training changes."""
@@ -76,15 +78,17 @@ class ResumableTrainer(HubTrainer):
         if problem is None and not (checkpoint / RUN_FILE).is_file():
             problem = f"{RUN_FILE} is missing"
         if problem is not None:
+            problem = problem.rstrip(".")
             raise ValueError(
-                f"cannot resume from {checkpoint}: {problem}. Pass another checkpoint, or True for the last."
+                f"cannot resume from {checkpoint}: {problem}; it must be whole; pass another, or True for the last."
             )
         saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._run_facts()
         for name in [name for name in own if name not in _SHOULD_BE_EQUAL]:
             if saved.get(name) != own[name]:
                 raise ValueError(
-                    f"cannot resume from {checkpoint}: its {name} is {saved.get(name)}, this run's is {own[name]}. "
-                    "Resume with the data set and settings of the checkpoint, or start in another output_dir."
+                    f"cannot resume from {checkpoint}: its {name} is {saved.get(name)}, this run's is {own[name]}; "
+                    "they must be equal; resume with the data set and settings of the checkpoint, or start in another "
+                    "output_dir."
                 )
         for name in _SHOULD_BE_EQUAL:
             if name in own and saved.get(name) != own[name]:
@@ -96,7 +100,7 @@ class ResumableTrainer(HubTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self._output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
             values = self.args.to_dict() | {"save_total_limit": self._hidden_limit or self.args.save_total_limit}
             (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -164,18 +168,18 @@ class ResumableTrainer(HubTrainer):
         super()._load_best_model()
         load_weights()
 
-    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> Callable[[], Any]:
+    def _load_weights(self, checkpoint: str | None, model: nn.Module | None = None) -> Callable[[], Any]:
         """Refuse weights that do not fit, before anything changes; what is returned loads them.
 
         transformers#48805: keys that are renamed on save are not found again by Trainer's plain load_state_dict.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return lambda: None
-        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        loaded, info = type(model).from_pretrained(
+        own: Any = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        loaded, info = type(own).from_pretrained(
             checkpoint,
-            config=copy.deepcopy(model.config),
-            dtype=model.dtype,
+            config=copy.deepcopy(own.config),
+            dtype=own.dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,
@@ -186,8 +190,8 @@ class ResumableTrainer(HubTrainer):
             names = sorted(name if isinstance(name, str) else name[0] for keys in found.values() for name in keys)
             counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in found.items())
             raise ValueError(
-                f"{checkpoint} holds other weights than those of the trainer's {type(model).__name__}: {counts} "
+                f"{checkpoint} holds other weights than those of the trainer's {type(own).__name__}: {counts} "
                 f"tensors ({', '.join(names[:3])}, ...). Needed is a checkpoint of the same architecture and sizes: "
                 "build the model as the checkpoint's config.json says, or start in another output_dir."
             )
-        return lambda: model.load_state_dict(loaded.state_dict())
+        return lambda: own.load_state_dict(loaded.state_dict())
