@@ -34,7 +34,6 @@ from transformers import TrainerCallback
 from hf_balancemix import BalanceMixTrainer
 from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.models import BalanceMixForImageClassification, model_from_backbone
-from hf_balancemix.trainer import hub
 
 
 def checkpoint_of(repository: str, folder: Path) -> str:
