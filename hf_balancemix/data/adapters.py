@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ from hf_balancemix.data.noise import read_ids
 from hf_balancemix.data.views import undecoded_images
 
 logger = logging.getLogger(__name__)
-
-Where = Callable[[int], str]  # names a row, for messages
 
 _UNKNOWN = 2
 _CODES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "": _UNKNOWN, "?": _UNKNOWN, "-1": _UNKNOWN, "-1.0": _UNKNOWN}
@@ -240,24 +238,20 @@ def _labelled(
     dataset: datasets.Dataset, tags: list[list[Any] | None], feature: Any, names: Sequence[str] | None, what: str
 ) -> datasets.Dataset:
     """`image`, `labels` and `image_id` of a data set, from the tags of each row and the feature of one tag."""
-    names = _checked_names(names)
-
-    def where(row: int) -> str:
-        return f"{what}, row {row}"
-
+    names, name_of = _checked_names(names), None
     if isinstance(feature, datasets.ClassLabel):
-        tags = _names_of(tags, dict(enumerate(feature.names)), where)
+        name_of = dict(enumerate(feature.names))
         names = feature.names if names is None else names
     elif isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type):
         if names is None:
             raise ValueError(f"{what}: the classes are {feature.dtype} ids; they must have names; pass names=[...].")
-        tags = _names_of(tags, dict(enumerate(names)), where)
+        name_of = dict(enumerate(names))
     elif not _is_string(feature):
         raise TypeError(
             f"{what}: a class is of the type {feature}; it must be a string, a ClassLabel or an integer id; see "
             "dataset.features."
         )
-    names, labels = _class_lists(tags, names, where)
+    names, labels = _class_lists(tags, names, lambda row: f"{what}, row {row}", name_of)
 
     image_ids = _image_ids(dataset)
     columns = ["image", "image_id"] if image_ids is None else ["image"]
@@ -369,15 +363,11 @@ def _label_column(
     if unknown == "masked":
         raise ValueError("unknown is 'masked'; it must be 'negative' with label_column, where no label is unknown.")
 
-    def where(row: int) -> str:
-        return f"{table.file}, line {table.lines[row]}, column '{column}'"
-
-    tags: list[list[str] | None] = [_split(cell, separator) for cell in table.column(column, "label_column")]
-    if class_ids:
-        if names is None:
-            raise ValueError("names is None; with class_ids it must be the class names in the order of the ids.")
-        tags = _names_of(tags, {str(k): name for k, name in enumerate(names)}, where)
-    return _class_lists(tags, names, where)
+    if class_ids and names is None:
+        raise ValueError("names is None; with class_ids it must be the class names in the order of the ids.")
+    name_of = {str(k): name for k, name in enumerate(names or [])} if class_ids else None
+    tags = [_split(cell, separator) for cell in table.column(column, "label_column")]
+    return _class_lists(tags, names, lambda row: f"{table.file}, line {table.lines[row]}, column '{column}'", name_of)
 
 
 def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -410,46 +400,45 @@ def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[
 # ----------------------------------------------------------------------------------------------------- classes
 
 
-def _names_of(ids: Sequence[Sequence[Any] | None], names: dict[Any, str], where: Where) -> list[list[str] | None]:
-    """The class names of the ids in each row; None stays None."""
-    result = []
-    for row, values in enumerate(ids):
-        try:
-            result.append(None if values is None else [names[value] for value in values])
-        except KeyError as error:
-            raise ValueError(
-                f"{where(row)} has {error.args[0]!r}; it must be a class id, a whole number from 0 to "
-                f"{len(names) - 1}; correct it, or give all names."
-            ) from None
-    return result
-
-
 def _class_lists(
-    tags: Sequence[Sequence[str] | None], names: list[str] | None, where: Where
+    tags: Sequence[Sequence[Any] | None],
+    names: list[str] | None,
+    where: Callable[[int], str],
+    name_of: dict[Any, str] | None = None,
 ) -> tuple[list[str], list[list[int]]]:
-    """Names of the K classes (those that occur, sorted, unless they are given), and each row's in ascending order."""
-    rows: list[Sequence[str]] = []
+    """Names of the K classes (those that occur, sorted, unless they are given), and each row's in ascending order.
+
+    Args:
+        tags: The classes of each row, as names, or as ids in `name_of`.
+        names: The K classes, if they are given.
+        where: Names a row, for messages.
+        name_of: Id to name; None: the tags are names.
+    """
+    rows: list[set[str]] = []
     for row, classes in enumerate(tags):
-        if classes is None or None in classes or "" in classes:
+        if classes is None or (name_of is None and not all(classes)):
             raise ValueError(
                 f"{where(row)} is {classes!r}; it must be a list of class names, empty where there is none; repair or "
                 "drop the row."
             )
-        rows.append(classes)
-    names = sorted(set(chain.from_iterable(rows))) if names is None else names
+        try:
+            rows.append(set(classes) if name_of is None else {name_of[value] for value in classes})
+        except KeyError as error:
+            raise ValueError(
+                f"{where(row)} has {error.args[0]!r}; it must be a class id, a whole number from 0 to "
+                f"{len(name_of or ()) - 1}; correct it, or give all names."
+            ) from None
+    names = sorted(set().union(*rows)) if names is None else names
     if not names:
         raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
     index = {name: k for k, name in enumerate(names)}
-    labels = []
-    for row, classes in enumerate(rows):
-        try:
-            labels.append(sorted({index[name] for name in classes}))
-        except KeyError as error:
+    for row, found in enumerate(rows):
+        if other := found - index.keys():
             raise ValueError(
-                f"{where(row)} has {error.args[0]!r}; it must be one of the {len(names)} classes {first_few(names)}; "
+                f"{where(row)} has {min(other)!r}; it must be one of the {len(names)} classes {first_few(names)}; "
                 "correct it or add it to names."
-            ) from None
-    return names, labels
+            )
+    return names, [sorted(index[name] for name in found) for found in rows]
 
 
 def _checked_names(names: Sequence[str] | None) -> list[str] | None:

@@ -85,19 +85,9 @@ def check_lines_differ(values: Sequence[str], file: Path, what: str, first_line:
 
 
 def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_image: str) -> list[bool]:
-    """Which of the listed images are files of the folder; all of them unless absent ones may be skipped.
+    """For N paths relative to the folder, which `listed_in` lists, N booleans: which of them are files.
 
-    Args:
-        folder: The image folder.
-        names: N paths relative to it.
-        listed_in: The file that lists them, for messages.
-        on_bad_image: "error", or "skip" to warn about absent images and go on with the others.
-
-    Returns:
-        N booleans.
-
-    Raises:
-        FileNotFoundError: An image is absent and `on_bad_image` is "error", or every image is absent.
+    With `on_bad_image` "skip" absent images are warned of; FileNotFoundError with "error", or if all are absent.
     """
     found = _are_files(folder, names)
     missing = [name for name, exists in zip(names, found, strict=True) if not exists]

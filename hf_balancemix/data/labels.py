@@ -7,6 +7,7 @@ column is a list of K zeros and ones (integers, floats or booleans) for each ins
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -18,17 +19,8 @@ import torch
 
 
 def column_feature(dataset: Any, column: str, fix: str) -> Any:
-    """The feature of a column.
-
-    Args:
-        dataset: What should be a `datasets.Dataset`.
-        column: Name of the column.
-        fix: What to do where there is no such column, for the message.
-
-    Raises:
-        TypeError: It is no `datasets.Dataset`.
-        ValueError: It has no such column.
-    """
+    """The feature of a column; TypeError where `dataset` is no `datasets.Dataset`, ValueError (which ends in `fix`)
+    where it has no such column."""
     if not isinstance(dataset, datasets.Dataset):
         hint = "pass one of its splits" if isinstance(dataset, dict) else "load it with streaming=False"
         raise TypeError(
@@ -124,23 +116,13 @@ def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
 
 
 def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
-    """Labels with -1 where they are unknown.
+    """(N, K) int8 of 0, 1 and -1: labels of 0 and 1, and -1 where `unknown`, of that shape, is true or 1.
 
-    Args:
-        labels: (N, K) of 0 and 1.
-        unknown: (N, K), true or 1 where a label, 0 in `labels`, is not known.
-        names: The K class names, for messages; by default the numbers of the classes.
-
-    Returns:
-        (N, K) int8 array of 0, 1 and -1.
-
-    Raises:
-        ValueError: The shapes differ, or a label is both present and unknown.
+    ValueError where the shapes differ or a label is both present and unknown; the message has the class from `names`.
     """
     if unknown.shape != labels.shape:
         raise ValueError(
-            f"unknown has the shape {unknown.shape}; it must have that of labels, {labels.shape}; give one value for "
-            "each label."
+            f"unknown has the shape {unknown.shape}; it must be {labels.shape}, one value for each label."
         )
     both = np.argwhere((unknown != 0) & (labels == 1))
     if len(both):
@@ -257,12 +239,10 @@ def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, colu
     matrix = np.zeros((len(lengths), num_classes), dtype=np.uint8)
     matrix[rows, ids] = 1
     if int(matrix.sum(dtype=np.int64)) != len(ids):
-        cells = rows * num_classes + ids.astype(np.int64)
-        ordered = np.sort(cells)
-        row, twice = divmod(int(ordered[1:][ordered[1:] == ordered[:-1]][0]), num_classes)
+        row, twice = Counter(zip(rows.tolist(), ids.tolist(), strict=True)).most_common(1)[0][0]
         raise ValueError(
-            f"column '{column}', row {row} lists the class id {twice} more than once; each present class must be "
-            f"there once; take for instance sorted(set(ids))."
+            f"column '{column}', row {row} lists the class id {twice} more than once; it must be there once; take for "
+            f"instance sorted(set(ids))."
         )
     return matrix
 

@@ -46,40 +46,7 @@ from hf_balancemix.files import whole_file
 FILE_NAME = "noise_map.parquet"
 _KEY = b"noise_map"
 _COLUMNS = {"class": pa.string(), "given": pa.uint8(), "clean": pa.uint8(), "check": pa.uint32()}
-
-_README = """---
-tags:
-- label-noise
-- multi-label
-- hf_balancemix
-configs:
-- config_name: default
-  data_files: {file}
----
-
-# Noise map {map.name}
-
-The labels of a multi-label data set that noise changed, and no images. Who has the data set gets the very same noisy
-labels from it:
-
-```python
-from hf_balancemix import load_noise_map
-
-noisy = load_noise_map("{repo_id}").apply(dataset)  # noisy `labels`, the clean ones as `clean_labels`
-```
-
-| | |
-|---|---|
-| Noise | `{parameters}` |
-| Images | {map.num_instances:,} |
-| Classes | {num_classes:,} |
-| Labels removed (1 to 0) | {map.num_removed:,} |
-| Labels added (0 to 1) | {map.num_added:,} |
-| Digest of the clean labels | `{map.clean_digest}` |
-
-`{file}` has one row for each changed label: `image_id`, `class`, `given` (noisy), `clean`, and `check`, a
-checksum of the clean labels of the image. An image without a changed label has one row with an empty `class`.
-"""
+_CARD = Path(__file__).parent / "templates" / "noise_map.md"
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,11 +212,11 @@ class NoiseMap:
         files = set(api.list_repo_files(repo_id, repo_type="dataset"))
         operations = [CommitOperationAdd(FILE_NAME, self._parquet())]
         if "README.md" not in files or FILE_NAME in files:
-            parameters, num_classes = json.dumps(self.parameters)[:2000], len(self.class_names)
-            readme = _README.format(
-                map=self, file=FILE_NAME, repo_id=repo_id, parameters=parameters, num_classes=num_classes
+            text, parameters = _CARD.read_text(encoding="utf-8"), json.dumps(self.parameters)[:2000]
+            card = text.format(
+                map=self, file=FILE_NAME, repo_id=repo_id, parameters=parameters, num_classes=len(self.class_names)
             )
-            operations.append(CommitOperationAdd("README.md", readme.encode()))
+            operations.append(CommitOperationAdd("README.md", card.encode()))
         return api.create_commit(repo_id, operations, commit_message=commit_message, repo_type="dataset").commit_url
 
     def apply(self, dataset: datasets.Dataset) -> datasets.Dataset:

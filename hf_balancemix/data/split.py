@@ -57,16 +57,13 @@ def iterative_split(
 
 
 def _deal(columns: np.ndarray, num_classes: int, sizes: list[int], tie_breaks: list[float]) -> np.ndarray:
-    """The part of each instance.
+    """`(N,)` int64: the part of each instance.
 
     Args:
         columns: `(N, L)` bool, what to stratify: `num_classes` columns of positive labels, then those of unknown ones.
         num_classes: K.
         sizes: Sizes of the parts, which sum to N.
         tie_breaks: N draws in [0, 1).
-
-    Returns:
-        `(N,)` int64 index of the part.
     """
     left = columns.sum(axis=0, dtype=np.int64)
     wanted = np.outer(sizes, left)  # in units of 1 / N, so that all of it is exact
@@ -109,8 +106,5 @@ def _part_sizes(sizes: Sequence[Any], num_instances: int) -> list[int]:
     largest = np.argsort(counts - exact, kind="stable")[: num_instances - counts.sum()]  # largest remainders
     counts[largest] += 1
     if not counts.all():
-        raise ValueError(
-            f"sizes is {sizes} of {num_instances} instances, which leaves a part empty; no part may be; give it a "
-            "larger fraction."
-        )
+        raise ValueError(f"sizes is {sizes}, which leaves a part empty; none must be; give it a larger fraction.")
     return counts.tolist()

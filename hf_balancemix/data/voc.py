@@ -101,8 +101,9 @@ def load_voc(
             )
         files = [f"{image_id}.jpg" for image_id in ids]
         present += present_files(folder / "JPEGImages", files, ids_file, on_bad_image)
-        for all_rows, rows in zip((certain, doubtful), _read_labels(folder, split, ids), strict=True):
-            all_rows += rows
+        present_classes, difficult_ones = _read_labels(folder, split, ids)
+        certain += present_classes
+        doubtful += difficult_ones
         images += [os.path.join(folder, "JPEGImages", file) for file in files]
         image_ids += ids
 

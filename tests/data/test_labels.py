@@ -229,7 +229,7 @@ def test_a_label_both_present_and_unknown():
     dataset = class_list().add_column("unknown_labels", [[], [], [], [1], []], feature=List(ClassLabel(names=NAMES)))
     with pytest.raises(ValueError, match=r"row 3: class 'dog' is in 'labels' and in 'unknown_labels'.*remove it"):
         given_labels(dataset)
-    with pytest.raises(ValueError, match=r"unknown has the shape \(2, 2\); it must have that of labels, \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"unknown has the shape \(2, 2\); it must be \(2, 3\)"):
         mark_unknown(np.zeros((2, 3)), np.zeros((2, 2)), "abc")
 
 

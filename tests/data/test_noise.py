@@ -684,7 +684,7 @@ def test_labels_both_present_and_unknown():
     noise = RandomFlip(0.1).fit(small())
     with pytest.raises(ValueError, match="row 1: class '1' is in 'labels' and in 'unknown_labels'"):
         noise.apply(np.eye(5), range(7, 12), np.eye(5) * [[0], [1], [0], [1], [0]])
-    with pytest.raises(ValueError, match=r"unknown has the shape \(5, 4\); it must have that of labels, \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"unknown has the shape \(5, 4\); it must be \(5, 5\)"):
         noise.apply(np.eye(5), range(5), np.zeros((5, 4)))
 
 

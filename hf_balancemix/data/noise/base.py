@@ -144,10 +144,8 @@ class LabelNoise:
                 raise ValueError(f"the batch's columns are {list(batch)}; '{column}' must be among them; {fix}.")
         if np.ndim(batch["image_id"]) == 0:
             raise ValueError(f"{self!r} was called with one row; it must be a batch; use map(noise, batched=True).")
-        given = self._matrix(batch, "labels")
-        if batch.get("unknown_labels") is not None:
-            given = mark_unknown(given, self._matrix(batch, "unknown_labels"))
-        noisy = (self._noisy(given, plain_ids(batch["image_id"])) == 1).astype(np.uint8)
+        unknown = None if batch.get("unknown_labels") is None else self._matrix(batch, "unknown_labels")
+        noisy = self.apply(self._matrix(batch, "labels"), batch["image_id"], unknown)
         labels = [np.flatnonzero(row).tolist() for row in noisy] if self._class_list else noisy.tolist()
         return {"labels": labels, "clean_labels": batch.get("clean_labels", batch["labels"])}
 

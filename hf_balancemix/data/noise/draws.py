@@ -30,14 +30,8 @@ def read_ids(
 ) -> list[int | str]:
     """The column `image_id`; no other column is read.
 
-    Args:
-        dataset: A `datasets.Dataset`.
-        unique: Whether an id that occurs twice is an error. An integer and its decimal string are the same id.
-        dataset_name: What the message calls the data set.
-
-    Raises:
-        ValueError: The column is absent, holds something else than integers and strings, or an id twice.
-        TypeError: `dataset` is no `datasets.Dataset`.
+    ValueError where it is absent, holds something else than integers and strings or, with `unique`, an id twice, of
+    which an integer and its decimal string are the same; the message calls the data set `dataset_name`.
     """
     column_feature(dataset, "image_id", NUMBER_ROWS)
     ids = plain_ids(dataset.select_columns(["image_id"]).with_format("arrow")[:]["image_id"].to_pylist())
