@@ -245,8 +245,8 @@ def test_predict_says_in_one_sentence_what_is_wrong(trained, folder, tmp_path, m
 
     model = str(trained["out"] / "balancemix")
     (tmp_path / "empty").mkdir()
-    assert "nowhere is not a folder" in message(model, tmp_path / "nowhere")
-    assert "empty holds no image" in message(model, tmp_path / "empty")
+    assert "nowhere; it must be a folder" in message(model, tmp_path / "nowhere")
+    assert "empty; it must hold images" in message(model, tmp_path / "empty")
     assert "cannot load a model" in message(str(tmp_path / "empty"), folder)
     assert "cannot load a model" in message("no/model", folder)
     assert "batch_size is 0" in message(model, folder, "--batch_size", "0")

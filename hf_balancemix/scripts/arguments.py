@@ -101,7 +101,7 @@ class MethodArguments:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown:
-            raise ValueError(f"method {', '.join(unknown)} is not known; choose from {', '.join(METHODS)}.")
+            raise ValueError(f"method is {unknown[0]!r}; it must be one of {', '.join(METHODS)}.")
         self.method_args = json_mapping("method_args", self.method_args)
         self.args_by_method = arguments_by_method(self.methods, self.method_args or {})  # not a field
 
@@ -126,8 +126,8 @@ class ModelArguments(NetworkArguments, MethodArguments):
         self.head_args = json_mapping("head_args", self.head_args)
         if self.frozen_backbone and (self.head is not None or self.head_args is not None):
             raise ValueError(
-                f"head is {self.head!r}, and frozen_backbone brings a head of its own, of hidden_size "
-                f"({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
+                f"head is {self.head!r}; it must be left out with frozen_backbone, which brings a head of its own, of "
+                f"hidden_size ({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
             )
 
 
@@ -303,8 +303,8 @@ def parse_script(
         args = replace(args, **{name: value for name, value in settings.items() if name in args.unset})
     if args.ema_decay and "co-teaching" in model_args.methods:  # not only once the others are trained
         raise ValueError(
-            f"ema_decay is {args.ema_decay}, but co-teaching trains two networks, and only one is averaged; leave out "
-            "co-teaching, or set ema_decay to 0."
+            f"ema_decay is {args.ema_decay}; it must be 0 for co-teaching, of whose two networks only one would be "
+            "averaged; set ema_decay to 0, or leave out co-teaching."
         )
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.WARNING, format="%(message)s")
     return data, noise, model_args, args

@@ -98,7 +98,7 @@ class DeepFashionData(DataArguments):
 
 def _check_folder(data_dir: str | None, holds: str) -> None:
     if data_dir is None:
-        raise ValueError(f"--data_dir is not given; pass the folder that holds {holds}.")
+        raise ValueError(f"data_dir is None; it must be the folder that holds {holds}; pass --data_dir DIR.")
 
 
 @dataclass
@@ -125,7 +125,10 @@ class AnyData(DataArguments):
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_dir is None):
-            raise ValueError("pass either --dataset_name (Hub) or --train_dir (a folder of images with a CSV).")
+            raise ValueError(
+                f"dataset_name is {self.dataset_name!r}, and train_dir is {self.train_dir!r}; it must be one of them; "
+                "pass either --dataset_name (Hub) or --train_dir (a folder of images with a CSV)."
+            )
 
     def load(self, seed: int) -> Pair:
         """Training and evaluation set; what is held out is stratified by labels."""

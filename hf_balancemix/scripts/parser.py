@@ -113,8 +113,8 @@ def json_mapping(name: str, value: str | Mapping[str, Any] | None) -> dict[str, 
     """
     try:
         mapping = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise ValueError(f"{name} is {value!r}, which is no JSON ({error}).") from None
+    except ValueError:
+        mapping = value
     if mapping is not None and not isinstance(mapping, Mapping):
         raise ValueError(f"{name} is {value!r}; it must be a JSON mapping, such as '{{\"name\": 1}}'.")
     return None if mapping is None else dict(mapping)
@@ -248,17 +248,16 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TR
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"config file {file} does not exist; pass a YAML or JSON file.")
+        raise FileNotFoundError(f"config is {file}; it must be a YAML or JSON file; check the path.")
     try:
         text = file.read_text(encoding="utf-8")
         # JSON is YAML, but for tabs between its tokens.
         values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(
-            f"config file {file} cannot be read as YAML or JSON: {' '.join(str(error).split())}"
-        ) from error
+        problem = " ".join(str(error).split())
+        raise ValueError(f"config is {file}; it must be readable as YAML or JSON: {problem}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config file {file} holds a {type(values).__name__}; it must map flag names to values.")
+        raise ValueError(f"config is {file}, a {type(values).__name__}; it must map the names of flags to values.")
     return values
 
 
@@ -278,7 +277,7 @@ def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: Pat
         if many:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         elif isinstance(value, list):
-            raise ValueError(f"{file}: {name} takes one value, but is the list {value}.")
+            raise ValueError(f"{name} is {value} in {file}; it must be one value.")
         else:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags

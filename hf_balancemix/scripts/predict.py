@@ -63,10 +63,11 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: It is no folder, or holds none.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; pass the folder that holds the images.")
+        raise FileNotFoundError(f"images is {folder}; it must be a folder; pass the one that holds the images.")
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
-        raise FileNotFoundError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); pass another folder.")
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise FileNotFoundError(f"images is {folder}; it must hold images ({suffixes}); pass another folder.")
     return files
 
 

@@ -147,7 +147,7 @@ def test_a_head_of_ones_own_is_refused_before_anything_runs(tmp_path, monkeypatc
     def message(script: str, *more: str) -> str:
         return fails(script, *flags(tmp_path, "out", *more), monkeypatch=monkeypatch, capsys=capsys)
 
-    assert "head is 'ml_decoder', and frozen_backbone brings a head of its own" in message(
+    assert "head is 'ml_decoder'; it must be left out with frozen_backbone, which brings a head of its own" in message(
         "run_coco", "--head", "ml_decoder"
     )
     assert "num_views is 0" in message("run_voc", "--num_views", "0")
