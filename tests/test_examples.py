@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import load_example
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+import hf_balancemix.scripts.predict as predict_command
 from hf_balancemix.trainer import checkpoints
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -221,6 +223,17 @@ def test_predict_writes_the_models_own_probabilities(trained, folder, tmp_path, 
             expected = model(**inputs).logits[0].sigmoid().tolist()
         assert probabilities == pytest.approx(expected, abs=2e-6)
     assert sorted(p.name for p in output.parent.iterdir()) == ["scores.csv"]
+
+
+@pytest.mark.parametrize("predict", [predict_command.main, load_example("predict").main], ids=["command", "example"])
+def test_predict_takes_flags_from_a_file_and_runs_where_it_is_told(trained, folder, tmp_path, predict, capsys):
+    values = {"model": str(trained["out"] / "balancemix"), "images": str(folder), "device": "cpu"}
+    (tmp_path / "predict.yaml").write_text(yaml.safe_dump(values | {"output": str(tmp_path / "scores.csv")}))
+    predict(["--config", str(tmp_path / "predict.yaml")])
+    assert len(rows_of(tmp_path / "scores.csv")[1]) == 6
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        predict(["--config", str(tmp_path / "predict.yaml"), "--device", "meta"])
+    assert "6 images written" in capsys.readouterr().out
 
 
 def test_predict_stops_at_a_bad_image_or_skips_it(trained, folder, tmp_path, monkeypatch, capsys):

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_balancemix.data import decode
 from hf_balancemix.files import whole_file
-from hf_balancemix.models import class_thresholds, load_trained
+from hf_balancemix.models import class_thresholds, iter_probabilities, load_trained
 from hf_balancemix.scripts.parser import flag, parse_arguments
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
@@ -44,15 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_arguments((PredictArguments,), argv, __doc__, prog="balancemix predict")
     files = image_files(args.images)
     model, processor = load_trained(args.model)
-    written = write_probabilities(
-        args.output,
-        model,
-        processor,
-        files,
-        root=args.images,
-        batch_size=args.batch_size,
-        on_bad_image=args.on_bad_image,
-    )
+    options = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
+    written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
     print(f"{written} images written to {args.output}, {len(files) - written} skipped.")
 
 
@@ -85,7 +75,7 @@ def write_probabilities(
 
     Args:
         output: The file.
-        model: A multi-label image classifier in evaluation mode. If it has thresholds, a column says the labels, too.
+        model: A multi-label image classifier. If it has thresholds, a column says the labels, too.
         processor: Its image processor.
         files: The images.
         root: The folder that all of them are in; they are named by their place in it.
@@ -104,7 +94,7 @@ def write_probabilities(
     with whole_file(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["file", *(["labels"] if has_labels else []), *thresholds])
-        batches = _probabilities(model, files, processor, batch_size=batch_size, on_bad_image=on_bad_image)
+        batches = iter_probabilities(model, files, processor, batch_size=batch_size, on_bad_image=on_bad_image)
         for indices, probabilities in batches:
             for index, row in zip(indices, probabilities.tolist(), strict=True):
                 above = [name for (name, t), p in zip(thresholds.items(), row, strict=True) if p > t]
@@ -113,30 +103,3 @@ def write_probabilities(
                 writer.writerow([name, *labels, *(f"{p:.6f}" for p in row)])
             written += len(indices)
     return written
-
-
-def _probabilities(
-    model: PreTrainedModel, files: Sequence[Path], processor: Any, *, batch_size: int, on_bad_image: str
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Places in `files`, and `(B, K)` float64 probabilities, a batch at a time."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-    if model.config.problem_type != "multi_label_classification":
-        raise ValueError(
-            f"the model's problem_type is {model.config.problem_type!r}, whose outputs are no independent "
-            "probabilities; pass a model trained by this package."
-        )
-    for start in tqdm(range(0, len(files), batch_size), desc="Predicting"):
-        indices, images = [], []
-        for index in range(start, min(start + batch_size, len(files))):
-            try:
-                images.append(decode(files[index]))
-            except ValueError:
-                if on_bad_image == "error":
-                    raise
-            else:
-                indices.append(index)
-        if images:
-            pixels = processor(images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-            with torch.no_grad():
-                yield indices, model(pixel_values=pixels).logits.double().sigmoid().cpu()

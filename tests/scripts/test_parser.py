@@ -322,21 +322,6 @@ def test_the_kind_of_data_is_what_a_flag_or_the_config_file_says(tmp_path):
         kinds("--data_format", "any")
 
 
-def test_a_methods_own_arguments_are_a_mapping_for_one_method(tmp_path):
-    def model(*argv: str, **values):
-        return parse_script("coco", [*argv, "--use_cpu", "--config", str(written(tmp_path, values))], "")[2]
-
-    assert model().method_options == {}
-    own = model("--method", "asl", "--method_args", '{"gamma_neg": 2}')
-    assert own.method_options == {"method_args": {"gamma_neg": 2}}
-    assert model(method="asl", method_args={"gamma_neg": 2}).method_options == own.method_options
-    for method in ("asl focal", "balancemix"):
-        with pytest.raises(ValueError, match="it must be for one method other than balancemix"):
-            model("--method", *method.split(), "--method_args", '{"gamma_neg": 2}')
-    with pytest.raises(ValueError, match=r"method_args is '\[1\]'; it must be a JSON mapping"):
-        model("--method", "asl", "--method_args", "[1]")
-
-
 def test_run_shows_our_messages_and_keeps_other_tracebacks(capsys):
     def bad_input():
         arguments("--preset", "papers")

@@ -109,6 +109,7 @@ def test_method_args_on_the_command_line_and_in_a_config_file(tmp_path):
             "it must map a method's name to its arguments",
         ),
         (["--method_args", '{"gamma": 4}'], "gamma is not an argument of balancemix; it takes none"),
+        (["--method", "asl", "--method_args", "[1]"], r"method_args is '\[1\]'; it must be a JSON mapping"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(*argv)
