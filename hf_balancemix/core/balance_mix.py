@@ -1,20 +1,9 @@
 """The state of one BalanceMix run (Algorithm 1), composed of the parts beside this file.
 
-A training loop calls, in this order:
-
-    for epoch in range(num_epochs):
-        if epoch > 0:                                    # the end of the epoch before, in the paper's words
-            for index, images in training set (evaluation mode, no augmentation, no gradient):
-                state.observe(index, model(images))
-            state.end_epoch(epoch)
-        for each pair of batches:
-            random = state.refine(index_R, labels_R)
-            minority = state.refine(index_M, labels_M)
-            images = mix_images(images_R, images_M, lam)
-            targets, weight = state.mix_labels(random, minority, lam)
-            loss = state.loss(model(images), targets, weight)
-
-The caller runs the model and owns evaluation mode and autocast.
+Before every epoch but the first a training loop shows the whole training set to the model (evaluation mode, no
+augmentation, no gradient), calls :meth:`BalanceMix.observe` with each batch and then :meth:`BalanceMix.end_epoch`. A
+step calls `refine` for both batches of a pair (where `settings.manages_labels(epoch)`), `mix_labels` and `loss`;
+`examples/plain_pytorch.py` is a whole loop. The caller runs the model and owns evaluation mode and autocast.
 """
 
 from __future__ import annotations
@@ -25,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_balancemix.core.checks import check_choice, check_range
 from hf_balancemix.core.distributed import all_reduce_sum, broadcast
 from hf_balancemix.core.label_management import RefinedLabels, refine_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
@@ -56,9 +46,8 @@ class BalanceMixSettings:
         ambiguous: Weigh ambiguous labels by p_G; False leaves them out.
         trust_positives: Every positive label counts as clean.
         max_missing: A class of n positive labels has at most `max_missing` n negative ones that are not clean, those
-            of the largest losses (to the width of a histogram's bin). The others count as clean whatever p_G says: a
-            class cannot lack many more labels than it has. With `clean_probability_source` `"views"` a step's losses
-            are held against the scan's limit. 0 sets no limit, which is Eq. 8 as printed.
+            of the largest losses in the scan (to the width of a histogram's bin); the others count as clean whatever
+            p_G says. A class cannot lack many more labels than it has. 0: no limit, Eq. 8 as printed.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
         partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
@@ -68,9 +57,8 @@ class BalanceMixSettings:
         monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
         clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, kept as
             N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory.
-        prediction_source: f(x) of Eq. 9. `"scan"`: of the un-augmented instance, as the last scan saw it, kept as
-            N x K half precision; it needs neither second views nor predictions in a step. `"views"`: the mean over
-            two RandAugment views that the step predicts, as printed.
+        prediction_source: f(x) of Eq. 9. `"scan"`: the last scan's, kept as N x K half precision; `"views"`: the mean
+            over two RandAugment views that the step predicts, as printed.
     """
 
     label_warmup_epochs: int = 5
@@ -93,14 +81,13 @@ class BalanceMixSettings:
         for name, allowed in (
             ("minority_score", MINORITY_SCORES),
             ("loss_reduction", LOSS_REDUCTIONS),
-            ("mixture_preset", tuple(MIXTURE_PRESETS)),
+            ("mixture_preset", MIXTURE_PRESETS),
             ("clean_probability_source", CLEAN_PROBABILITY_SOURCES),
             ("prediction_source", PREDICTION_SOURCES),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        if not 0.5 <= self.relabel_threshold <= 1:
-            raise ValueError(f"relabel_threshold is {self.relabel_threshold}; it must lie in [0.5, 1].")
+            check_choice(name, getattr(self, name), allowed)
+        check_range("relabel_threshold", self.relabel_threshold, 0.5, 1)
+        check_range("label_warmup_epochs", self.label_warmup_epochs, 0)
         if not 0 <= self.max_missing <= 1e6:
             raise ValueError(f"max_missing is {self.max_missing}; it must lie in [0, 1e6] (0: no limit).")
         if not self.mixup_alpha >= 0:
@@ -110,8 +97,6 @@ class BalanceMixSettings:
                 'clean_probability_source is "views"; it must be "scan" where prediction_source is, as nothing is '
                 "predicted in a step then; set either of them to the other's value."
             )
-        if self.label_warmup_epochs < 0:
-            raise ValueError(f"label_warmup_epochs is {self.label_warmup_epochs}; it must be 0 or more.")
 
     @property
     def needs_scan(self) -> bool:
@@ -137,7 +122,8 @@ class BalanceMix:
         epoch: The epoch that the statistics are for; 0 before the first :meth:`end_epoch`.
         weights: `(N,)` float64 sampling probabilities (Eq. 4), uniform at first.
         positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
-        mixtures: :class:`LossMixtures` or None before the first :meth:`end_epoch`.
+        mixtures, loss_histogram: :class:`LossMixtures` and the :class:`LossHistogram` that they were fitted on; None
+            before the first :meth:`end_epoch`.
         missing_loss_threshold: `(K,)` float64, the loss from which on a negative label may be not clean; 0 at first.
         clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
         scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. Empty, `(0, K)`, unless
@@ -158,6 +144,8 @@ class BalanceMix:
             )
         self.settings = settings or BalanceMixSettings()
         self.labels = labels.to("cpu", torch.int8)
+        self._keeps_clean_probability = self.settings.select_clean and self.settings.clean_probability_source == "scan"
+        self._keeps_scan_probability = self.settings.select_clean and self.settings.prediction_source == "scan"
         self.reset()
 
     def reset(self) -> None:
@@ -174,19 +162,10 @@ class BalanceMix:
         self.loss_histogram: LossHistogram | None = None
         self._begin_observing()
 
-    @property
-    def _keeps_clean_probability(self) -> bool:
-        return self.settings.select_clean and self.settings.clean_probability_source == "scan"
-
-    @property
-    def _keeps_scan_probability(self) -> bool:
-        return self.settings.select_clean and self.settings.prediction_source == "scan"
-
     def _begin_observing(self) -> None:
         k = self.labels.shape[1]
         self._histogram = LossHistogram(k)
-        self._sums = torch.zeros(2, k, dtype=torch.int64)
-        self._counts = torch.zeros(2, k, dtype=torch.int64)
+        self._confidences = torch.zeros(2, 2, k, dtype=torch.int64)  # sums and counts of confidence_sums
         self._num_observed = 0
         # Batches of this rank: index `(B,)`, and losses or probabilities `(B, K)`.
         self._losses: list[tuple[Tensor, Tensor]] = []
@@ -205,9 +184,7 @@ class BalanceMix:
         positive = labels == 1
         losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # left out of the histograms
         probabilities = torch.nan_to_num(logits).double().sigmoid()
-        sums, counts = confidence_sums(probabilities, labels)
-        self._sums += sums
-        self._counts += counts
+        self._confidences += torch.stack(confidence_sums(probabilities, labels))
         self._histogram.update(losses, positive)
         self._num_observed += len(index)
         if self._keeps_clean_probability:
@@ -233,14 +210,10 @@ class BalanceMix:
                 "observe each instance of the training set exactly once before end_epoch."
             )
         settings = self.settings
-        self.positive_confidence, self.negative_confidence = confidences_from_sums(
-            all_reduce_sum(self._sums), all_reduce_sum(self._counts)
-        )
-        scores = instance_scores(
-            self.labels, self.positive_confidence, self.negative_confidence, settings.minority_score
-        )
-        # Broadcast: the sums are equal on every rank, the matrix product over unlike machines need not be.
-        self.weights = broadcast(sampling_weights(scores))
+        P, A = confidences_from_sums(*all_reduce_sum(self._confidences))
+        self.positive_confidence, self.negative_confidence = P, A
+        # Broadcast: P and A are equal on every rank, the matrix product over unlike machines need not be.
+        self.weights = broadcast(sampling_weights(instance_scores(self.labels, P, A, settings.minority_score)))
         self._histogram.reduce()
         if settings.select_clean:
             self.mixtures = mixtures = LossMixtures.fit_histogram(self._histogram, settings.mixture_preset)
@@ -280,20 +253,16 @@ class BalanceMix:
             :class:`RefinedLabels` on the device of `labels`.
 
         Raises:
-            ValueError: `probabilities` are absent although they are needed, or given although they are not; or labels
-                are not managed at all.
+            ValueError: `probabilities` are absent or given where they must not be, or labels are not managed at all.
         """
         s = self.settings
         if not s.select_clean:
-            raise ValueError(
-                "select_clean is False; it must be True where labels are refined; train on the given labels where "
-                "settings.manages_labels(epoch) is False."
-            )
+            raise ValueError("select_clean is False; it must be True where labels are refined; use the given labels.")
         if (probabilities is None) != (s.prediction_source == "scan"):
+            found, wanted = ("absent", "given") if probabilities is None else ("given", "absent")
             raise ValueError(
-                f"probabilities are {'absent' if probabilities is None else 'given'}; with prediction_source "
-                f"{s.prediction_source!r} they must be {'absent' if s.prediction_source == 'scan' else 'given'}; pass "
-                "them for 'views' only."
+                f"probabilities are {found}; with prediction_source {s.prediction_source!r} they must be {wanted}; "
+                "pass them for 'views' only."
             )
         if probabilities is None:
             self.scan_probability = self.scan_probability.to(labels.device)

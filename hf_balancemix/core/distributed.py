@@ -14,11 +14,6 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def _device_of_backend(tensor: Tensor) -> Tensor:
-    # NCCL moves CUDA tensors only; gloo moves either.
-    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
-
-
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Must be called on every rank: the sum of `tensor` over ranks, on its own device, same dtype and shape.
 
@@ -26,18 +21,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """
     if world()[1] == 1:
         return tensor
-    moved = _device_of_backend(tensor.clone())
+    # NCCL moves CUDA tensors only; gloo moves either.
+    moved = tensor.clone().cuda() if dist.get_backend() == "nccl" else tensor.clone()
     dist.all_reduce(moved)
     return moved.to(tensor.device)
 
 
 def broadcast(tensor: Tensor) -> Tensor:
     """Must be called on every rank: rank 0's `tensor`, on the caller's device."""
-    if world()[1] == 1:
-        return tensor
-    moved = _device_of_backend(tensor.clone())
-    dist.broadcast(moved, 0)
-    return moved.to(tensor.device)
+    return all_reduce_sum(tensor if world()[0] == 0 else torch.zeros_like(tensor))
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_balancemix.core.checks import check_range, check_same_shape
+
 
 class Reliability(IntEnum):
     """What is believed of one label. Stored as uint8."""
@@ -20,12 +22,9 @@ class Reliability(IntEnum):
 class RefinedLabels(NamedTuple):
     """What :func:`refine_labels` returns; each `(B, K)`."""
 
-    labels: Tensor
-    """float32 in {0, 1}; -1 where still unknown."""
-    reliability: Tensor
-    """uint8 codes of :class:`Reliability`."""
-    weight: Tensor
-    """float32 in [0, 1], the label's weight in Eq. 10."""
+    labels: Tensor  # float32 in {0, 1}; -1 where still unknown
+    reliability: Tensor  # uint8 codes of Reliability
+    weight: Tensor  # float32 in [0, 1], the label's weight in Eq. 10
 
 
 def refine_labels(
@@ -54,9 +53,6 @@ def refine_labels(
         ambiguous: False gives ambiguous labels the weight 0 (ablation).
         trust_positives: Every positive label counts as clean (single-positive and noise-free data).
 
-    Returns:
-        :class:`RefinedLabels`.
-
     Raises:
         ValueError: Shapes differ or the threshold is outside [0.5, 1].
 
@@ -66,13 +62,8 @@ def refine_labels(
         >>> refined.labels.tolist(), refined.reliability.tolist()
         ([[1.0, 0.0, 1.0]], [[0, 1, 2]])
     """
-    if not labels.shape == p_clean.shape == probabilities.shape:
-        raise ValueError(
-            f"the shapes of labels, p_clean and probabilities are {tuple(labels.shape)}, {tuple(p_clean.shape)} and "
-            f"{tuple(probabilities.shape)}; they must be the same shape (B, K); pass one number for each label."
-        )
-    if not 0.5 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; it must lie in [0.5, 1]; the paper uses 0.975.")
+    check_same_shape(labels=labels, p_clean=p_clean, probabilities=probabilities)
+    check_range("threshold", threshold, 0.5, 1)
     known = labels >= 0
     labels, p_clean, probabilities = labels.float(), p_clean.float() * known, probabilities.float()
     clean = p_clean > 0.5

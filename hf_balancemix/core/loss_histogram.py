@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_balancemix.core.checks import checked_num_classes, checked_positive
 from hf_balancemix.core.distributed import all_reduce_sum
 
 # Bins are cut by the float32 bits of (loss + 2^-14): the exponent and the top 6 mantissa bits name the bin, the low 17
@@ -41,8 +42,7 @@ def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
         `(..., K)` float32 losses, at least 0. A logit that is NaN gives NaN.
 
     Raises:
-        TypeError: If `logits` is not floating point.
-        ValueError: If the shapes differ, or a label is neither 0 nor 1.
+        TypeError, ValueError: `logits` are not floating point, the shapes differ, or a label is neither 0 nor 1.
 
     Example:
         >>> label_losses(torch.tensor([[0.0, 100.0]]), torch.tensor([[1, 0]]))
@@ -55,10 +55,7 @@ def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def bin_edges() -> Tensor:
-    """`(bins + 1,)` float64: where the bins of every :class:`LossHistogram` begin, and the end of the last; 0 to 16.
-
-    64 bins for each power of two of loss + 2^-14, from 2^-14 to 2^4.
-    """
+    """`(bins + 1,)` float64: where each bin of a :class:`LossHistogram` begins, and the end of the last; 0 to 16."""
     bits = (torch.arange(_NUM_BINS + 1, dtype=torch.int32) + _FIRST_BIN) << _OFFSET_BITS
     return bits.view(torch.float32).double() - _SHIFT
 
@@ -73,11 +70,8 @@ class LossHistogram:
     the fit is that of the values themselves (posteriors to 1e-3) unless a peak of losses is narrower than its bin.
 
     Args:
-        num_classes: K.
+        num_classes: K, an integer of at least 1; others are a ValueError.
         device: Where the counts are kept; best the device of the losses.
-
-    Raises:
-        ValueError: If `num_classes` is not a positive integer.
 
     Attributes:
         cells: `(3, K, 2, bins)` int64: number, sum of positions and sum of squared positions of the values in each
@@ -115,8 +109,7 @@ class LossHistogram:
             labels: `(B, K)`, given labels in {0, 1}, any dtype.
 
         Raises:
-            TypeError: If `losses` is not floating point.
-            ValueError: If a shape is not `(B, K)`, or a label is neither 0 nor 1.
+            TypeError, ValueError: As :func:`label_losses`, or a shape is not `(B, K)`.
         """
         checked_num_classes(losses, "losses", self.num_classes)
         positive = checked_positive(labels, losses, "losses")
@@ -138,8 +131,8 @@ class LossHistogram:
             counts: `(K,)` how many of each class's losses, at least 0, any dtype; they need not be whole.
 
         Returns:
-            `(K,)` float64 on the CPU: the lower edge of the bin that holds the `counts`-th largest loss, so that about
-            as many are not below it. inf where `counts` is 0; 0 where the set has fewer.
+            `(K,)` float64 on the CPU: the lower edge of the bin that holds the `counts`-th largest loss; inf where
+            `counts` is 0; 0 where the set has fewer.
 
         Example:
             >>> histogram = LossHistogram(num_classes=1)
@@ -154,10 +147,7 @@ class LossHistogram:
         return thresholds.masked_fill(counts.cpu() <= 0, math.inf)
 
     def reduce(self) -> None:
-        """Sum the histograms of all ranks (must be called on every rank, once, after the last update).
-
-        Does nothing when `torch.distributed` is not initialised.
-        """
+        """Must be called on every rank, once, after the last update: sum the histograms of all ranks."""
         self.cells = all_reduce_sum(self.cells)
 
 
@@ -189,10 +179,7 @@ def _add(losses: Tensor, positive: Tensor, keep: Tensor | None, state: Tensor) -
     bins, offsets = bits >> _OFFSET_BITS, bits & _OFFSET_MASK
     of_class = torch.arange(0, num_cells, 2 * _NUM_BINS, dtype=torch.int32, device=losses.device)
     cells = bins.add_(of_class - _FIRST_BIN).add_(positive.to(torch.int32), alpha=_NUM_BINS)
-    if keep is None:
-        cells, offsets = cells.reshape(-1), offsets.reshape(-1)
-    else:
-        cells, offsets = cells[keep], offsets[keep]
+    cells, offsets = (x.reshape(-1) if keep is None else x[keep] for x in (cells, offsets))
     if cells.device.type != "cpu" or len(cells) < num_cells:
         cells, offsets = cells.long(), offsets.long()
         state[0].index_add_(0, cells, torch.ones_like(cells))
@@ -205,32 +192,3 @@ def _add(losses: Tensor, positive: Tensor, keep: Tensor | None, state: Tensor) -
         state[0] += packed >> 31
         state[1] += packed & ((1 << 31) - 1)
         state[2] += squares.long()
-
-
-def checked_positive(labels: Tensor, values: Tensor, name: str) -> Tensor:
-    """Which labels are positive, bool, on their device; an error unless there is a 0 or 1 for each float of `values`.
-
-    Labels that are bool already can be nothing else, so their values are not looked at.
-    """
-    if not values.is_floating_point():
-        raise TypeError(f"{name} are {values.dtype}; they must be floating point; pass {name}.float().")
-    if labels.shape != values.shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and {name} {tuple(values.shape)}; they must be the same; pass "
-            "one label for each value."
-        )
-    positive = labels.bool()
-    if labels.dtype != torch.bool and not torch.equal(positive.to(labels.dtype), labels):
-        wrong = labels[positive.to(labels.dtype) != labels][0].item()
-        raise ValueError(f"labels hold {wrong:g}; each must be 0 or 1; pass the given labels, not mixed or soft ones.")
-    return positive
-
-
-def checked_num_classes(values: Tensor, name: str, num_classes: int | None = None) -> int:
-    """K of `(N, K)` values; an error if they are anything else, or another K than expected."""
-    if values.dim() != 2 or values.shape[1] != (num_classes or values.shape[1]) or values.shape[1] == 0:
-        raise ValueError(
-            f"{name} have shape {tuple(values.shape)}; they must be (instances, {num_classes or 'classes'}); pass one "
-            "column for each class."
-        )
-    return values.shape[1]

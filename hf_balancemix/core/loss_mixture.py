@@ -2,24 +2,22 @@
 
 For every class k and polarity l in {0, 1} the paper fits one two-component, one-dimensional Gaussian mixture on the
 losses {BCE(f(x)_k, l) : t_k = l} of the whole training set, and calls the posterior of the component with the smaller
-mean, at a label's own loss, the label's clean probability p_G.
-
-Here all 2K mixtures are fitted at once, on histograms: :class:`~hf_balancemix.core.LossHistogram` (one pass over the
-training set, memory independent of N) -> :class:`LossMixtures`. The slow, obvious version is in
-`tests/core/exact_em.py`. Words and axes are those of `loss_histogram.py`.
+mean, at a label's own loss, the label's clean probability p_G. Here all are fitted at once, on histograms; the slow,
+obvious version is `tests/core/exact_em.py`. Words and axes are those of `loss_histogram.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.loss_histogram import LossHistogram, bin_moments, checked_num_classes, checked_positive
+from hf_balancemix.core.checks import checked_num_classes, checked_positive
+from hf_balancemix.core.loss_histogram import LossHistogram, bin_moments
 
 _SETS_AT_ONCE = 80  # work is done in pieces that stay in the cache
 _VALUES_AT_ONCE = 1 << 18
@@ -40,7 +38,7 @@ class MixtureSettings:
         reg_covar: Added to every variance, at least 1e-12 (the square of the histogram's resolution).
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: A value is out of its range.
     """
 
     max_iter: int
@@ -64,14 +62,12 @@ MIXTURE_PRESETS = {
 
 @dataclass(frozen=True, eq=False)
 class LossMixtures:
-    """The 2K fitted mixtures (Eq. 7), and the clean probabilities that they give (Eq. 8).
+    """The 2K fitted mixtures (Eq. 7), and the clean probabilities that they give (Eq. 8); on the CPU.
 
     The first axis is the polarity (0: negative labels, 1: positive labels), the last the component, sorted by mean.
 
     Args:
-        means: `(2, K, 2)` float64, the smaller first.
-        variances: `(2, K, 2)` float64, `reg_covar` included.
-        weights: `(2, K, 2)` float64, they sum to 1.
+        means, variances, weights: `(2, K, 2)` float64; variances include `reg_covar`, weights sum to 1.
         separated: `(2, K)` bool. False where two components mean nothing: fewer than 5 values (or none), all values
             equal, means that coincide (closer than 1e-3 of the larger standard deviation), a component that holds no
             value, or a small-mean component that would call no value of its set clean. All labels of such a set are
@@ -94,13 +90,8 @@ class LossMixtures:
             labels: `(N, K)`, given labels in {0, 1}.
             settings: A name in `MIXTURE_PRESETS`, or a :class:`MixtureSettings`.
 
-        Returns:
-            The mixtures, on the CPU.
-
         Raises:
-            TypeError: If `losses` is not floating point.
-            ValueError: If the shapes differ or are not `(N, K)`, a label is neither 0 nor 1, or `settings` names no
-                preset.
+            TypeError, ValueError: As :meth:`LossHistogram.update`, or `settings` names no preset.
 
         Example:
             >>> losses = torch.cat([torch.rand(90, 1), 5 + torch.rand(10, 1)])
@@ -114,19 +105,14 @@ class LossMixtures:
 
     @classmethod
     def fit_histogram(cls, histogram: LossHistogram, settings: str | MixtureSettings) -> LossMixtures:
-        """Fit on losses that were counted batch by batch, and summed over ranks; on the CPU in float64.
-
-        Args:
-            histogram: Of all instances.
-            settings: A name in `MIXTURE_PRESETS`, or a :class:`MixtureSettings`.
-
-        Returns:
-            The mixtures, on the CPU.
-
-        Raises:
-            ValueError: If `settings` names no preset.
-        """
-        settings = _resolve_settings(settings)
+        """Fit on the losses of all instances, counted batch by batch and summed over ranks; see :meth:`fit`."""
+        if not isinstance(settings, MixtureSettings):
+            if settings not in MIXTURE_PRESETS:
+                raise ValueError(
+                    f"settings is {settings!r}; it must be one of {sorted(MIXTURE_PRESETS)}, or a MixtureSettings, "
+                    "e.g. MixtureSettings(max_iter=100, tol=1e-3, reg_covar=1e-6)."
+                )
+            settings = MIXTURE_PRESETS[settings]
         sets = histogram.cells.cpu().transpose(1, 2).flatten(1, 2)
         fits = [_fit_sets(cells, settings) for cells in sets.split(_SETS_AT_ONCE, dim=1)]
         return cls(*(torch.cat(parts).unflatten(0, (2, -1)) for parts in zip(*fits, strict=True)))
@@ -148,8 +134,7 @@ class LossMixtures:
             `(N, K)` float32 in [0, 1], on the device of `losses`. 1 for labels of sets that are not `separated`.
 
         Raises:
-            TypeError: If `losses` is not floating point.
-            ValueError: If a shape is not `(N, K)`, or a label is neither 0 nor 1.
+            TypeError, ValueError: As :meth:`LossHistogram.update`.
         """
         num_classes = checked_num_classes(losses, "losses", self.means.shape[1])
         positive = checked_positive(labels, losses, "losses")
@@ -159,40 +144,33 @@ class LossMixtures:
         p_clean = torch.empty(losses.shape, dtype=torch.float32, device=losses.device)
         rows = max(1, _VALUES_AT_ONCE // num_classes)  # bounds the float64 temporaries
         for x, t, out in zip(losses.split(rows), positive.split(rows), p_clean.split(rows), strict=True):
-            ignored = ~torch.isfinite(x)
-            x = x.double()
+            y = x.double()
             if monotone:
-                x = x.clamp(*(_of_label(bound, t) for bound in falling))
+                y = y.clamp(*(_of_label(bound, t) for bound in falling))
             at, constant, slope, curve = (_of_label(coefficient, t) for coefficient in odds)
-            y = x - at
+            y = y - at
             clean = torch.sigmoid(constant + y * (slope + y * curve))
-            out.copy_(torch.where(_of_label(separated, t), clean, 1.0).masked_fill_(ignored, 0.0))
+            out.copy_(torch.where(_of_label(separated, t), clean, 1.0).masked_fill_(~torch.isfinite(x), 0.0))
         return p_clean
 
     def state_dict(self) -> dict[str, Tensor]:
         """The five tensors by name."""
-        return {name: getattr(self, name) for name in _MIXTURE_TENSORS}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> LossMixtures:
-        """The mixtures whose `state_dict` this is.
-
-        Raises:
-            ValueError: If a tensor is missing or has the wrong shape.
-        """
+        """The mixtures whose `state_dict` this is; a ValueError where a tensor is missing or of another shape."""
         num_classes = state["means"].shape[1] if state.get("means", torch.empty(0)).dim() == 3 else 0
-        for name, has_components in _MIXTURE_TENSORS.items():
-            want = (2, num_classes, 2) if has_components else (2, num_classes)
-            if name not in state or tuple(state[name].shape) != want:
-                got = tuple(state[name].shape) if name in state else "missing"
+        names = [field.name for field in fields(cls)]
+        for name in names:
+            want = (2, num_classes) if name in ("separated", "num_iter") else (2, num_classes, 2)
+            got = tuple(state[name].shape) if name in state else "missing"
+            if got != want:
                 raise ValueError(
                     f"'{name}' of the mixtures' state is {got}; it must be a tensor of shape {want}; resume from a "
                     "checkpoint that holds it."
                 )
-        return cls(**{name: state[name] for name in _MIXTURE_TENSORS})
-
-
-_MIXTURE_TENSORS = {"means": True, "variances": True, "weights": True, "separated": False, "num_iter": False}
+        return cls(**{name: state[name] for name in names})
 
 
 def _log_odds(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -366,14 +344,3 @@ def _e_step(bins: _Bins, total: _Sums, means: Tensor, variances: Tensor, weights
     square = total.square - 2 * mean * total.moment + mean**2 * total.number
     rest = total.number * (torch.log(weight) - 0.5 * torch.log(2 * math.pi * variance)) - 0.5 * square / variance
     return first, (soft + rest) / total.number
-
-
-def _resolve_settings(settings: str | MixtureSettings) -> MixtureSettings:
-    if isinstance(settings, MixtureSettings):
-        return settings
-    if settings not in MIXTURE_PRESETS:
-        raise ValueError(
-            f"settings is {settings!r}; it must be one of {sorted(MIXTURE_PRESETS)}, or a MixtureSettings, "
-            "e.g. MixtureSettings(max_iter=100, tol=1e-3, reg_covar=1e-6)."
-        )
-    return MIXTURE_PRESETS[settings]

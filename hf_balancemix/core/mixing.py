@@ -34,15 +34,11 @@ def _beta(alpha: float) -> torch.distributions.Beta:
 
 
 def mix_images(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
-    """Eq. 5 for images: x = lambda x_R + (1 - lambda) x_M.
+    """Eq. 5 for images: x = lambda x_R + (1 - lambda) x_M; at lambda = 1 it is `random`, bit for bit.
 
     Args:
-        random: `(B, C, H, W)` float, normalised; or features `(B, D)`.
-        minority: The same shape.
+        random, minority: `(B, C, H, W)` float, normalised; or features `(B, D)`. So is what is returned.
         lam: `(B,)` float in [0.5, 1].
-
-    Returns:
-        The same shape and dtype. At lambda = 1 it is `random`, bit for bit.
 
     Raises:
         ValueError: The shapes do not fit together.
@@ -54,15 +50,14 @@ def mix_labels(random: Tensor, minority: Tensor, lam: Tensor) -> Tensor:
     """Eq. 5 for labels: t = lambda t_R + (1 - lambda) t_M. Refined ones are mixed by :func:`mix_refined_labels`.
 
     Args:
-        random: `(B, K)` float in [0, 1]; -1 where unknown.
-        minority: The same shape.
+        random, minority: `(B, K)` float in [0, 1]; -1 where unknown.
         lam: `(B,)` float in [0.5, 1].
-
-    Returns:
-        The same shape and dtype; -1 (unknown) where either label is. At lambda = 1 it is `random`, bit for bit.
 
     Raises:
         ValueError: The shapes do not fit together.
+
+    Returns:
+        The same shape and dtype; -1 (unknown) where either label is. At lambda = 1 it is `random`, bit for bit.
     """
     mixed = _mix(random, minority, lam, "labels")
     # At lambda = 1 the minority instance is not there.
@@ -99,8 +94,7 @@ def mix_refined_labels(
         with w = lambda w_R + (1 - lambda) w_M and t = (lambda w_R t_R + (1 - lambda) w_M t_M) / w.
 
     Args:
-        random: Of B random instances, `(B, K)`.
-        minority: Of their partners.
+        random, minority: Of B random instances and of their partners, `(B, K)`.
         lam: `(B,)` float in [0.5, 1].
         partner_reliability: False: as printed.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from hf_balancemix.core.checks import check_choice, check_range, check_same_shape
 from hf_balancemix.core.keys import keyed_generator
 
 MINORITY_SCORES = ("paper", "positive", "uniform")
@@ -23,8 +24,7 @@ def class_confidences(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
     Returns:
         `(P, A)`, each `(K,)` float64: P(k) is the mean of f(x)_k over positive labels, A(k) the mean of 1 - f(x)_k
-        over negative labels. A class without positive (negative) labels gets P(k) = 1 (A(k) = 1): no instance ever
-        uses the value.
+        over negative labels; 1 where a class has none.
 
     Raises:
         ValueError: The shapes differ.
@@ -53,24 +53,18 @@ def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
         `(sums, counts)`, each `(2, K)` int64, row 0 for negative and row 1 for positive labels; sums of the confidence
         in the given label in units of 2^-32.
     """
-    if probabilities.shape != labels.shape or labels.ndim != 2:
-        raise ValueError(
-            f"the shapes of probabilities and labels are {tuple(probabilities.shape)} and {tuple(labels.shape)}; both "
-            "must be the same (N, K); pass one probability for each label."
-        )
+    check_same_shape(probabilities=probabilities, labels=labels)
     positive, negative = labels == 1, labels == 0
     p = probabilities.double()
     confidence = (torch.where(positive, p, 1 - p) * _UNIT).round().long()
     sums = torch.stack([(confidence * negative).sum(0), (confidence * positive).sum(0)])
-    counts = torch.stack([negative.sum(0), positive.sum(0)])
-    return sums, counts
+    return sums, torch.stack([negative.sum(0), positive.sum(0)])
 
 
 def confidences_from_sums(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 2 from the totals of :func:`confidence_sums`: `(P, A)`, each `(K,)` float64."""
-    means = sums.double() / _UNIT / counts.clamp(min=1)
-    means = torch.where(counts > 0, means, torch.ones_like(means))
-    return means[1], means[0]
+    negative, positive = torch.where(counts > 0, sums.double() / _UNIT / counts.clamp(min=1), 1.0)
+    return positive, negative
 
 
 def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: str = "paper") -> Tensor:
@@ -78,8 +72,7 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
 
     Args:
         labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: these add nothing.
-        positive: `(K,)` P(k) in [0, 1].
-        negative: `(K,)` A(k) in [0, 1].
+        positive, negative: `(K,)` P(k) and A(k) in [0, 1].
         score: `"paper"`: Eq. 3 as printed, the sum over classes of P(k) where the label is 1 and A(k) where it is 0.
             With many classes the negative terms drown the positive ones and Eq. 4 becomes almost uniform.
             `"positive"`: the mean of P(k) over the instance's positive labels; an instance without any counts as
@@ -97,17 +90,16 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
         >>> [round(s, 4) for s in instance_scores(labels, P, A).tolist()]
         [1.8, 0.9]
     """
-    if score not in MINORITY_SCORES:
-        raise ValueError(f"minority_score is {score!r}; it must be one of {', '.join(MINORITY_SCORES)}.")
-    t, absent = (labels == 1).double(), (labels == 0).double()
-    P, A = positive.double(), negative.double()
+    check_choice("minority_score", score, MINORITY_SCORES)
     if score == "uniform":
-        return torch.ones(len(t), dtype=torch.float64)
+        return torch.ones(len(labels), dtype=torch.float64)
+    t = (labels == 1).double()
+    scores = t @ positive.double()
     if score == "paper":
-        scores = t @ P + absent @ A
+        scores += (labels == 0).double() @ negative.double()
     else:
         count = t.sum(1)
-        scores = torch.where(count > 0, (t @ P) / count.clamp(min=1), torch.ones_like(count))
+        scores = torch.where(count > 0, scores / count.clamp(min=1), 1.0)
     # A class that the model gives no probability at all must not take the whole epoch.
     return scores.clamp(min=1e-3)
 
@@ -180,10 +172,8 @@ class PairKey(NamedTuple):
     """What a data loader's worker gets: all that the random choices of one pair depend on."""
 
     epoch: int
-    random: int
-    """Index of the random instance."""
-    minority: int | None
-    """Index of the minority instance; None for methods without a second stream."""
+    random: int  # index of the random instance
+    minority: int | None  # index of the minority instance; None for methods without a second stream
 
 
 class EpochSampler(Sampler[PairKey]):
@@ -199,8 +189,7 @@ class EpochSampler(Sampler[PairKey]):
     """
 
     def __init__(self, num_instances: int, seed: int) -> None:
-        if num_instances < 1:
-            raise ValueError(f"num_instances is {num_instances}; it must be at least 1; pass a data set that has any.")
+        check_range("num_instances", num_instances, 1)
         self.num_instances, self.seed, self.epoch = num_instances, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

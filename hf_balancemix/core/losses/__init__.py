@@ -11,12 +11,7 @@ from hf_balancemix.core.losses.asymmetric import AsymmetricLoss, asymmetric_loss
 from hf_balancemix.core.losses.binary_cross_entropy import binary_cross_entropy
 from hf_balancemix.core.losses.distribution_balanced import DBLoss, db_loss
 from hf_balancemix.core.losses.focal import FocalLoss, focal_loss
-from hf_balancemix.core.losses.large_loss import (
-    LargeLoss,
-    large_loss,
-    large_loss_entries,
-    num_large_losses,
-)
+from hf_balancemix.core.losses.large_loss import LargeLoss, large_loss, large_loss_entries, num_large_losses
 from hf_balancemix.core.losses.missing_labels import HillLoss, SPLCLoss, hill_loss, splc_loss
 
 __all__ = [

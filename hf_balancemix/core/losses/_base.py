@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hf_balancemix.core.checks import check_choice, check_same_shape
+
 LOSS_REDUCTIONS = ("sum", "mean")  # those that give a scalar
 REDUCTIONS = (*LOSS_REDUCTIONS, "none")
 
 
+@dataclass(eq=False, repr=False)
 class MultiLabelLoss(nn.Module):
     """A loss that owns its settings and its citation: what a trainer, a model card and the command line need of it.
 
@@ -20,9 +23,8 @@ class MultiLabelLoss(nn.Module):
     float32 (float64 for float64 logits) scalar that is a mean over B. What a loss must know of the training data it
     gets when it is made.
 
-    A subclass takes its settings as keyword arguments with defaults, in plain types (bool, int, float, str or None),
-    and hands them on to this constructor, which keeps each under its name: tensors as buffers, the others as
-    attributes.
+    A subclass is a dataclass. Its fields with a default are the settings, in plain types (bool, int, float, str or
+    None); tensors become buffers. What its `forward` refuses, it refuses when it is made.
 
     Attributes:
         citation: BibTeX of the paper; None where there is none to cite.
@@ -30,28 +32,30 @@ class MultiLabelLoss(nn.Module):
 
     citation: ClassVar[str | None] = None
 
-    def __init__(self, **settings: Any) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self._setting_names = tuple(name for name, value in settings.items() if not isinstance(value, Tensor))
-        for name, value in settings.items():
+        num_classes = 1
+        for name, value in [(field.name, getattr(self, field.name)) for field in fields(self)]:
             if isinstance(value, Tensor):
+                delattr(self, name)
                 self.register_buffer(name, value.clone())
-            else:
-                setattr(self, name, value)
+                num_classes = len(value)
+        zeros = torch.zeros(1, num_classes)
+        self(zeros, zeros, 0)  # refuses bad settings now, and not in the first step
 
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that it was made with, by name, without tensors."""
-        return {name: getattr(self, name) for name in self._setting_names}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self._buffers}
 
     @property
     def changed_settings(self) -> dict[str, Any]:
         """Those that differ from their defaults, but for the reduction, which is the trainer's."""
-        known = inspect.signature(type(self)).parameters
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
         return {
             name: value
             for name, value in self.settings.items()
-            if name != "reduction" and known[name].default not in (inspect.Parameter.empty, value)
+            if name in defaults and name != "reduction" and value != defaults[name]
         }
 
     def forward(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
@@ -61,23 +65,10 @@ class MultiLabelLoss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
-    def _refuse_bad_settings(self, num_classes: int = 1) -> None:
-        """The last line of a constructor: what its function refuses is refused now, and not in the first step."""
-        zeros = torch.zeros(1, num_classes)
-        self(zeros, zeros, 0)
-
 
 def prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in float32 (float64 stays), targets in the same dtype with 0 for unknown ones, and where they are known.
-
-    Raises:
-        ValueError: Not two matrices of the same shape.
-    """
-    if logits.ndim != 2 or logits.shape != targets.shape:
-        raise ValueError(
-            f"logits have the shape {tuple(logits.shape)} and targets {tuple(targets.shape)}; both must have the same "
-            "shape (B, K)."
-        )
+    """`(B, K)` logits in float32 (float64 stays), targets alike with 0 for unknown ones, and where they are known."""
+    check_same_shape(logits=logits, targets=targets)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     known = targets >= 0
     return logits, targets.to(logits.dtype) * known, known
@@ -88,12 +79,8 @@ def reduce(losses: Tensor, known: Tensor, reduction: str) -> Tensor:
 
     Unknown labels stay in the denominators, so that gradients do not depend on how a batch is split over ranks and
     accumulation steps.
-
-    Raises:
-        ValueError: The reduction is unknown.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
+    check_choice("reduction", reduction, REDUCTIONS)
     losses = losses.masked_fill(~known, 0)
     if reduction == "none":
         return losses
@@ -103,10 +90,3 @@ def reduce(losses: Tensor, known: Tensor, reduction: str) -> Tensor:
 def power(base: Tensor, exponent: Tensor | float) -> Tensor:
     """`base ** exponent` for base in [0, 1], whose gradient is finite at 0 for exponents below 1 as well."""
     return base.clamp(min=torch.finfo(base.dtype).tiny) ** exponent
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise a ValueError that names the setting unless low <= value <= high."""
-    if not low <= value <= high:
-        limits = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} is {value}; it must be {limits}.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.losses._base import MultiLabelLoss, check_range, power, prepare, reduce
+from hf_balancemix.core.checks import check_range
+from hf_balancemix.core.losses._base import MultiLabelLoss, power, prepare, reduce
 
 
 def asymmetric_loss(
@@ -24,22 +27,18 @@ def asymmetric_loss(
     p_t = t p + (1 - t) (1 - p_m), loss = (1 - p_t)^(t gamma_pos + (1 - t) gamma_neg) (-t ln p - (1 - t) ln(1 - p_m)).
     Under Mixup that is not the mean of two losses.
 
-    The published code sums over B, too, and clamps probabilities at 1e-8; here a positive with p < 1e-8 keeps its
-    gradient.
+    The published code sums over B, too, and clamps p at 1e-8; here a positive with p < 1e-8 keeps its gradient.
 
     Args:
-        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too.
-        gamma_neg: Focus of the negatives, >= 0.
-        gamma_pos: Focus of the positives, >= 0. The published class says 1, every published experiment 0.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised.
+        gamma_neg, gamma_pos: Focus of the negatives and of the positives, >= 0. The published class says 1 for the
+            positives, every published experiment 0.
         margin: In [0, 1]; negatives with p <= margin cost nothing.
         detach_weight: The weight is a constant for the gradient, as in the published training scripts; False
             differentiates it.
-
-    Raises:
-        ValueError: Shapes differ, the reduction is unknown or a setting out of range.
     """
-    for name, value in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos)):
-        check_range(name, value, 0)
+    check_range("gamma_neg", gamma_neg, 0)
+    check_range("gamma_pos", gamma_pos, 0)
     check_range("margin", margin, 0, 1)
     x, t, known = prepare(logits, targets)
     shifted = (x.sigmoid() - margin).clamp(min=0)  # p_m
@@ -49,8 +48,15 @@ def asymmetric_loss(
     return reduce((weight.detach() if detach_weight else weight) * losses, known, reduction)
 
 
+@dataclass(eq=False, repr=False)
 class AsymmetricLoss(MultiLabelLoss):
     """:func:`asymmetric_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
+
+    gamma_neg: float = 4.0
+    gamma_pos: float = 0.0
+    margin: float = 0.05
+    detach_weight: bool = True
+    reduction: str = "sum"
 
     citation = """@inproceedings{ridnik2021asymmetric,
   title     = {Asymmetric Loss for Multi-Label Classification},
@@ -59,19 +65,6 @@ class AsymmetricLoss(MultiLabelLoss):
   booktitle = {International Conference on Computer Vision},
   year      = {2021}
 }"""
-
-    def __init__(
-        self,
-        gamma_neg: float = 4.0,
-        gamma_pos: float = 0.0,
-        margin: float = 0.05,
-        detach_weight: bool = True,
-        reduction: str = "sum",
-    ) -> None:
-        super().__init__(
-            gamma_neg=gamma_neg, gamma_pos=gamma_pos, margin=margin, detach_weight=detach_weight, reduction=reduction
-        )
-        self._refuse_bad_settings()
 
     def forward(self, logits: Tensor, targets: Tensor, epoch: int = 0) -> Tensor:
         return asymmetric_loss(logits, targets, **self.settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_balancemix.core.checks import check_same_shape
 from hf_balancemix.core.losses._base import prepare, reduce
 
 
@@ -23,7 +24,7 @@ def binary_cross_entropy(
         float32 (or float64) scalar; `(B, K)` for `"none"`.
 
     Raises:
-        ValueError: Shapes differ or the reduction is unknown.
+        ValueError: Shapes differ, the reduction is unknown, or a setting is out of its range.
 
     Example:
         >>> import torch
@@ -31,8 +32,6 @@ def binary_cross_entropy(
         2.0794
     """
     x, t, known = prepare(logits, targets)
-    if weight is not None and weight.shape != x.shape:
-        raise ValueError(
-            f"weight has the shape {tuple(weight.shape)}; it must have the same shape as logits, {tuple(x.shape)}."
-        )
+    if weight is not None:
+        check_same_shape(logits=logits, weight=weight)
     return reduce(F.binary_cross_entropy_with_logits(x, t, weight, reduction="none"), known, reduction)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.losses._base import MultiLabelLoss, check_range, power, prepare, reduce
+from hf_balancemix.core.checks import check_range
+from hf_balancemix.core.losses._base import MultiLabelLoss, power, prepare, reduce
 
 
 def db_loss(
@@ -39,20 +41,14 @@ def db_loss(
     setting draws class-aware batches as well, which is the sampler's business and not the loss's.
 
     Args:
-        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too. An unknown label
-            is no part of r.
-        class_counts: `(K,)`, n_k over the training set.
-        num_instances: N >= 2.
-        alpha: Least weight, >= 0.
-        beta: Steepness of the weight.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised. An
+            unknown label is no part of r.
+        class_counts, num_instances: `(K,)`, n_k over the training set, and N >= 2.
+        alpha, beta: Least weight, >= 0, and the weight's steepness.
         mu: r at which the weight is alpha + 1/2: 0.2 for COCO-MLT, 0.3 for VOC-MLT.
         negative_scale: s > 0: 2 for COCO-MLT, 5 for VOC-MLT.
         kappa: Size of the logits' shift.
-        gamma: Focus, >= 0; differentiated.
-        focal_scale: Factor on everything.
-
-    Raises:
-        ValueError: Shapes do not fit, the reduction is unknown or a setting out of range.
+        gamma, focal_scale: Focus, >= 0, differentiated; and a factor on everything.
     """
     check_range("num_instances", num_instances, 2)
     check_range("alpha", alpha, 0)
@@ -74,11 +70,21 @@ def db_loss(
     return reduce(focal_scale * weight * (t * positive + (1 - t) * negative), known, reduction)
 
 
+@dataclass(eq=False, repr=False)
 class DBLoss(MultiLabelLoss):
-    """:func:`db_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's.
+    """:func:`db_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
 
-    :meth:`from_labels` counts the classes.
-    """
+    class_counts: Tensor
+    num_instances: int
+    _: KW_ONLY
+    alpha: float = 0.1
+    beta: float = 10.0
+    mu: float = 0.2
+    negative_scale: float = 2.0
+    kappa: float = 0.05
+    gamma: float = 2.0
+    focal_scale: float = 2.0
+    reduction: str = "sum"
 
     citation = """@inproceedings{wu2020distribution,
   title     = {Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed Datasets},
@@ -86,27 +92,6 @@ class DBLoss(MultiLabelLoss):
   booktitle = {European Conference on Computer Vision},
   year      = {2020}
 }"""
-    class_counts: Tensor
-
-    def __init__(
-        self,
-        class_counts: Tensor,
-        num_instances: int,
-        *,
-        alpha: float = 0.1,
-        beta: float = 10.0,
-        mu: float = 0.2,
-        negative_scale: float = 2.0,
-        kappa: float = 0.05,
-        gamma: float = 2.0,
-        focal_scale: float = 2.0,
-        reduction: str = "sum",
-    ) -> None:
-        super().__init__(
-            class_counts=class_counts, num_instances=num_instances, alpha=alpha, beta=beta, mu=mu,
-            negative_scale=negative_scale, kappa=kappa, gamma=gamma, focal_scale=focal_scale, reduction=reduction,
-        )  # fmt: skip
-        self._refuse_bad_settings(len(class_counts))
 
     @classmethod
     def from_labels(cls, labels: Tensor, **settings: Any) -> DBLoss:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.losses._base import MultiLabelLoss, check_range, power, prepare, reduce
+from hf_balancemix.core.checks import check_range
+from hf_balancemix.core.losses._base import MultiLabelLoss, power, prepare, reduce
 
 
 def focal_loss(
@@ -16,12 +19,9 @@ def focal_loss(
     p_t = t p + (1 - t) (1 - p) is the probability of the target, so that a soft target t interpolates it.
 
     Args:
-        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised.
         gamma: Focus, >= 0; 0 is BCE.
         alpha: Weight of the positives in [0, 1]; negatives have 1 - alpha, soft targets lie between. None: all 1.
-
-    Raises:
-        ValueError: Shapes differ, the reduction is unknown or a setting out of range.
     """
     check_range("gamma", gamma, 0)
     x, t, known = prepare(logits, targets)
@@ -33,8 +33,13 @@ def focal_loss(
     return reduce(losses, known, reduction)
 
 
+@dataclass(eq=False, repr=False)
 class FocalLoss(MultiLabelLoss):
     """:func:`focal_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
+
+    gamma: float = 2.0
+    alpha: float | None = None
+    reduction: str = "sum"
 
     citation = """@inproceedings{lin2017focal,
   title     = {Focal Loss for Dense Object Detection},
@@ -42,10 +47,6 @@ class FocalLoss(MultiLabelLoss):
   booktitle = {International Conference on Computer Vision},
   year      = {2017}
 }"""
-
-    def __init__(self, gamma: float = 2.0, alpha: float | None = None, reduction: str = "sum") -> None:
-        super().__init__(gamma=gamma, alpha=alpha, reduction=reduction)
-        self._refuse_bad_settings()
 
     def forward(self, logits: Tensor, targets: Tensor, epoch: int = 0) -> Tensor:
         return focal_loss(logits, targets, **self.settings)

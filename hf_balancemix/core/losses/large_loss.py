@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_balancemix.core.checks import check_choice, check_range
 from hf_balancemix.core.distributed import gather, world
 from hf_balancemix.core.losses._base import MultiLabelLoss, prepare
 from hf_balancemix.core.losses.binary_cross_entropy import binary_cross_entropy
@@ -65,8 +67,7 @@ def large_loss_entries(
     Raises:
         ValueError: Shapes differ or `num_modified` is negative.
     """
-    if num_modified < 0:
-        raise ValueError(f"num_modified is {num_modified}; it must be 0 or more.")
+    check_range("num_modified", num_modified, 0)
     x, _, _ = prepare(logits.detach(), labels)
     candidates = labels == 0
     if num_modified == 0:
@@ -87,33 +88,26 @@ def large_loss(
 ) -> Tensor:
     """LL-R and LL-Ct: BCE in which the labels with a large loss are left out or count as positive, this time only.
 
-    Which labels, and what happens to ties and soft labels: :func:`large_loss_entries`; how many:
-    :func:`num_large_losses`.
-
     Args:
-        logits, labels, reduction: As :func:`binary_cross_entropy`, which says what is returned, too; published is the
-            mean.
-        num_modified: k >= 0.
+        logits, labels, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised;
+            published is the mean.
+        num_modified: k >= 0; see :func:`num_large_losses`.
         mode: `"reject"`: their loss is 0, the denominators of the reductions stay; `"correct"`: it is BCE(x, 1).
-        across_ranks: As :func:`large_loss_entries`.
-
-    Raises:
-        ValueError: Shapes differ, `num_modified` is negative, or the mode or reduction is unknown.
+        across_ranks: As :func:`large_loss_entries`, which says which labels these are.
     """
-    _check_mode(mode, ("reject", "correct"))
+    check_choice("mode", mode, ("reject", "correct"))
     modified = large_loss_entries(logits, labels, num_modified, across_ranks=across_ranks)
-    targets = labels.masked_fill(modified, 1 if mode == "correct" else -1)  # -1 has no loss
+    return _modified_bce(logits, labels, modified, mode, reduction)
+
+
+def _modified_bce(logits: Tensor, labels: Tensor, modified: Tensor, mode: str, reduction: str) -> Tensor:
+    targets = labels.masked_fill(modified, -1 if mode == "reject" else 1)  # -1 has no loss
     return binary_cross_entropy(logits, targets, reduction=reduction)
 
 
-def _check_mode(mode: str, known: tuple[str, ...]) -> None:
-    if mode not in known:
-        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(known)}.")
-
-
+@dataclass(eq=False, repr=False)
 class LargeLoss(MultiLabelLoss):
-    """LL-R, LL-Ct and LL-Cp as an object: the share of modified labels grows with the epoch; see
-    :class:`MultiLabelLoss`.
+    """LL-R, LL-Ct and LL-Cp as an object: their share of labels grows with the epoch; see :class:`MultiLabelLoss`.
 
     Args:
         delta: Per cent of a batch's labels that are modified more each epoch, >= 0; a fraction is exact. The first
@@ -123,9 +117,6 @@ class LargeLoss(MultiLabelLoss):
             good, which is the caller's business.
         across_ranks: Rank the losses of all ranks' batches together, so that a run does not depend on how many share
             it; every rank must call. False: each rank its own, as published code under DistributedDataParallel.
-
-    Raises:
-        ValueError: Unknown mode or reduction, or a negative delta.
     """
 
     citation = """@inproceedings{kim2022large,
@@ -134,34 +125,20 @@ class LargeLoss(MultiLabelLoss):
   booktitle = {Conference on Computer Vision and Pattern Recognition},
   year      = {2022}
 }"""
-    delta: float | Fraction
-    mode: str
-    across_ranks: bool
-    reduction: str
+    delta: float | Fraction = 0.2
+    mode: str = "reject"
+    across_ranks: bool = True
+    reduction: str = "sum"
 
-    def __init__(
-        self,
-        delta: float | Fraction = 0.2,
-        mode: str = "reject",
-        across_ranks: bool = True,
-        reduction: str = "sum",
-    ) -> None:
-        super().__init__(delta=delta, mode=mode, across_ranks=across_ranks, reduction=reduction)
-        _check_mode(mode, ("reject", "correct", "permanent"))
-        self._refuse_bad_settings()
-
-    def _num_modified(self, logits: Tensor, epoch: int) -> int:
-        ranks = world()[1] if self.across_ranks else 1
-        return num_large_losses(
-            logits.numel() * ranks, min(epoch, 1) if self.mode == "permanent" else epoch, self.delta
-        )
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("reject", "correct", "permanent"))
+        super().__post_init__()
 
     def entries(self, logits: Tensor, targets: Tensor, epoch: int, strict: bool = False) -> Tensor:
         """`(B, K)` bool: the labels that are modified in this epoch; `strict` as :func:`large_loss_entries`."""
-        num_modified = self._num_modified(logits, epoch)
+        num_labels = logits.numel() * (world()[1] if self.across_ranks else 1)
+        num_modified = num_large_losses(num_labels, min(epoch, 1) if self.mode == "permanent" else epoch, self.delta)
         return large_loss_entries(logits, targets, num_modified, strict=strict, across_ranks=self.across_ranks)
 
     def forward(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
-        num_modified = self._num_modified(logits, epoch)
-        mode = "reject" if self.mode == "reject" else "correct"
-        return large_loss(logits, targets, num_modified, mode, self.across_ranks, self.reduction)
+        return _modified_bce(logits, targets, self.entries(logits, targets, epoch), self.mode, self.reduction)

@@ -5,10 +5,13 @@ The published code sums over B, too.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core.losses._base import MultiLabelLoss, check_range, power, prepare, reduce
+from hf_balancemix.core.checks import check_range
+from hf_balancemix.core.losses._base import MultiLabelLoss, power, prepare, reduce
 
 _CITATION = """@article{zhang2021simple,
   title   = {Simple and Robust Loss Design for Multi-Label Learning with Missing Labels},
@@ -25,12 +28,7 @@ def _focal_positive(x: Tensor, gamma: float) -> Tensor:
 
 
 def hill_loss(
-    logits: Tensor,
-    targets: Tensor,
-    lam: float = 1.5,
-    margin: float = 1.0,
-    gamma: float = 2.0,
-    reduction: str = "sum",
+    logits: Tensor, targets: Tensor, lam: float = 1.5, margin: float = 1.0, gamma: float = 2.0, reduction: str = "sum"
 ) -> Tensor:
     """Hill loss: probable false negatives count less.
 
@@ -39,13 +37,10 @@ def hill_loss(
     the losses of its two labels.
 
     Args:
-        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised.
         lam: Where the hill stands, >= 1.
         margin: Shift of the positives' logits.
         gamma: Focus of the positives, >= 0.
-
-    Raises:
-        ValueError: Shapes differ, the reduction is unknown or a setting out of range.
     """
     check_range("lam", lam, 1)
     check_range("gamma", gamma, 0)
@@ -72,15 +67,12 @@ def splc_loss(
     Mixup only those that neither image has.
 
     Args:
-        logits, targets, reduction: As :func:`binary_cross_entropy`, which says what is returned, too.
+        logits, targets, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised.
         epoch: Counted from 0.
         threshold: In [0, 1]; the paper uses 0.6, and 0.65 where a quarter of the labels is missing.
         margin: Shift of the positives' logits.
         gamma: Focus, >= 0; differentiated.
         first_epoch: First epoch in which negatives can change sides.
-
-    Raises:
-        ValueError: Shapes differ, the reduction is unknown or a setting out of range.
     """
     check_range("threshold", threshold, 0, 1)
     check_range("gamma", gamma, 0)
@@ -92,34 +84,32 @@ def splc_loss(
     return reduce(losses, known, reduction)
 
 
+@dataclass(eq=False, repr=False)
 class HillLoss(MultiLabelLoss):
     """:func:`hill_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
 
-    citation = _CITATION
+    lam: float = 1.5
+    margin: float = 1.0
+    gamma: float = 2.0
+    reduction: str = "sum"
 
-    def __init__(self, lam: float = 1.5, margin: float = 1.0, gamma: float = 2.0, reduction: str = "sum") -> None:
-        super().__init__(lam=lam, margin=margin, gamma=gamma, reduction=reduction)
-        self._refuse_bad_settings()
+    citation = _CITATION
 
     def forward(self, logits: Tensor, targets: Tensor, epoch: int = 0) -> Tensor:
         return hill_loss(logits, targets, **self.settings)
 
 
+@dataclass(eq=False, repr=False)
 class SPLCLoss(MultiLabelLoss):
     """:func:`splc_loss` as an object; see :class:`MultiLabelLoss`. The settings are the function's."""
 
-    citation = _CITATION
+    threshold: float = 0.6
+    margin: float = 1.0
+    gamma: float = 2.0
+    first_epoch: int = 1
+    reduction: str = "sum"
 
-    def __init__(
-        self,
-        threshold: float = 0.6,
-        margin: float = 1.0,
-        gamma: float = 2.0,
-        first_epoch: int = 1,
-        reduction: str = "sum",
-    ) -> None:
-        super().__init__(threshold=threshold, margin=margin, gamma=gamma, first_epoch=first_epoch, reduction=reduction)
-        self._refuse_bad_settings()
+    citation = _CITATION
 
     def forward(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
         return splc_loss(logits, targets, epoch, **self.settings)
