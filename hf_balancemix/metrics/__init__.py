@@ -4,14 +4,12 @@ from hf_balancemix.metrics.average_precision import (
     class_groups,
     evaluation_figures,
     mean_average_precision,
-    multilabel_metrics,
     precision_recall_f1,
 )
 from hf_balancemix.metrics.evaluate_path import evaluate_path
-from hf_balancemix.metrics.label_quality import Count, LabelQuality, count_label_quality, label_quality
+from hf_balancemix.metrics.label_quality import LabelQuality, count_label_quality, label_quality
 
 __all__ = [
-    "Count",
     "LabelQuality",
     "class_groups",
     "count_label_quality",
@@ -19,6 +17,5 @@ __all__ = [
     "evaluation_figures",
     "label_quality",
     "mean_average_precision",
-    "multilabel_metrics",
     "precision_recall_f1",
 ]

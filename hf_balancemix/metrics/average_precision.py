@@ -25,8 +25,8 @@ def class_groups(class_counts: ArrayLike, many: int = 10_000, few: int = 1_000) 
 
     Args:
         class_counts: `(K,)` number of positive labels of each class, at least 0.
-        many: a class with more positive labels than this is many-shot.
-        few: a class with fewer positive labels than this is few-shot; at most `many`.
+        many, few: a class with more positive labels than `many` is many-shot, with fewer than `few` few-shot; `few` is
+            at most `many`.
 
     Returns:
         `{"many", "medium", "few"}`, each a boolean `(K,)` mask. Every class is in exactly one of them.
@@ -41,15 +41,10 @@ def class_groups(class_counts: ArrayLike, many: int = 10_000, few: int = 1_000) 
     if few > many:
         raise ValueError(f"few is {few} and many is {many}; few must be at most many; swap the two bounds.")
     counts = _to_numpy(class_counts)
-    if counts.ndim != 1 or counts.dtype.kind not in "iuf":
+    if counts.ndim != 1 or counts.dtype.kind not in "iuf" or not (np.isfinite(counts) & (counts >= 0)).all():
         raise ValueError(
-            f"class_counts is of shape {counts.shape} and type {counts.dtype}; it must be one number a class, shape "
-            "(K,); pass the column sums of the clean training labels."
-        )
-    if not (np.isfinite(counts) & (counts >= 0)).all():
-        raise ValueError(
-            "class_counts has negative or non-finite values; it must be numbers of positive labels, at least 0; pass "
-            "the column sums of the clean training labels."
+            f"class_counts is {np.array2string(counts, threshold=6)} of shape {counts.shape}; it must be one number a "
+            "class, shape (K,), none negative or non-finite; pass the column sums of the clean training labels."
         )
     is_many, is_few = counts > many, counts < few
     return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
@@ -71,13 +66,11 @@ def mean_average_precision(
 
     Args:
         scores: `(N, K)` logits or probabilities, as any real type, numpy array or tensor on any device. Only their
-            order within a class matters. Prefer logits: a float32 sigmoid saturates and makes ties. Half precision is
-            converted to float32 exactly, but the ties its few bits have made stay, so score a float32 head where
-            figures are reported. Infinite scores are ranked first or last.
+            order within a class matters. Prefer logits of a float32 head: a sigmoid saturates, half precision has few
+            bits, and both make ties. Infinite scores are ranked first or last.
         labels: `(N, K)` labels, 0 or 1; -1 where unknown, which no figure counts.
         class_counts: `(K,)` positive labels of each class in the clean training set; gives the group figures.
-        many: see `class_groups`.
-        few: see `class_groups`.
+        many, few: see `class_groups`.
         class_names: `(K,)` names to use in `skipped` instead of indices.
 
     Returns:
@@ -95,8 +88,7 @@ def mean_average_precision(
         (0.9167, [0.8333, 1.0, nan], [2])
     """
     scores, labels = _checked(scores, "scores", labels)
-    per_class_ap, skipped = _average_precision(scores, labels, class_names)
-    means = _means(per_class_ap, class_counts, many, few)
+    means, per_class_ap, skipped = _average_precision(scores, labels, class_counts, many, few, class_names)
     return means | {"per_class_ap": per_class_ap, "skipped": skipped}
 
 
@@ -143,101 +135,68 @@ def evaluation_figures(
 ) -> tuple[dict[str, float], np.ndarray]:
     """All figures of one evaluation; the average precision of each class is computed once.
 
-    mAP is taken on the logits themselves, CF1 and OF1 on their float32 sigmoid.
-
-    Args:
-        logits: `(N, K)` logits, see `mean_average_precision`.
-        labels: `(N, K)` labels, 0 or 1; -1 where unknown, which no figure counts.
-        class_counts: `(K,)` positive labels of each class in the clean training set; gives the group figures.
-        many: see `class_groups`.
-        few: see `class_groups`.
-        threshold: see `precision_recall_f1`.
-        class_names: `(K,)` names for the log line about classes without positive labels.
+    mAP is taken on the logits themselves, CF1 and OF1 on their float32 sigmoid. The arguments and errors are those of
+    `mean_average_precision`, and `threshold` that of `precision_recall_f1`.
 
     Returns:
         The means, `mAP`, `mAP_many`, `mAP_medium`, `mAP_few`, `CF1`, `OF1`, as Python floats in [0, 1], of which one
         over no class is left out; and each class's average precision, float64 `(K,)`, NaN where it has no positive
         label.
 
-    Raises:
-        ValueError: see `mean_average_precision`.
-
     Example:
         >>> evaluation_figures([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 0]], class_counts=[20_000, 500])
         ({'mAP': 1.0, 'mAP_many': 1.0, 'CF1': 0.5, 'OF1': 0.6666666666666666}, array([ 1., nan]))
     """
     logits, labels = _checked(logits, "logits", labels)
-    per_class_ap, _ = _average_precision(logits, labels, class_names)
-    means = _means(per_class_ap, class_counts, many, few)
+    means, per_class_ap, _ = _average_precision(logits, labels, class_counts, many, few, class_names)
     f1 = _precision_recall_f1(torch.from_numpy(logits).float().sigmoid().numpy(), labels, threshold)
     means |= {"CF1": f1["CF1"], "OF1": f1["OF1"]}
     return {name: mean for name, mean in means.items() if mean is not None}, per_class_ap
 
 
-def multilabel_metrics(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    class_counts: ArrayLike | None = None,
-    many: int = 10_000,
-    few: int = 1_000,
-    threshold: float = 0.5,
-    class_names: Sequence[str] | None = None,
-) -> dict[str, float]:
-    """The means of :func:`evaluation_figures` alone, flat, as a Trainer logs them; the arguments are the same.
-
-    Example:
-        >>> multilabel_metrics([[2.0, -1.0], [-2.0, 3.0]], [[1, 0], [0, 1]], class_counts=[20_000, 500])
-        {'mAP': 1.0, 'mAP_many': 1.0, 'mAP_few': 1.0, 'CF1': 1.0, 'OF1': 1.0}
-    """
-    return evaluation_figures(logits, labels, class_counts, many, few, threshold, class_names)[0]
-
-
 def _average_precision(
-    scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None
-) -> tuple[np.ndarray, list[Any]]:
-    """`(K,)` average precision, NaN for classes without positive labels, and the names or indices of these."""
+    scores: np.ndarray,
+    labels: np.ndarray,
+    class_counts: ArrayLike | None,
+    many: int,
+    few: int,
+    class_names: Sequence[str] | None,
+) -> tuple[dict[str, Any], np.ndarray, list[Any]]:
+    """The means by group, the classes' average precision and the skipped classes of `mean_average_precision`."""
     num_classes = labels.shape[1]
-    _check_length(class_names, "class_names", num_classes)
+    masks = {"mAP": np.ones(num_classes, dtype=bool)}
+    if class_counts is not None:
+        masks |= {f"mAP_{name}": mask for name, mask in class_groups(class_counts, many, few).items()}
+    for name, entries in {"class_names": class_names, "class_counts": masks.get("mAP_many")}.items():
+        if entries is not None and len(entries) != num_classes:
+            raise ValueError(
+                f"{name} has {len(entries)} entries for {num_classes} classes; it must be one a class; pass them in "
+                "the order of the label columns."
+            )
     per_class_ap = np.full(num_classes, np.nan)
     for k in np.flatnonzero((labels == 1).any(axis=0)):
         known = labels[:, k] >= 0
         per_class_ap[k] = average_precision_score(labels[known, k], scores[known, k])
-    skipped: list[Any] = np.flatnonzero(np.isnan(per_class_ap)).tolist()
-    if class_names is not None:
-        skipped = [class_names[k] for k in skipped]
+    is_skipped = np.isnan(per_class_ap)
+    skipped = [k if class_names is None else class_names[k] for k in np.flatnonzero(is_skipped).tolist()]
     if skipped:
         _warn_skipped(tuple(skipped), num_classes)
-    return per_class_ap, skipped
-
-
-def _means(per_class_ap: np.ndarray, class_counts: ArrayLike | None, many: int, few: int) -> dict[str, Any]:
-    """`mAP` and, with counts, `mAP_many`, `mAP_medium`, `mAP_few`; None where no class has an average precision."""
-    masks = {"mAP": np.ones(len(per_class_ap), dtype=bool)}
-    if class_counts is not None:
-        groups = class_groups(class_counts, many=many, few=few)
-        _check_length(groups["many"], "class_counts", len(per_class_ap))
-        masks |= {f"mAP_{name}": mask for name, mask in groups.items()}
-    scored = {name: per_class_ap[mask & ~np.isnan(per_class_ap)] for name, mask in masks.items()}
-    return {name: float(ap.mean()) if ap.size else None for name, ap in scored.items()}
+    scored = {name: per_class_ap[mask & ~is_skipped] for name, mask in masks.items()}
+    means = {name: float(ap.mean()) if ap.size else None for name, ap in scored.items()}
+    return means, per_class_ap, skipped
 
 
 def _precision_recall_f1(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
     predicted, positive = (probabilities > threshold) & (labels >= 0), labels == 1
-    true_positives = (predicted & positive).sum(axis=0)
-    num_predicted, num_positives = predicted.sum(axis=0), positive.sum(axis=0)
-
-    class_precision = float(_ratio(true_positives, num_predicted).mean())
-    class_recall = float(_ratio(true_positives, num_positives).mean())
-    precision = float(_ratio(true_positives.sum(), num_predicted.sum()))
-    recall = float(_ratio(true_positives.sum(), num_positives.sum()))
-    return {
-        "CP": class_precision,
-        "CR": class_recall,
-        "CF1": _harmonic_mean(class_precision, class_recall),
-        "OP": precision,
-        "OR": recall,
-        "OF1": _harmonic_mean(precision, recall),
-    }
+    by_class = np.stack([matrix.sum(axis=0) for matrix in (predicted & positive, predicted, positive)])
+    figures: dict[str, float] = {}
+    for letter, counts in {"C": by_class, "O": by_class.sum(axis=1, keepdims=True)}.items():
+        right, *totals = counts
+        # A total of 0 has none right: 0.
+        precision, recall = (float((right / np.maximum(total, 1)).mean()) for total in totals)
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+        figures |= {f"{letter}P": precision, f"{letter}R": recall, f"{letter}F1": f1}
+    return figures
 
 
 @functools.cache
@@ -258,27 +217,18 @@ def _to_numpy(values: ArrayLike) -> np.ndarray:
 
 def _checked(scores: ArrayLike, name: str, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """`(N, K)` float32 or float64 without NaN or infinity, and `(N, K)` int8 labels of 0, 1 and -1."""
-    checked, checked_labels = _check_scores(scores, name), _check_labels(labels)
-    if checked.shape != checked_labels.shape:
+    scores, labels = _to_numpy(scores), _to_numpy(labels)
+    for what, values in {name: scores, "labels": labels}.items():
+        if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{what} is of shape {values.shape} and type {values.dtype}; it must be real numbers of shape (N, K), "
+                "with at least one class; pass one row an instance and one column a class."
+            )
+    if scores.shape != labels.shape:
         raise ValueError(
-            f"{name} is of shape {checked.shape} and labels of shape {checked_labels.shape}; both must be of the same "
+            f"{name} is of shape {scores.shape} and labels of shape {labels.shape}; both must be of the same "
             "shape (N, K); check that both come from the same instances and classes."
         )
-    return checked, checked_labels
-
-
-def _check_scores(scores: ArrayLike, name: str) -> np.ndarray:
-    """`(N, K)` float32 or float64 without NaN or infinity."""
-    scores = _to_numpy(scores)
-    if scores.ndim != 2 or scores.dtype.kind not in "biuf":
-        raise ValueError(
-            f"{name} is of shape {scores.shape} and type {scores.dtype}; it must be real numbers of shape (N, K); "
-            "pass one row an instance and one column a class."
-        )
-    if scores.dtype == np.float16:
-        scores = scores.astype(np.float32)  # exact; in float16 the bound below would tie large scores
-    elif scores.dtype not in (np.float32, np.float64):
-        scores = scores.astype(np.float64)
     is_nan = np.isnan(scores)
     if is_nan.any():
         rows, classes = int(is_nan.any(axis=1).sum()), int(is_nan.any(axis=0).sum())
@@ -286,40 +236,14 @@ def _check_scores(scores: ArrayLike, name: str) -> np.ndarray:
             f"{name} is NaN in {rows} of {len(scores)} rows and {classes} of {scores.shape[1]} classes; it must be "
             "numbers; the model has probably diverged, so lower the learning rate or look at the loss."
         )
-    # scikit-learn takes no infinite score. Half the range keeps the difference of any two scores finite too.
-    bound = np.finfo(scores.dtype).max / 2
-    return scores.clip(-bound, bound)
-
-
-def _check_labels(labels: ArrayLike) -> np.ndarray:
-    """`(N, K)` int8 of 0, 1 and -1."""
-    labels = _to_numpy(labels)
-    if labels.ndim != 2 or labels.shape[1] == 0 or labels.dtype.kind not in "biuf":
-        raise ValueError(
-            f"labels is of shape {labels.shape} and type {labels.dtype}; it must be 0 and 1 of shape (N, K), with at "
-            "least one class; pass multi-hot rows, one column a class."
-        )
     wrong = (labels != 0) & (labels != 1) & (labels != -1)
     if wrong.any():
         raise ValueError(
             f"labels has {int(wrong.sum())} values other than 0 and 1, the first {labels[wrong][0]}; each must be 0 "
             "(absent), 1 (present) or -1 (unknown); make 0 or 1 of soft labels first."
         )
-    return labels.astype(np.int8)
-
-
-def _check_length(values: Sequence[Any] | np.ndarray | None, name: str, num_classes: int) -> None:
-    if values is not None and len(values) != num_classes:
-        raise ValueError(
-            f"{name} has {len(values)} entries for {num_classes} classes; it must be one a class; pass them in the "
-            "order of the label columns."
-        )
-
-
-def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
-    """Elementwise, 0 / 0 = 0; here the numerator is 0 wherever the denominator is."""
-    return np.asarray(numerator) / np.maximum(denominator, 1)
-
-
-def _harmonic_mean(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+    # From half precision too, in which the bound below would tie large scores.
+    scores = scores.astype(np.result_type(scores.dtype, np.float32), copy=False)
+    # scikit-learn takes no infinite score. Half the range keeps the difference of any two scores finite too.
+    bound = np.finfo(scores.dtype).max / 2
+    return scores.clip(-bound, bound), labels.astype(np.int8)

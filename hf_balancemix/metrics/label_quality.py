@@ -6,27 +6,13 @@ Counts are int64 and add up, so that batches, ranks and epochs merge exactly by 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import IntEnum
 
 import torch
 
 from hf_balancemix.core.distributed import all_reduce_sum, world
 from hf_balancemix.core.label_management import Reliability
 
-
-class Count(IntEnum):
-    """The columns of a count tensor; each is a number of labels."""
-
-    LABELS = 0
-    TRULY_CLEAN = 1  # given == clean
-    SELECTED = 2  # judged CLEAN
-    SELECTED_TRULY_CLEAN = 3
-    RELABELED = 4  # judged RELABELED
-    RELABELED_RIGHT = 5  # ... and refined == clean
-    AMBIGUOUS = 6  # judged AMBIGUOUS
-
-
-_SHAPE = (2, len(Count))  # rows: given negative labels, given positive labels
+_SHAPE = (2, 7)  # of a count tensor, see `count_label_quality`
 
 
 def count_label_quality(
@@ -44,8 +30,9 @@ def count_label_quality(
         reliability: `(B, K)` integer codes of `Reliability`.
 
     Returns:
-        int64 `(2, 7)` on the device of the labels: row 0 the given negative labels, row 1 the given positive labels,
-        columns as in `Count`.
+        int64 `(2, 7)` on the device of the labels. Row 0 counts the given negative labels, row 1 the given positive
+        ones; columns: all; given == clean; judged CLEAN; judged CLEAN and given == clean; judged RELABELED; judged
+        RELABELED and refined == clean; judged AMBIGUOUS.
 
     Raises:
         ValueError: if the shapes differ.
@@ -61,24 +48,16 @@ def count_label_quality(
             f"reliability is of dtype {reliability.dtype}; it must be integer codes of Reliability; pass the "
             "reliability that refine_labels returns, not p_clean or a mask."
         )
-    positive, negative = given == 1, given == 0
     truly_clean = given == clean
-    selected = reliability == Reliability.CLEAN
-    relabeled = reliability == Reliability.RELABELED
-    counted = torch.stack(  # in the order of Count, without LABELS
-        [
-            truly_clean,
-            selected,
-            selected & truly_clean,
-            relabeled,
-            relabeled & (refined == clean),
-            reliability == Reliability.AMBIGUOUS,
-        ]
+    selected, relabeled = reliability == Reliability.CLEAN, reliability == Reliability.RELABELED
+    ambiguous = reliability == Reliability.AMBIGUOUS
+    counted = torch.stack(
+        [truly_clean, selected, selected & truly_clean, relabeled, relabeled & (refined == clean), ambiguous]
     ).flatten(start_dim=1)
-    num_positive = positive.sum()
+    num_positive = (given == 1).sum()
     # Negative by subtraction: a given label that is neither 0 nor 1 then shows as a label that was judged nothing.
     labels = torch.stack([given.numel() - num_positive, num_positive])
-    judged = torch.stack([(counted & mask.flatten()).sum(dim=1) for mask in (negative, positive)])
+    judged = torch.stack([(counted & (given == value).flatten()).sum(dim=1) for value in (0, 1)])
     return torch.cat([labels[:, None], judged], dim=1)
 
 
@@ -101,17 +80,26 @@ def label_quality(counts: torch.Tensor) -> dict[str, float]:
         ValueError: for counts of another shape, or if some label was neither CLEAN nor RELABELED nor AMBIGUOUS.
     """
     _check_counts(counts)
-    negatives, positives = counts.tolist()
-    for row in (negatives, positives):
-        judged = row[Count.SELECTED] + row[Count.RELABELED] + row[Count.AMBIGUOUS]
-        if judged != row[Count.LABELS]:
+    figures: dict[str, float] = {}
+    for suffix, row in {"": counts.sum(dim=0), "_positives": counts[1]}.items():
+        labels, truly_clean, selected, selected_right, relabeled, relabeled_right, ambiguous = row.tolist()
+        judged = selected + relabeled + ambiguous
+        if judged != labels:
             raise ValueError(
-                f"counts is of {row[Count.LABELS]} labels of which {judged} are CLEAN, RELABELED or AMBIGUOUS; each "
-                "label must be one of these; check that the given labels were 0 or 1 and the reliability codes "
+                f"counts is of {labels} labels of which {judged} are CLEAN, RELABELED or AMBIGUOUS; each label must "
+                "be one of these; check that the given labels were 0 or 1 and the reliability codes "
                 f"{[code.value for code in Reliability]}."
             )
-    every = [n + p for n, p in zip(negatives, positives, strict=True)]
-    return _figures(every, "") | _figures(positives, "_positives")
+        fractions = {
+            "clean_precision": (selected_right, selected),
+            "clean_recall": (selected_right, truly_clean),
+            "relabel_proportion": (relabeled, labels),
+            "relabel_accuracy": (relabeled_right, relabeled),
+            "ambiguous_proportion": (ambiguous, labels),
+            "noise_rate": (labels - truly_clean, labels),
+        }
+        figures |= {f"{name}{suffix}": part / whole for name, (part, whole) in fractions.items() if whole}
+    return figures
 
 
 class LabelQuality:
@@ -198,15 +186,3 @@ def _check_counts(counts: torch.Tensor) -> None:
             f"counts is of shape {tuple(counts.shape)} and dtype {counts.dtype}; it must be int64 of shape {_SHAPE}; "
             "pass what count_label_quality returned, or a sum of it."
         )
-
-
-def _figures(row: list[int], suffix: str) -> dict[str, float]:
-    fractions = {
-        "clean_precision": (row[Count.SELECTED_TRULY_CLEAN], row[Count.SELECTED]),
-        "clean_recall": (row[Count.SELECTED_TRULY_CLEAN], row[Count.TRULY_CLEAN]),
-        "relabel_proportion": (row[Count.RELABELED], row[Count.LABELS]),
-        "relabel_accuracy": (row[Count.RELABELED_RIGHT], row[Count.RELABELED]),
-        "ambiguous_proportion": (row[Count.AMBIGUOUS], row[Count.LABELS]),
-        "noise_rate": (row[Count.LABELS] - row[Count.TRULY_CLEAN], row[Count.LABELS]),
-    }
-    return {f"{name}{suffix}": part / whole for name, (part, whole) in fractions.items() if whole}

@@ -16,7 +16,6 @@ from hf_balancemix.metrics import (
     class_groups,
     evaluation_figures,
     mean_average_precision,
-    multilabel_metrics,
     precision_recall_f1,
 )
 
@@ -156,7 +155,7 @@ def test_inputs_are_not_changed():
     scores, labels = _random(5)
     scores[0, 0] = np.inf
     before = scores.copy(), labels.copy()
-    multilabel_metrics(scores, labels)
+    evaluation_figures(scores, labels)
     np.testing.assert_array_equal(scores, before[0])
     np.testing.assert_array_equal(labels, before[1])
 
@@ -224,7 +223,7 @@ def test_nan_scores_are_counted_by_rows_and_classes():
     with pytest.raises(ValueError, match="scores is NaN in 3 of 10 rows and 2 of 5 classes"):
         mean_average_precision(scores, labels)
     with pytest.raises(ValueError, match="logits is NaN in 3 of 10 rows and 2 of 5 classes"):
-        multilabel_metrics(torch.tensor(scores).bfloat16(), labels)
+        evaluation_figures(torch.tensor(scores).bfloat16(), labels)
 
 
 def test_wrong_number_of_names_or_counts():
@@ -285,7 +284,7 @@ def test_logits_are_not_taken_for_probabilities():
 def test_flat_figures_equal_their_parts_and_leave_out_empty_groups():
     scores, labels = _random(10, k=4)
     counts = [20_000, 15_000, 10, 20]
-    figures = multilabel_metrics(scores.astype(np.float32), labels, class_counts=counts)
+    figures, _ = evaluation_figures(scores.astype(np.float32), labels, class_counts=counts)
     assert set(figures) == {"mAP", "mAP_many", "mAP_few", "CF1", "OF1"}
     assert all(type(value) is float for value in figures.values())
     parts = mean_average_precision(scores.astype(np.float32), labels, class_counts=counts)
@@ -294,7 +293,7 @@ def test_flat_figures_equal_their_parts_and_leave_out_empty_groups():
     ]
     f1 = precision_recall_f1((scores > 0).astype(float), labels)  # probability > 0.5 where the logit is positive
     assert (figures["CF1"], figures["OF1"]) == pytest.approx((f1["CF1"], f1["OF1"]), abs=1e-12)
-    assert set(multilabel_metrics(scores, labels)) == {"mAP", "CF1", "OF1"}
+    assert set(evaluation_figures(scores, labels)[0]) == {"mAP", "CF1", "OF1"}
 
 
 def test_the_means_and_the_classes_average_precision_are_of_one_pass():
@@ -332,19 +331,19 @@ def test_a_trainer_computes_each_class_once_an_evaluation_and_says_once_what_is_
 
 def test_flat_figures_at_another_threshold():
     # Probabilities 0.88 and 0.95: only the second is above 0.9.
-    figures = multilabel_metrics([[2.0], [3.0]], [[1], [1]], threshold=0.9)
+    figures, _ = evaluation_figures([[2.0], [3.0]], [[1], [1]], threshold=0.9)
     assert figures["OF1"] == pytest.approx(2 * 1 * 0.5 / 1.5)
 
 
 def test_map_is_taken_before_the_sigmoid_saturates():
     logits = np.array([[40.0], [30.0], [20.0]], dtype=np.float32)  # all 1.0 after a float32 sigmoid
-    assert multilabel_metrics(logits, [[1], [0], [0]])["mAP"] == 1.0
+    assert evaluation_figures(logits, [[1], [0], [0]])[0]["mAP"] == 1.0
 
 
 def test_extreme_logits_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = multilabel_metrics(np.array([[1e30, -1e30], [-np.inf, np.inf]]), [[1, 0], [0, 1]])
+        figures, _ = evaluation_figures(np.array([[1e30, -1e30], [-np.inf, np.inf]]), [[1, 0], [0, 1]])
     assert figures == {"mAP": 1.0, "CF1": 1.0, "OF1": 1.0}
 
 

@@ -48,12 +48,10 @@ class LabelQuality(evaluate.Metric):
             raise ValueError(f"no {', no '.join(_NAMES)} is given; each must be N >= 1 rows of K values.")
         super().add_batch(**kwargs)
 
-    def _compute(self, given, clean, refined, reliability):
-        matrices = {"given": given, "clean": clean, "refined": refined, "reliability": reliability}
-        for name, rows in matrices.items():
-            if len({len(row) for row in rows}) != 1:
+    def _compute(self, **matrices):
+        for name in _NAMES:
+            if len({len(row) for row in matrices[name]}) != 1:
                 raise ValueError(f"{name} has rows of unequal length; each must be of K values.")
-        for name in ("given", "clean", "refined"):
-            if not {value for row in matrices[name] for value in row} <= {0, 1}:
+            if name != "reliability" and not {value for row in matrices[name] for value in row} <= {0, 1}:
                 raise ValueError(f"{name} has values other than 0 and 1; it must be labels.")
         return label_quality(count_label_quality(*(torch.tensor(matrices[name]) for name in _NAMES)))
