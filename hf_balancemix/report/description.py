@@ -17,11 +17,7 @@ class DrawableDescription(Description):
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the class counts, the labels per instance and, where it is known, the realised noise.
 
-        Args:
-            path: Where to save the figure too, as PNG, PDF or SVG by its ending.
-
-        Returns:
-            The matplotlib figure, which belongs to no window.
+        Returns the figure, which belongs to no window; at `path` it is saved too, as PNG, PDF or SVG by its ending.
         """
         figure = class_figure(self)
         if path is not None:
@@ -34,16 +30,13 @@ def describe(dataset: datasets.Dataset, many: int = 10_000, few: int = 1_000) ->
 
     Args:
         dataset: With `labels`, optionally `unknown_labels` and `clean_labels`.
-        many: A class with more positive labels than this is many-shot.
-        few: A class with fewer positive labels than this is few-shot; at most `many`.
+        many, few: A class with more positive labels than `many` is many-shot, with fewer than `few` few-shot.
 
     Returns:
         The figures: print them, or draw them with `.plot("figure.png")`.
 
     Raises:
-        TypeError: `dataset` is no `datasets.Dataset`, or a label column is of another type.
-        ValueError: A label column is absent or not valid (see `data.labels.label_matrix`), has other classes than
-            `labels`, or lists a class as unknown that `labels` lists too; `few` is above `many`.
+        TypeError, ValueError: As `data.labels.given_labels` for the label columns; `few` is above `many`.
 
     Example:
         >>> print(describe(load_coco("coco")))  # doctest: +SKIP

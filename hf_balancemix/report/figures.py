@@ -12,22 +12,27 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import norm
 
 from hf_balancemix.core.loss_histogram import bin_edges
 from hf_balancemix.data.describe import Description, RealisedNoise, per_cent
 
-MAX_BARS = 80
+_MAX_BARS = 80  # of one figure
+_MAX_NAMES = 120  # classes whose names are readable below one another's bars
 # Told apart by the colour-blind, too.
 GROUP_COLOURS = {"many": "#0072B2", "medium": "#56B4E9", "few": "#D55E00"}
 _COMPONENT_COLOURS = {"clean": "#0072B2", "noisy": "#D55E00"}
-_MAP_NAMES = {"mAP": "all", "mAP_many": "many", "mAP_medium": "medium", "mAP_few": "few"}
-_QUALITY_NAMES = {
-    "label_clean_precision": "clean precision",
-    "label_clean_recall": "clean recall",
-    "label_relabel_accuracy": "re-labelling right",
-    "label_relabel_proportion_positives": "re-labelled, given positive",
+# The panels of the training curves: what a line is called, and its figure in `state.log_history`.
+_CURVES = {
+    "loss": {"training": "loss", "evaluation": "eval_loss"},
+    "mAP": {"all": "eval_mAP", "many": "eval_mAP_many", "medium": "eval_mAP_medium", "few": "eval_mAP_few"},
+    "label quality": {
+        "clean precision": "label_clean_precision",
+        "clean recall": "label_clean_recall",
+        "re-labelling right": "label_relabel_accuracy",
+        "re-labelled, given positive": "label_relabel_proportion_positives",
+    },
 }
-_POLARITIES = ("negative", "positive")
 
 
 def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
@@ -74,17 +79,19 @@ def per_class_ap_figure(
     """
     if len(class_names) != len(per_class_ap):
         raise ValueError(
-            f"{len(class_names)} class_names for {len(per_class_ap)} per_class_ap; one a class is required, in the "
-            "same order."
+            f"there are {len(class_names)} class_names for {len(per_class_ap)} per_class_ap; each must be one a "
+            "class; pass those of one model."
         )
-    ap = np.array([np.nan if value is None else value for value in per_class_ap], dtype=np.float64)
+    groups = {} if groups is None else groups
+    ap = np.array(per_class_ap, dtype=np.float64)  # None becomes NaN
     order = [int(k) for k in np.argsort(-ap, kind="stable") if np.isfinite(ap[k])]
-    if len(order) > MAX_BARS:
-        title += f" ({MAX_BARS // 2} best and {MAX_BARS // 2} worst of {len(order)})"
-        order = order[: MAX_BARS // 2] + order[-MAX_BARS // 2 :]
+    if len(order) > _MAX_BARS:
+        half = _MAX_BARS // 2
+        title += f" ({half} best and {half} worst of {len(order)})"
+        order = order[:half] + order[-half:]
     colors = np.full(len(ap), "#7f7f7f", dtype=object)
-    for name, mask in (groups or {}).items():
-        colors[np.asarray(mask)] = GROUP_COLOURS[name]
+    for name, mask in groups.items():
+        colors[mask] = GROUP_COLOURS[name]
 
     figure = new_figure(7, 1.2 + 0.2 * max(len(order), 1))
     axes = figure.subplots()
@@ -96,9 +103,9 @@ def per_class_ap_figure(
     axes.set_title(title, fontsize=9, parse_math=False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    shown = [name for name, mask in (groups or {}).items() if np.asarray(mask)[order].any()]
-    if shown:
-        handles = [axes.barh([0], [0], color=GROUP_COLOURS[name], label=f"{name}-shot") for name in shown]
+    shown = [name for name, mask in groups.items() if mask[order].any()]
+    handles = [axes.barh([0], [0], color=GROUP_COLOURS[name], label=f"{name}-shot") for name in shown]
+    if handles:
         axes.legend(handles=handles, fontsize=7, loc="lower right", framealpha=0.9)
     return figure
 
@@ -112,14 +119,9 @@ def training_curves_figure(log_history: Sequence[Mapping[str, Any]]) -> Figure |
     Returns:
         The figure; None where nothing of it was recorded.
     """
-    panels = {
-        "loss": {"training": "loss", "evaluation": "eval_loss"},
-        "mAP": {shown: f"eval_{name}" for name, shown in _MAP_NAMES.items()},
-        "label quality": {shown: name for name, shown in _QUALITY_NAMES.items()},
-    }
     curves = {
         panel: {shown: curve for shown, key in keys.items() if (curve := _curve(log_history, key))}
-        for panel, keys in panels.items()
+        for panel, keys in _CURVES.items()
     }
     curves = {panel: lines for panel, lines in curves.items() if lines}
     if not curves:
@@ -159,14 +161,10 @@ class ClassMixtures:
 def mixture_figure(classes: Sequence[ClassMixtures]) -> Figure:
     """The histogram of the losses (Eq. 6) and the two components (Eq. 7), a row a class, a column a polarity.
 
-    Args:
-        classes: The classes to show, at least one.
-
-    Raises:
-        ValueError: No class.
+    No class is a ValueError.
     """
     if not classes:
-        raise ValueError("mixture_figure received no class; pass at least one ClassMixtures.")
+        raise ValueError("classes is of no class; it must be of at least one; pass a ClassMixtures for each.")
     figure = new_figure(9, 2.8 * len(classes))
     for row, shown in zip(figure.subplots(len(classes), 2, squeeze=False), classes, strict=True):
         for polarity, axes in enumerate(row):
@@ -176,31 +174,32 @@ def mixture_figure(classes: Sequence[ClassMixtures]) -> Figure:
 
 def _draw_mixture(axes: Any, shown: ClassMixtures, polarity: int) -> None:
     counts = None if shown.counts is None else np.asarray(shown.counts[polarity], dtype=np.float64)
-    number = "" if counts is None else f", {int(counts.sum()):,}"
-    axes.set_title(f"{_short(shown.name)}: given {_POLARITIES[polarity]}{number}", fontsize=9, parse_math=False)
-    axes.set(xlabel="loss", ylabel="density")
-    means, deviations = np.asarray(shown.means[polarity]), np.sqrt(np.asarray(shown.variances[polarity]))
+    total = 0 if counts is None else int(counts.sum())
+    number = "" if counts is None else f", {total:,}"
+    axes.set_title(
+        f"{_short(shown.name)}: given {('negative', 'positive')[polarity]}{number}", fontsize=9, parse_math=False
+    )
+    means, deviations = shown.means[polarity], np.sqrt(shown.variances[polarity])
     limit = float((means + 4 * deviations).max())
-    if counts is not None and counts.sum():
+    if total:
         edges = bin_edges().numpy()
-        limit = float(edges[1:][counts.cumsum() >= 0.999 * counts.sum()][0])
+        limit = float(edges[1:][counts.cumsum() >= 0.999 * total][0])
         centers = (edges[:-1] + edges[1:]) / 2
         heights, bars = np.histogram(centers, bins=40, range=(0, max(limit, 1e-4)), weights=counts)
         # Over all losses, not only those in range: the curves are densities of the whole set.
-        axes.stairs(heights / counts.sum() / np.diff(bars), bars, fill=True, color="#c7c7c7", label="losses")
+        axes.stairs(heights / total / np.diff(bars), bars, fill=True, color="#c7c7c7", label="losses")
     limit = max(limit, 1e-4)
     if shown.separated[polarity]:
         x = np.linspace(0, limit, 400)
-        for component, (name, color) in enumerate(_COMPONENT_COLOURS.items()):
-            z = (x - means[component]) / deviations[component]
-            density = shown.weights[polarity][component] * np.exp(-0.5 * z**2) / deviations[component]
-            axes.plot(x, density / np.sqrt(2 * np.pi), color=color, label=name)
+        components = zip(_COMPONENT_COLOURS.items(), shown.weights[polarity], means, deviations, strict=True)
+        for (name, color), weight, mean, deviation in components:
+            axes.plot(x, weight * norm.pdf(x, mean, deviation), color=color, label=name)
     else:
         axes.text(0.5, 0.5, "not separated:\nall count as clean", transform=axes.transAxes, ha="center", va="center")
     # The noisy component is small beside the clean one, so the axis is logarithmic; and Gaussians fall without end.
     axes.set_yscale("log")
     top = max([line.get_ydata().max() for line in axes.lines] + [1.0])
-    axes.set(xlim=(0, limit), ylim=(1e-4, 10 * top))
+    axes.set(xlabel="loss", ylabel="density", xlim=(0, limit), ylim=(1e-4, 10 * top))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
 
@@ -216,20 +215,15 @@ def _short(name: str, length: int = 40) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-# ------------------------------------------------------------------------------------ the classes of a data set
-
-_NAMED = 120  # classes whose names are readable in the figure
-
-
 def class_figure(description: Description) -> Figure:
     """The class counts, the labels per instance and, where it is known, the realised noise.
 
     Classes go from the commonest to the rarest; a line marks the clean positive labels of each where they are known.
     """
-    rows = 1 if description.noise is None else 2
+    heights = [3.0] if description.noise is None else [3.0, 2.0]
     width = min(15.0, max(5.0, 0.13 * description.num_classes))  # inches
-    figure = new_figure(width + 3.5, 4.4 if rows == 1 else 6.8)
-    grid = figure.add_gridspec(rows, 2, width_ratios=[width, 2.5], height_ratios=[3, 2][:rows])
+    figure = new_figure(width + 3.5, 4.4 if description.noise is None else 6.8)
+    grid = figure.add_gridspec(len(heights), 2, width_ratios=[width, 2.5], height_ratios=heights)
     lowest = counts = figure.add_subplot(grid[0, 0])
     _draw_counts(counts, description)
     _draw_labels_per_instance(figure.add_subplot(grid[:, 1]), description.labels_per_instance)
@@ -237,7 +231,7 @@ def class_figure(description: Description) -> Figure:
         lowest = figure.add_subplot(grid[1, 0], sharex=counts)
         _draw_noise(lowest, description.noise, description.order)
         counts.tick_params(bottom=False, labelbottom=False)
-    if description.num_classes <= _NAMED:
+    if description.num_classes <= _MAX_NAMES:
         names = [_short(description.names[k]) for k in description.order]
         lowest.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
     else:
@@ -253,7 +247,7 @@ def _draw_counts(axes: Any, description: Description) -> None:
         inside = mask[order]
         if inside.any():
             label = f"{group}-shot: {inside.sum()}"
-            axes.bar(place[inside], positives[inside], width=0.8, color=GROUP_COLOURS[group], label=label)
+            axes.bar(place[inside], positives[inside], color=GROUP_COLOURS[group], label=label)
     drawn = positives
     if description.noise is not None:
         clean = description.noise.clean_positives[order]
@@ -268,46 +262,42 @@ def _draw_counts(axes: Any, description: Description) -> None:
     for bound in {description.many, description.few}:
         if bottom < bound < top:
             axes.axhline(bound, color="0.35", linestyle="--", linewidth=0.8)
-    axes.set_ylabel("positive labels")
-    axes.set_xlim(-0.8, len(order) - 0.2)
-    _tidy(axes, axes.yaxis, "{x:,.0f}", legend=True)
+    axes.set(xlim=(-0.8, len(order) - 0.2), ylabel="positive labels")
+    _tidy(axes, axes.yaxis, "{x:,.0f}")
 
 
 def _draw_labels_per_instance(axes: Any, numbers: np.ndarray) -> None:
-    axes.barh(np.arange(len(numbers)), numbers, height=0.8, color="0.55")
+    axes.barh(np.arange(len(numbers)), numbers, color="0.55")
     axes.set_ylim(max(len(numbers), 6) - 0.4, -0.6)  # 0 at the top
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=3)
-    axes.set_ylabel("positive labels of an instance")
-    axes.set_xlabel("instances")
-    _tidy(axes, axes.xaxis, "{x:,.0f}", legend=False)
+    axes.set(xlabel="instances", ylabel="positive labels of an instance")
+    _tidy(axes, axes.xaxis, "{x:,.0f}")
 
 
 def _draw_noise(axes: Any, noise: RealisedNoise, order: np.ndarray) -> None:
-    directions = (
-        ("positive to negative", noise.positive_to_negative, "v", "#CC79A7"),
-        ("negative to positive", noise.negative_to_positive, "^", "#009E73"),
-    )
     drawn = []
-    for name, shares, marker, colour in directions:
-        label = f"{name}: {per_cent(noise.overall[name.replace(' ', '_')])} overall"
-        axes.plot(np.arange(len(order)), 100 * shares[order], marker, color=colour, markersize=4, label=label)
-        drawn += (100 * shares[shares > 0]).tolist()
+    for name, marker, colour in (("positive to negative", "v", "#CC79A7"), ("negative to positive", "^", "#009E73")):
+        attribute = name.replace(" ", "_")
+        percentages = 100 * getattr(noise, attribute)
+        label = f"{name}: {per_cent(noise.overall[attribute])} overall"
+        axes.plot(np.arange(len(order)), percentages[order], marker, color=colour, markersize=4, label=label)
+        drawn += percentages[percentages > 0].tolist()
     if drawn and max(drawn) > 20 * min(drawn):  # then rates of 0 are not shown
         axes.set_ylim(min(drawn) / 1.5, 130)
         axes.set_yscale("log")
     else:
         axes.set_ylim(-2, 102)
     axes.set_ylabel("realised noise")
-    _tidy(axes, axes.yaxis, "{x:g}%", legend=True)
+    _tidy(axes, axes.yaxis, "{x:g}%")
 
 
-def _tidy(axes: Any, numbers: Any, number_format: str, legend: bool) -> None:
+def _tidy(axes: Any, numbers: Any, number_format: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     numbers.set_major_formatter(number_format)
     numbers.set_minor_formatter("")
     axes.tick_params(labelsize=8)
-    if legend:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(
             frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderpad=0, handlelength=1.2
         )

@@ -42,7 +42,6 @@ from hf_balancemix.report.figures import (
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
 # In an evaluation's line of `state.log_history`, after its prefix ("eval_"): K fractions, None for a skipped class.
 PER_CLASS_AP = "per_class_ap"
@@ -57,22 +56,12 @@ _METRICS = {
 }
 _METRIC_TYPES = {"mAP": "mean_average_precision", "CF1": "f1", "OF1": "f1"}
 _NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", PER_CLASS_AP}
-_LABEL_FIGURES = {
-    "noise_rate": "wrong: given other than the clean label",
-    "clean_precision": "clean-label precision (Eq. 14): of the labels judged clean, those that are",
-    "clean_recall": "clean-label recall (Eq. 14): of the labels that are clean, those judged so",
-    "relabel_proportion": "re-labelled (Eq. 15)",
-    "relabel_accuracy": "re-labelled to the clean label, of those re-labelled (Eq. 15)",
-    "ambiguous_proportion": "ambiguous: weighed by their clean probability",
-}
 # Arguments of transformers that change what is learned; of ours all are shown.
 _SHOWN_ARGUMENTS = (
     "max_steps", "gradient_accumulation_steps", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
     "adam_epsilon", "bf16", "fp16", "tf32", "seed", "data_seed", "full_determinism", "torch_compile",
     "gradient_checkpointing", "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
-_DERIVED_ARGUMENTS = {"per_device_train_batch_size", "remove_unused_columns"}
-_PACKAGES = ("torchvision", "transformers", "accelerate", "datasets", "timm")
 
 
 def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
@@ -82,20 +71,15 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
     own text and stays.
 
     Args:
-        trainer: `MultiLabelTrainer` or a subclass, at any time: before, while and after training. Read are its
-            `state.log_history`, `args`, `model.config`, the data sets' features and info, and, where it has one,
-            `balance_mix`.
+        trainer: `MultiLabelTrainer` or a subclass, at any time: before, while and after training.
         folder: Where the card goes; made if it is absent.
 
     Returns:
         Path of the card.
-
-    Raises:
-        OSError: A file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    card = folder / CARD_FILE
+    card = folder / "README.md"
     if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         logger.info("%s was not written by hf_balancemix and stays as it is.", card)
         return card
@@ -143,8 +127,9 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
             metric_name=_METRICS.get(name, name),
             metric_value=float(value),
         )
-        for data, metrics in ((evaluation["data"], evaluation["metrics"]) for evaluation in facts["evaluations"])
-        for name, value in metrics.items()
+        for evaluation in facts["evaluations"]
+        for data in [evaluation["data"]]
+        for name, value in evaluation["metrics"].items()
     ]
     train = facts["train"]
     return ModelCardData(
@@ -160,20 +145,20 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
 
 
 def card_facts(trainer: Trainer) -> dict[str, Any]:
-    """Everything the card says, as plain values."""
-    args, state = trainer.args, trainer.state
-    model = trainer.saved_model
+    """Everything the card says, for its template."""
+    args, state, model = trainer.args, trainer.state, trainer.saved_model
     names = trainer.class_names or [model.config.id2label[k] for k in range(model.config.num_labels)]
     evaluations = _evaluations(trainer)
-    repository = _repo_id(getattr(trainer, "hub_model_id", None) or args.hub_model_id)
-    groups = None
-    if trainer.class_counts is not None:
-        groups = class_groups(trainer.class_counts, args.many_shot, args.few_shot)
-    runtimes = [line["train_runtime"] for line in state.log_history if "train_runtime" in line]
     per_class = next((e["per_class_ap"] for e in evaluations if e["per_class_ap"] is not None), None)
+    counts = trainer.class_counts
+    groups = None if counts is None else class_groups(counts, args.many_shot, args.few_shot)
     balance_mix = getattr(trainer, "balance_mix", None)
     fitted = balance_mix is not None and balance_mix.mixtures is not None
     judged = _judged_labels(balance_mix) if fitted else None
+    repository = _repo_id(getattr(trainer, "hub_model_id", None) or args.hub_model_id)
+    thresholds = getattr(model.config, "thresholds", None)
+    changed = changed_arguments(args)
+    changed |= {f"{name} ({trainer.method_name})": v for name, v in getattr(trainer, "method_settings", {}).items()}
     return {
         "name": repository.split("/")[-1] if repository else type(model).__name__,
         "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
@@ -188,27 +173,22 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "image_size": trainer.views.image_size,
         "cached_views": getattr(trainer.views, "num_views", None),  # of a frozen backbone
         "class_names": names,
-        "thresholds": _thresholds(model.config, names),
+        "thresholds": thresholds if thresholds and len(thresholds) == len(names) else None,
         "train": _describe(trainer.train_dataset, trainer.train_labels, trainer.clean_labels),
         "evaluations": evaluations,
         "per_class_ap": per_class,
         "groups": groups,
         "classes": _class_rows(trainer, names, per_class, groups, judged),
         "judged": None if judged is None else judged.sum(axis=1).tolist(),
-        "label_figures": _label_figures(state.log_history),
-        "sampler": _newest(state.log_history, "sampler_effective_size"),
-        "log_history": state.log_history,
+        "label_figures": newest_line(state.log_history, "label_noise_rate"),
+        "sampler": newest_line(state.log_history, "sampler_effective_size"),
+        "state": state,
         "mixtures": chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class)) if fitted else [],
         "method": _method(trainer),
         "args": args.to_dict(),
-        "changed": changed_arguments(args) | _method_settings(trainer),
-        "many_shot": args.many_shot,
-        "few_shot": args.few_shot,
-        "step": state.global_step,
-        "max_steps": state.max_steps,
-        "epoch": state.epoch,
+        "changed": changed,
         "in_training": bool(trainer.is_in_train) and 0 < state.global_step < state.max_steps,
-        "train_runtime": runtimes[-1] if runtimes else None,
+        "train_runtime": (newest_line(state.log_history, "train_runtime") or {}).get("train_runtime"),
         "hardware": _hardware(args),
         "versions": _versions(),
         "metric_names": _METRICS,
@@ -239,33 +219,30 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     The default of a field that a preset sets is that of the preset "default". No path and no token is among them.
     """
     values = args.to_dict()
-    base = TrainingArguments.__dataclass_fields__
     preset = type(args).PRESETS["default"]
+    hidden = TrainingArguments.__dataclass_fields__.keys() - preset.keys() - set(_SHOWN_ARGUMENTS)
+    hidden |= {"per_device_train_batch_size", "remove_unused_columns"}  # which follow from others
     changed = {}
     for field in dataclasses.fields(args):
-        own = field.name not in base or field.name in preset
-        if field.name in _DERIVED_ARGUMENTS or not (own or field.name in _SHOWN_ARGUMENTS):
+        if field.name in hidden:
             continue
-        default = field.default if field.default is not dataclasses.MISSING else None
-        default = preset.get(field.name, default) if default is None else default
+        default = None if field.default is dataclasses.MISSING else field.default
+        default = preset.get(field.name) if default is None else default
         default, value = getattr(default, "value", default), values[field.name]
         if value != default and (value or default):  # {} and None are alike
             changed[field.name] = value
     return changed
 
 
-def newest_evaluation(log_history: Sequence[Mapping[str, Any]], prefix: str = "eval_") -> Mapping[str, Any] | None:
-    """The last line of the log that an evaluation wrote."""
-    return _newest(log_history, f"{prefix}runtime")
+def newest_line(log_history: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
+    """The last line of the log that has `key`."""
+    return next((line for line in reversed(log_history) if key in line), None)
 
 
 def chosen_mixtures(balance_mix: Any, names: Sequence[str], classes: Mapping[str, int]) -> list[ClassMixtures]:
-    """The fitted mixtures of some classes, with their losses' histograms where the state has kept them.
+    """The fitted mixtures of some classes, with their losses' histograms where `core.BalanceMix` has kept them.
 
-    Args:
-        balance_mix: `core.BalanceMix` with mixtures.
-        names: K class names.
-        classes: Class indices by what to call them, such as "best AP".
+    Of `names` there are K; `classes` are indices by what to call them, such as "best AP".
     """
     m = balance_mix.mixtures
     # `loss_histogram` is that of the newest scan; a run that was resumed has none until the next one.
@@ -283,42 +260,43 @@ def chosen_mixtures(balance_mix: Any, names: Sequence[str], classes: Mapping[str
 
 def good_and_bad_class(balance_mix: Any, per_class_ap: Sequence[float | None] | None) -> dict[str, int]:
     """The classes of highest and lowest average precision, or of confidence P(k) where no AP was recorded."""
-    if per_class_ap is not None and any(value is not None for value in per_class_ap):
-        values, what = np.array([np.nan if v is None else v for v in per_class_ap], dtype=float), "AP"
+    if _any_known(per_class_ap):
+        values, what = np.array(per_class_ap, dtype=np.float64), "AP"  # None becomes NaN
     else:
         values, what = balance_mix.positive_confidence.numpy(), "confidence P(k)"
     best, worst = int(np.nanargmax(values)), int(np.nanargmin(values))
     return {f"highest {what}": best} | ({f"lowest {what}": worst} if worst != best else {})
 
 
+def _any_known(values: Sequence[float | None] | None) -> bool:
+    return values is not None and any(value is not None for value in values)
+
+
 def _figures(facts: Mapping[str, Any]) -> dict[str, Any]:
-    per_class = facts["per_class_ap"]
-    shown = per_class is not None and any(value is not None for value in per_class)
+    names, ap, groups = facts["class_names"], facts["per_class_ap"], facts["groups"]
     return {
-        "per_class_ap.png": per_class_ap_figure(facts["class_names"], per_class, facts["groups"]) if shown else None,
-        "training_curves.png": training_curves_figure(facts["log_history"]),
+        "per_class_ap.png": per_class_ap_figure(names, ap, groups) if _any_known(ap) else None,
+        "training_curves.png": training_curves_figure(facts["state"].log_history),
         "mixtures.png": mixture_figure(facts["mixtures"]) if facts["mixtures"] else None,
     }
 
 
 def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
     """For each evaluation set the figures that belong to the present weights, or the newest ones."""
-    args, state = trainer.args, trainer.state
+    args, state, lines = trainer.args, trainer.state, trainer.state.log_history
     best_loaded = bool(
         not trainer.is_in_train and args.load_best_model_at_end and state.best_model_checkpoint and state.global_step
     )
+    searched = [lines]
+    if best_loaded:
+        # Evaluated after training, when the best weights were back, or when they were saved.
+        end = max((i for i, line in enumerate(lines) if "train_runtime" in line), default=-1)
+        searched = [lines[end + 1 :], [line for line in lines if line["step"] == state.best_global_step]]
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {None: trainer.eval_dataset}
     found = []
     for name, dataset in sets.items():
         prefix = "eval_" if name is None else f"eval_{name}_"
-        lines = state.log_history
-        if best_loaded:
-            # Evaluated after training, when the best weights were back, or when they were saved.
-            end = max((i for i, line in enumerate(lines) if "train_runtime" in line), default=-1)
-            best = [line for line in lines if line["step"] == state.best_global_step]
-            line = newest_evaluation(lines[end + 1 :], prefix) or newest_evaluation(best, prefix)
-        else:
-            line = newest_evaluation(lines, prefix)
+        line = next((line for part in searched if (line := newest_line(part, f"{prefix}runtime"))), None)
         if line is None:
             continue
         values = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
@@ -329,7 +307,7 @@ def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "data": _describe(dataset, None, None),
+                "data": _describe(dataset),
                 "metrics": {key: metrics[key] for key in order if key in metrics},
                 "step": step,
                 "epoch": next((line["epoch"] for line in lines if line["step"] == step and "epoch" in line), None),
@@ -340,22 +318,20 @@ def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
     return found
 
 
-def _describe(dataset: Any, given: Any, clean: Any) -> dict[str, Any] | None:
+def _describe(dataset: Any, given: Any = None, clean: Any = None) -> dict[str, Any] | None:
     """What is recorded about a data set; `given` and `clean` are its label matrices where they are at hand."""
     if not isinstance(dataset, datasets.Dataset):
         return None
     info = dataset.info
-    lines = without_recorded_noise(info.description).splitlines()
-    source = re.match(
-        r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", next(iter(info.download_checksums or {}), "")
-    )
+    file = next(iter(info.download_checksums or {}), "")
+    source = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", file)
     facts = {
         "name": source[1] if source else _line(info.dataset_name),
         "hub_id": _repo_id(source[1]) if source else None,
         "revision": source[2] if source else None,
         "config": _line(info.config_name),
         "split": _line(dataset.split),
-        "description": _line(" ".join(lines)[:500]),
+        "description": _line(" ".join(without_recorded_noise(info.description).splitlines())[:500]),
         "num_instances": len(dataset),
         "noise": recorded_noise(dataset),
         "noisy": "clean_labels" in dataset.column_names,
@@ -378,17 +354,19 @@ def _class_rows(
     groups: Mapping[str, np.ndarray] | None,
     judged: np.ndarray | None,
 ) -> list[dict[str, Any]]:
-    given = None if trainer.train_labels is None else (trainer.train_labels == 1).sum(0).tolist()
-    clean = None if trainer.clean_labels is None else (trainer.clean_labels == 1).sum(0).tolist()
+    given, clean = (
+        None if labels is None else (labels == 1).sum(0).tolist()
+        for labels in (trainer.train_labels, trainer.clean_labels)
+    )
+    columns = {
+        "ap": per_class,
+        "group": groups and [next(group for group, mask in groups.items() if mask[k]) for k in range(len(names))],
+        "given": given,
+        "clean": clean,
+        "distrusted": None if judged is None else judged[1].tolist(),
+    }
     return [
-        {
-            "name": name,
-            "ap": None if per_class is None else per_class[k],
-            "group": next((group for group, mask in (groups or {}).items() if mask[k]), None),
-            "given": None if given is None else given[k],
-            "clean": None if clean is None else clean[k],
-            "distrusted": None if judged is None else int(judged[1, k]),
-        }
+        {"name": name} | {what: None if values is None else values[k] for what, values in columns.items()}
         for k, name in enumerate(names)
     ]
 
@@ -401,39 +379,18 @@ def _judged_labels(balance_mix: Any) -> np.ndarray | None:
     return torch.stack([(distrusted & (labels == value)).sum(0) for value in (0, 1)]).numpy()
 
 
-def _label_figures(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    line = next((line for line in reversed(log_history) if any(key.startswith("label_") for key in line)), None)
-    if line is None:
-        return None
-    rows = {
-        what: [line.get(f"label_{name}"), line.get(f"label_{name}_positives")] for name, what in _LABEL_FIGURES.items()
-    }
-    return {
-        "epoch": line.get("epoch"),
-        "rows": {what: row for what, row in rows.items() if any(value is not None for value in row)},
-    }
-
-
 def _method(trainer: Trainer) -> dict[str, Any]:
     """The trainer's class, and for BalanceMix the parts of it that were on."""
-    state = getattr(trainer, "balance_mix", None)
-    settings = state.settings if state is not None else None
-    citation = getattr(trainer, "citation", None)
-    name = getattr(trainer, "method_name", None)
+    balance_mix, citation = getattr(trainer, "balance_mix", None), getattr(trainer, "citation", None)
+    settings = None if balance_mix is None else balance_mix.settings
     return {
         "trainer": type(trainer).__name__,
-        "name": name,
-        "mixes": name != "bce" and getattr(trainer.args, "mixup_alpha", 0) > 0,
+        "name": trainer.method_name,
+        "mixes": trainer.method_name != "bce" and getattr(trainer.args, "mixup_alpha", 0) > 0,
         "citation": Markup(citation.replace("```", "")) if citation else None,
         "settings": None if settings is None else dataclasses.asdict(settings),
         "is_balancemix": settings is not None and settings.needs_scan,
     }
-
-
-def _method_settings(trainer: Trainer) -> dict[str, Any]:
-    """The settings of the method's own object, such as a loss, that differ from its defaults."""
-    settings = getattr(trainer, "method_settings", {})
-    return {f"{name} ({trainer.method_name})": value for name, value in settings.items()}
 
 
 def _base_model(config: Any) -> str | None:
@@ -443,12 +400,6 @@ def _base_model(config: Any) -> str | None:
         if source and "/" in source and not Path(source).exists():
             return source
     return None
-
-
-def _thresholds(config: Any, names: Sequence[str]) -> list[float] | None:
-    """A threshold a class, where the config has them."""
-    stored = getattr(config, "thresholds", None)
-    return [float(value) for value in stored] if stored and len(stored) == len(names) else None
 
 
 def _hardware(args: TrainingArguments) -> str:
@@ -462,7 +413,8 @@ def _hardware(args: TrainingArguments) -> str:
 
 def _versions() -> dict[str, str]:
     own = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    return own | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages = ("torchvision", "transformers", "accelerate", "datasets", "timm")
+    return own | {name: importlib.metadata.version(name) for name in packages}
 
 
 def _repo_id(name: str | None) -> str | None:
@@ -472,10 +424,6 @@ def _repo_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
-
-
-def _newest(log_history: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
-    return next((line for line in reversed(log_history) if key in line), None)
 
 
 def _line(value: Any) -> str | None:

@@ -12,15 +12,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from hf_balancemix.metrics import class_groups
-from hf_balancemix.report.figures import (
-    figure_pixels,
-    mixture_figure,
-    per_class_ap_figure,
-    training_curves_figure,
-)
-from hf_balancemix.report.model_card import PER_CLASS_AP, chosen_mixtures, good_and_bad_class, newest_evaluation
+from hf_balancemix.report.figures import figure_pixels, mixture_figure, per_class_ap_figure, training_curves_figure
+from hf_balancemix.report.model_card import PER_CLASS_AP, chosen_mixtures, good_and_bad_class, newest_line
 
 logger = logging.getLogger(__name__)
+
+_TRACKERS = (TensorBoardCallback, TrackioCallback, WandbCallback)
 
 
 class FigureCallback(TrainerCallback):
@@ -28,11 +25,8 @@ class FigureCallback(TrainerCallback):
 
     After an evaluation: `plots/per_class_ap` and `plots/curves` (losses, mAP, label quality over the epochs); after a
     scan: `plots/mixtures`, the losses and mixtures of a good and a bad class. The figures as numbers are sent by
-    Trainer itself, the label-quality ones of an epoch included. Add it after Trainer's own callbacks, as
-    `trainer.add_callback` does. Only the first process sends; a plot that fails is a warning and nothing more.
-
-    Args:
-        trainer: The trainer that it is added to.
+    Trainer itself. Add it to `trainer` after Trainer's own callbacks, as `trainer.add_callback` does. Only the first
+    process sends; a plot that fails is a warning and nothing more.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -46,8 +40,7 @@ class FigureCallback(TrainerCallback):
             self._send(self._mixture_plot)
 
     def _evaluation_plots(self) -> dict[str, np.ndarray]:
-        trainer, per_class_ap = self.trainer, self._per_class_ap()
-        plots = {}
+        trainer, per_class_ap, plots = self.trainer, self._per_class_ap(), {}
         if per_class_ap is not None and trainer.class_names is not None:
             groups = class_groups(trainer.class_counts, trainer.args.many_shot, trainer.args.few_shot)
             plots["plots/per_class_ap"] = per_class_ap_figure(trainer.class_names, per_class_ap, groups)
@@ -61,7 +54,7 @@ class FigureCallback(TrainerCallback):
         return {"plots/mixtures": figure_pixels(mixture_figure(shown))}
 
     def _per_class_ap(self) -> Sequence[float | None] | None:
-        return (newest_evaluation(self.trainer.state.log_history) or {}).get(f"eval_{PER_CLASS_AP}")
+        return (newest_line(self.trainer.state.log_history, "eval_runtime") or {}).get(f"eval_{PER_CLASS_AP}")
 
     def _send(self, plots: Callable[[], Mapping[str, np.ndarray]]) -> None:
         state = self.trainer.state
@@ -74,9 +67,6 @@ class FigureCallback(TrainerCallback):
                 _send_images(tracker, images, state.global_step)
         except Exception:
             logger.warning("The plots of step %d could not be sent.", state.global_step, exc_info=True)
-
-
-_TRACKERS = (TensorBoardCallback, TrackioCallback, WandbCallback)
 
 
 def _send_images(tracker: TrainerCallback, images: Mapping[str, np.ndarray], step: int) -> None:
