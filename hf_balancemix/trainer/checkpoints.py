@@ -34,13 +34,10 @@ def write_manifest(directory: str | os.PathLike[str]) -> None:
     that an older checkpoint may be deleted afterwards). An earlier manifest is replaced. Symbolic links to files are
     listed by what they point to; linked folders are not entered.
 
-    Args:
-        directory: the checkpoint folder; holds at least one file.
-
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no file.
-        OSError: if a file cannot be read or the manifest cannot be written; no manifest is left then.
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds no file.
+        OSError: A file cannot be read or the manifest cannot be written; no manifest is left then.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -48,7 +45,9 @@ def write_manifest(directory: str | os.PathLike[str]) -> None:
             f"directory is {directory}; it must be the folder of a checkpoint; save that before its manifest."
         )
     remove_manifest(directory)
-    files = {name: _describe(directory / name) for name in _file_names(directory)}
+    folders = os.walk(directory, onerror=_raise)
+    paths = sorted(Path(root, name) for root, _, names in folders for name in names if not is_temporary(name))
+    files = {path.relative_to(directory).as_posix(): _describe(path) for path in paths if path.is_file()}
     if not files:
         raise ValueError(
             f"directory is {directory}, an empty folder; it must hold a checkpoint; save that before its manifest."
@@ -69,28 +68,24 @@ def remove_manifest(directory: str | os.PathLike[str]) -> None:
 
 
 def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | None:
-    """Says why a checkpoint is not whole.
+    """One sentence that names the first fault of a checkpoint that is not whole; None if it is.
 
-    Only the files that the manifest lists are looked at; others may have been added since (a README by a push).
-
-    Args:
-        directory: the checkpoint folder.
-        content: also compare checksums, which reads every file; otherwise only sizes.
-
-    Returns:
-        None if it is whole, else one sentence that names the first fault.
+    Only the files that the manifest lists are looked at; others may have been added since (a README by a push). With
+    `content` checksums are compared, which reads every file, otherwise only sizes.
     """
     directory = Path(directory)
     if not directory.is_dir():
         return f"{directory} is not a folder."
     try:
-        with open(directory / MANIFEST, encoding="ascii") as file:
-            files = _parse_manifest(json.load(file))
+        text = (directory / MANIFEST).read_text(encoding="ascii")
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in json.loads(text)["files"].items()}
     except FileNotFoundError:
         return f"It has no {MANIFEST}, so saving or deleting it was not finished."
     except OSError as error:
         return f"Its {MANIFEST} cannot be read ({error.strerror})."
-    except (ValueError, RecursionError):  # ValueError: also broken JSON and broken encoding
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):  # no JSON, or another
+        files = {}
+    if not files or any(path.is_absolute() or ".." in path.parts for path in map(PurePosixPath, files)):
         return f"Its {MANIFEST} is damaged."
     try:
         for name, (size, _) in files.items():
@@ -110,11 +105,9 @@ def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | N
 
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The folders `checkpoint-<step>` of a run, whole or not, by ascending step; empty if there is no such run."""
-    output_dir = Path(output_dir)
-    if not output_dir.is_dir():
-        return []
-    found = [path for path in output_dir.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_step(path), path.name))
+    paths = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
+    named = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in paths)
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name and path.is_dir())]
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -144,10 +137,10 @@ def rotate(
     One that cannot be deleted is logged and stays.
 
     Args:
-        output_dir: the folder of the run.
-        save_total_limit: as in Trainer; None, 0 and less delete nothing.
-        keep: checkpoints never to delete: the best one, and the one just saved (it is not the newest by step if the
-            run was resumed from an earlier step than its last).
+        output_dir: The folder of the run.
+        save_total_limit: As in Trainer; None, 0 and less delete nothing.
+        keep: The best one, and the one just saved (it is not the newest by step if the run was resumed from an earlier
+            step than its last).
 
     Returns:
         What was deleted, by ascending step.
@@ -181,44 +174,17 @@ def _delete(path: Path) -> bool:
     return True
 
 
-def _step(path: Path) -> int:
-    match = _CHECKPOINT_NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
-
-
-def _file_names(directory: Path) -> list[str]:
-    """Names of the regular files below, relative, with slashes, sorted; without the manifest, and unfinished ones."""
-    names = []
-    for root, _, files in os.walk(directory, onerror=_raise):
-        names += [(Path(root) / file).relative_to(directory).as_posix() for file in files if not is_temporary(file)]
-    return sorted(name for name in names if name != MANIFEST and (directory / name).is_file())
-
-
 def _raise(error: OSError) -> None:
     raise error  # os.walk would leave out a folder that it cannot read
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
-        if os.name == "posix":  # elsewhere a file open for reading cannot be synced
+    if os.name == "posix":  # elsewhere a file open for reading cannot be synced
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
-    return {"size": size, "sha256": checksum}
+    return {"size": path.stat().st_size, "sha256": _checksum(path)}
 
 
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parse_manifest(manifest: Any) -> dict[str, tuple[int, str]]:
-    """`{name: (size, checksum)}`; ValueError if the manifest is not one that `write_manifest` could have written."""
-    try:
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError("not a manifest") from error
-    inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
-    if not files or not inside:
-        raise ValueError("not a manifest of files in this folder")
-    return files

@@ -72,7 +72,8 @@ def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
 def check_model(model: nn.Module, names: list[str] | None, image_size: int | None = None) -> None:
     """K outputs, and images of `image_size` (None: not checked) are taken; sets the problem type and class names that
     pipelines and users of the saved model need."""
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    config = getattr(model, "config", None)
+    num_labels = getattr(config, "num_labels", None)
     if names is not None and num_labels is not None and num_labels != len(names):
         raise ValueError(
             f"the model has {num_labels} outputs and train_dataset {len(names)} classes; load the model with "
@@ -80,22 +81,16 @@ def check_model(model: nn.Module, names: list[str] | None, image_size: int | Non
         )
     if image_size is not None:
         check_image_size(model, image_size)
-    config = getattr(model, "config", None)
-    if config is not None and config.problem_type != "multi_label_classification":
+    if config is None:
+        return
+    if config.problem_type != "multi_label_classification":
         logger.info("Setting problem_type to 'multi_label_classification', so that pipelines use a sigmoid.")
         config.problem_type = "multi_label_classification"
-    if config is None or names is None:
-        return
-    own = [config.id2label.get(k) for k in range(len(names))]
-    if own == names:
+    if names is None or names == (own := [config.id2label.get(k) for k in range(len(names))]):
         return
     if own != [f"LABEL_{k}" for k in range(len(names))]:
-        logger.warning(
-            "the model's classes (%s, ...) differ from the data set's (%s, ...) in name or order; the data set's are "
-            "saved with the model.",
-            own[0],
-            names[0],
-        )
+        text = "the model's classes (%s, ...) differ from the data set's (%s, ...) in name or order; these are saved."
+        logger.warning(text, own[0], names[0])
     config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
     if hasattr(config, "label_names"):  # TimmWrapper saves these instead
         config.label_names = list(names)

@@ -36,11 +36,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_balancemix.files import is_temporary
+from hf_balancemix.report.model_card import CARD_FILE, MARK, write_model_card
 
 logger = logging.getLogger(__name__)
 
 CREATION = 15.0  # seconds that a run waits for its repository before it starts all the same
-CARD = "README.md"
 LAST_CHECKPOINT = "last-checkpoint"  # where strategy "checkpoint" keeps it in the repository
 _LINKED_FROM = 2**20  # bytes; smaller files are copied
 # The names that from_pretrained looks for: one that an earlier push left behind could be loaded instead of ours.
@@ -104,7 +104,6 @@ class HubRepository:
     args: TrainingArguments
     api: HfApi
     private: bool | None  # for a repository that is made here; None: as its owner's settings say
-    mark: str  # in each README.md that a run writes; one on the Hub without it is somebody's own, and stays
     pushes: list[Push] = field(default_factory=list)  # the newest one, after those that have not ended
     keeps_card: bool = False  # somebody's own, as was said
 
@@ -172,14 +171,16 @@ class HubRepository:
             raise FileNotFoundError(f"{push.folder} holds no file any more")
         self._create()
         theirs = self.api.list_repo_files(self.repo_id, revision=push.revision)
-        if CARD in theirs and CARD in ours and self.mark in ours[CARD].read_text("utf-8", "replace"):
-            url = hf_hub_url(self.repo_id, CARD, revision=push.revision)
+        if CARD_FILE in theirs and CARD_FILE in ours and MARK in ours[CARD_FILE].read_text("utf-8", "replace"):
+            url = hf_hub_url(self.repo_id, CARD_FILE, revision=push.revision)
             response = get_session().get(url, headers=build_hf_headers(token=self.api.token)).raise_for_status()
-            if self.mark not in response.text:
+            if MARK not in response.text:
                 if not self.keeps_card:
-                    logger.warning("%s of %s is somebody's own and stays; remove it for ours.", CARD, self.repo_id)
+                    logger.warning(
+                        "%s of %s is somebody's own and stays; remove it for ours.", CARD_FILE, self.repo_id
+                    )
                 self.keeps_card = True
-                del ours[CARD]
+                del ours[CARD_FILE]
         operations: list[CommitOperationAdd | CommitOperationDelete]
         operations = [CommitOperationAdd(name, path) for name, path in ours.items()]
         operations += [CommitOperationDelete(name, is_folder=False) for name in stale_files(theirs, ours)]
@@ -196,14 +197,15 @@ class HubRepository:
         if wait([push.future], self.patience).done and push.future.result() is None:
             self._start(push)
             wait([push.future], max(0.0, end - time.monotonic()))
-        failed = push.future.done() and push.future.result() is None
-        if failed or not push.future.done():
-            words = ["hf", "upload", self.repo_id, str(push.folder), "."]
-            words += ["--private"] * bool(self.private) + (["--revision", push.revision] if push.revision else [])
-            why = "its push failed" if failed else "its push is under way, and given up when this process ends"
-            text = "The Hub does not have the last state of this run (%s, %s): %s. To push it later: %s"
-            logger.error(text, self.repo_id, push.title, why, shlex.join(words))
-        if failed:
+        ended = push.future.done()
+        if ended and push.future.result() is not None:
+            return
+        words = ["hf", "upload", self.repo_id, str(push.folder), "."]
+        words += ["--private"] * bool(self.private) + (["--revision", push.revision] if push.revision else [])
+        why = "its push failed" if ended else "its push is under way, and given up when this process ends"
+        text = "The Hub does not have the last state of this run (%s, %s): %s. To push it later: %s"
+        logger.error(text, self.repo_id, push.title, why, shlex.join(words))
+        if ended:
             self.pushes.clear()
 
 
@@ -218,7 +220,6 @@ class HubTrainer(Trainer):
     # Files in a checkpoint that are not the model's, and what else does not belong at the root of a repository.
     _not_pushed: tuple[str, ...] = ("*.bin", "*.pt", "*.pth", "trainer_state.json", "checkpoint-*", LAST_CHECKPOINT)
     _not_pushed += ("_*", ".*")
-    _card_mark: str = ""  # in each README.md that _write_card writes; one without it is somebody's own, and stays
     _repository: HubRepository | None = None  # rank 0 only
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer says None only
 
@@ -247,7 +248,7 @@ class HubTrainer(Trainer):
             token = token or self.args.hub_token
             api = HfApi(token=token and token.strip(), library_name="hf_balancemix")
             private = self.args.hub_private_repo if private is None else private
-            self._repository = HubRepository(repo_id, self.args, api, private, self._card_mark)
+            self._repository = HubRepository(repo_id, self.args, api, private)
             self._repository.create()
             self.hub_model_id = self._repository.repo_id
 
@@ -316,9 +317,9 @@ class HubTrainer(Trainer):
             if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 name = LAST_CHECKPOINT if strategy == HubStrategy.CHECKPOINT else checkpoint.name
                 set_aside(checkpoint, folder / name, link=True)
-            own = self._output_dir / CARD
-            if own.is_file() and self._card_mark not in own.read_text("utf-8", "replace"):
-                shutil.copyfile(own, folder / CARD)
+            own = self._output_dir / CARD_FILE
+            if own.is_file() and MARK not in own.read_text("utf-8", "replace"):
+                shutil.copyfile(own, folder / CARD_FILE)
             self._begin_push(repository, folder)
 
         by_epoch = self.args.save_strategy == SaveStrategy.EPOCH
@@ -341,5 +342,4 @@ class HubTrainer(Trainer):
             self.hub_model_id = self._repository.repo_id
 
     def _write_card(self, folder: Path) -> None:
-        """Called on rank 0 only, before each push: write README.md and what it shows, without any random draw."""
-        raise NotImplementedError
+        write_model_card(self, folder)

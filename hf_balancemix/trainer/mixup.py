@@ -30,9 +30,6 @@ class MixupTrainer(MultiLabelTrainer):
 
     Attributes:
         statistics_epoch: The epoch that :meth:`_end_epoch` last prepared; 0 at first.
-
-    Raises:
-        TypeError: `args` are others.
     """
 
     args: BalanceMixTrainingArguments
@@ -126,14 +123,9 @@ class MixupTrainer(MultiLabelTrainer):
         )
 
     def _scan_table(self, row: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
-        """Must be called on every rank: one row of numbers for each training instance, the same on every rank.
+        """Must be called on every rank: `(N, num_columns)` float32, a row for each instance, the same on every rank.
 
-        Args:
-            row: From logits `(B, ...)` and given labels `(B, K)`, both on the CPU, to `(B, num_columns)` floats.
-            num_columns: C.
-
-        Returns:
-            `(N, C)` float32.
+        `row` makes `(B, num_columns)` floats of logits `(B, ...)` and given labels `(B, K)`, all on the CPU.
         """
         labels = self._training_labels
         table = torch.zeros(len(labels), num_columns)

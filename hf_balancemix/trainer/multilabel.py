@@ -29,7 +29,7 @@ from hf_balancemix.data.views import ViewMaker, Views, normalise
 from hf_balancemix.metrics import evaluation_figures
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.processing import squash_processor
-from hf_balancemix.report.model_card import MARK, PER_CLASS_AP, write_model_card
+from hf_balancemix.report.model_card import PER_CLASS_AP
 from hf_balancemix.report.trackers import FigureCallback
 from hf_balancemix.trainer import optimisation
 from hf_balancemix.trainer.averaging import AveragingTrainer
@@ -155,9 +155,7 @@ class MultiLabelTrainer(AveragingTrainer):
     def _training_labels(self) -> Tensor:
         """`train_labels`, where there must be some."""
         if self.train_labels is None:
-            raise ValueError(
-                "train_dataset is None; it must be a datasets.Dataset to train on; pass one to the trainer."
-            )
+            raise ValueError("train_dataset is None; it must be a datasets.Dataset to train on; pass one.")
         return self.train_labels
 
     @cached_property
@@ -286,9 +284,7 @@ class MultiLabelTrainer(AveragingTrainer):
         labels = inputs.get("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(pixel_values=inputs["pixel_values"]).logits.float()
-        loss = None
-        if labels is not None:
-            loss = binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
+        loss = None if labels is None else binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     @property
@@ -316,18 +312,6 @@ class MultiLabelTrainer(AveragingTrainer):
             line: dict[str, Any] = self.state.log_history[-1]
             line[f"{prefix}{PER_CLASS_AP}"] = [None if np.isnan(ap) else float(ap) for ap in self._per_class_ap]
             self._per_class_ap = None
-
-    # ---- what others get ----
-
-    _card_mark = MARK
-
-    def _write_card(self, folder: Path) -> None:
-        write_model_card(self, folder)
-
-    @property
-    def saved_model(self) -> nn.Module:
-        """The bare model that `save_model` writes."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def export_onnx(self, path: str | Path) -> None:
         """Write the model that `save_model` writes as ONNX; see :func:`~hf_balancemix.models.export.export_onnx`.

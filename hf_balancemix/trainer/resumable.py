@@ -58,9 +58,8 @@ class ResumableTrainer(HubTrainer):
 
     def _drop_thresholds(self) -> None:
         """Thresholds are of the weights on which they were tuned, which training changes."""
-        modules = [] if self.model is None else self.model.modules()
-        configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
-        tuned = [config for config in configs.values() if getattr(config, "thresholds", None) is not None]
+        configs: list[Any] = [getattr(module, "config", None) for module in self.model.modules()]
+        tuned = [config for config in configs if getattr(config, "thresholds", None) is not None]
         for config in tuned:
             config.thresholds = None
         if tuned:
@@ -76,26 +75,22 @@ class ResumableTrainer(HubTrainer):
     def _check_checkpoint(self, checkpoint: Path) -> None:
         problem = checkpoints.check(checkpoint)
         if problem is None and not (checkpoint / RUN_FILE).is_file():
-            problem = f"{RUN_FILE} is missing"
+            problem = f"{RUN_FILE} is missing."
         if problem is not None:
-            problem = problem.rstrip(".")
             raise ValueError(
-                f"cannot resume from {checkpoint}: {problem}; it must be whole; pass another, or True for the last."
+                f"cannot resume from {checkpoint}: {problem[:-1]}; it must be whole; pass another, or True, the last."
             )
         saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._run_facts()
-        for name in [name for name in own if name not in _SHOULD_BE_EQUAL]:
-            if saved.get(name) != own[name]:
+        differing = [name for name in own if saved.get(name) != own[name]]
+        for name in sorted(differing, key=_SHOULD_BE_EQUAL.__contains__):  # what is refused comes first
+            then, now = saved.get(name), own[name]
+            if name not in _SHOULD_BE_EQUAL:
                 raise ValueError(
-                    f"cannot resume from {checkpoint}: its {name} is {saved.get(name)}, this run's is {own[name]}; "
-                    "they must be equal; resume with the data set and settings of the checkpoint, or start in another "
-                    "output_dir."
+                    f"cannot resume from {checkpoint}: its {name} is {then}, this run's is {now}; they must be equal; "
+                    "resume with the data set and settings of the checkpoint, or start in another output_dir."
                 )
-        for name in _SHOULD_BE_EQUAL:
-            if name in own and saved.get(name) != own[name]:
-                logger.warning(
-                    "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have.",
-                    name, saved.get(name), own[name],
-                )  # fmt: skip
+            text = "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have."
+            logger.warning(text, name, then, now)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

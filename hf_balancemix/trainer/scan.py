@@ -35,9 +35,7 @@ def scan(
         model: What `forward` runs; set to evaluation mode meanwhile.
         instances: N rows with `pixel_values` and `index`, the same on every rank.
         observe: Called with `index` `(B,)` and logits `(B, K)`.
-        batch_size: Instances a forward pass.
-        num_workers: Worker processes of the data loader.
-        show_progress: Show a bar.
+        batch_size, num_workers: Instances a forward pass, and worker processes of the data loader.
 
     Raises:
         RuntimeError: Over all ranks, some instance did not come exactly once.

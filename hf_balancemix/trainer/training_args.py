@@ -13,12 +13,9 @@ from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.core.sampling import MINORITY_SCORES
 
 
-def _preset_field(help_text: str, **metadata: Any) -> Any:
-    """A field that `preset` sets where the user gives nothing; until `__post_init__` it is None then.
-
-    Its annotation is the type that it has afterwards.
-    """
-    return field(default=None, metadata={"help": help_text, **metadata})
+def _argument(help_text: str, default: Any = None, **metadata: Any) -> Any:
+    """A field; where it is left None and the preset has a value for it, `__post_init__` sets that."""
+    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 @dataclass
@@ -37,13 +34,12 @@ class MultiLabelTrainingArguments(TrainingArguments):
         weights, cutout, pixels in [0, 1], 40 epochs of batches of 56.
     global_batch_size (`int`): instances in one optimiser step over all ranks and accumulation steps;
         `per_device_train_batch_size` follows from it unless that is given.
-    optim (`str`): one of those of transformers, or `"adam"`: `torch.optim.Adam`, whose weight decay is part of the
-        gradient.
-    lr_scheduler_type (`str`): one of those of transformers, or `"one_cycle"`: torch's `OneCycleLR`, which rises to
-        `learning_rate` in the first `warmup_steps` (a share of all steps if below 1) and then falls to almost 0, while
-        momentum, or Adam's first beta, does the opposite. `lr_scheduler_kwargs` go to it.
-    decay_vectors (`bool`): whether weight decay acts on parameters of one dimension, such as the weights of batch
-        norm, as it does in Trainer (which leaves out biases and layer norms alone).
+    optim, lr_scheduler_type (`str`): those of transformers, and `"adam"`: `torch.optim.Adam`, whose weight decay is
+        part of the gradient; and `"one_cycle"`: torch's `OneCycleLR`, which rises to `learning_rate` in the first
+        `warmup_steps` (a share of all steps if below 1) and then falls to almost 0, while momentum, or Adam's first
+        beta, does the opposite. `lr_scheduler_kwargs` go to it.
+    decay_vectors (`bool`): weight decay also acts on parameters of one dimension, such as the weights of batch norm,
+        as it does in Trainer (which leaves out biases and layer norms alone).
     ema_decay (`float`, in [0, 1)): evaluate and save an exponential moving average of the weights, see
         :class:`~hf_balancemix.trainer.averaging.WeightAverage`; 0: none.
     loss_reduction (`str`): `"sum"` over the classes as printed (Eq. 1, 10), or `"mean"`; both average over the batch.
@@ -55,15 +51,15 @@ class MultiLabelTrainingArguments(TrainingArguments):
     normalise (`bool`): subtract the image processor's mean and divide by its standard deviation, channel by channel;
         False: the model sees pixels in [0, 1], in training and in the image processor that is saved. Features of a
         frozen backbone are always computed with the image processor's.
-    cutout (`float`, in [0, 1]): before RandAugment, one square of each training image is painted over; this is its
-        side as a share of the image's; 0: none.
+    cutout (`float`, in [0, 1]): side of a square that is painted over in each training image before RandAugment, as a
+        share of the image's; 0: none.
     channels_last (`bool`, defaults to `False`): memory format of model and images; convolutions are often much faster.
     randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
     many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
         class is many-shot, below `few_shot` few-shot.
 
-    NOTE Defaults that differ from those of `TrainingArguments`: `remove_unused_columns` is False, because views are
-    made of the image column, and those that the presets set (:attr:`PRESETS`).
+    Other defaults than in `TrainingArguments`: those that the presets set (:attr:`PRESETS`), and
+    `remove_unused_columns`, which must stay False, as views are made of the image column.
 
     Raises:
         ValueError: A value out of range, an unknown preset, or a global batch size that the ranks cannot share.
@@ -88,16 +84,14 @@ class MultiLabelTrainingArguments(TrainingArguments):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": _SGD,
         "paper": _SGD,
-        "ml-decoder": {
+        "ml-decoder": _SGD
+        | {
             "learning_rate": 1e-4,
             "lr_scheduler_type": "one_cycle",
             "warmup_steps": 0.2,
             "optim": "adam",
             "optim_args": None,
-            "weight_decay": 1e-4,
             "decay_vectors": False,
-            "max_grad_norm": 0.0,
-            "loss_reduction": "sum",
             "ema_decay": 0.9997,
             "normalise": False,
             "cutout": 0.5,
@@ -105,73 +99,54 @@ class MultiLabelTrainingArguments(TrainingArguments):
             "global_batch_size": 56,
         },
     }
-    # Names that TrainingArguments refuses, with one that it takes meanwhile.
-    _OWN_NAMES: ClassVar[dict[str, tuple[str, str]]] = {
-        "optim": ("adam", "adamw_torch"),
-        "lr_scheduler_type": ("one_cycle", "linear"),
-    }
 
-    preset: str = field(
-        default="default",
-        metadata={"help": "Where values come from that are not given: 'default' is what measured best, 'paper' the "
-                  "paper's recipe, 'ml-decoder' that of ML-Decoder."},
-    )  # fmt: skip
-
-    learning_rate: float = _preset_field("Learning rate: the first one, or for one_cycle the highest.")
-    lr_scheduler_type: str = _preset_field(
+    preset: str = _argument(
+        "Where values come from that are not given: 'default' is what measured best, 'paper' the paper's recipe, "
+        "'ml-decoder' that of ML-Decoder.",
+        "default",
+    )
+    learning_rate: float = _argument("Learning rate: the first one, or for one_cycle the highest.")
+    lr_scheduler_type: str = _argument(
         "How the learning rate changes: one of transformers' schedules, or 'one_cycle' (up and down once)."
     )
-    warmup_steps: float = _preset_field("Steps in which the learning rate rises; below 1: their share of all steps.")
-    optim: str = _preset_field(
-        "Optimiser: one of transformers', or 'adam' (its weight decay is part of the gradient)."
-    )
-    optim_args: str | None = _preset_field("Arguments of the optimiser, such as 'momentum=0.9'.")
-    weight_decay: float = _preset_field("Weight decay.")
-    decay_vectors: bool = _preset_field(
+    warmup_steps: float = _argument("Steps in which the learning rate rises; below 1: their share of all steps.")
+    optim: str = _argument("Optimiser: one of transformers', or 'adam' (its weight decay is part of the gradient).")
+    optim_args: str | None = _argument("Arguments of the optimiser, such as 'momentum=0.9'.")
+    weight_decay: float = _argument("Weight decay.")
+    decay_vectors: bool = _argument(
         "Weight decay also on parameters of one dimension, such as the weights of batch norm."
     )
-    ema_decay: float = _preset_field(
+    ema_decay: float = _argument(
         "Evaluate and save an exponential moving average of the weights with this decay, in [0, 1); 0: none. It "
         "starts as the first weights and needs many more than 1 / (1 - decay) steps to leave them: lower it for short "
         "runs."
     )
-    max_grad_norm: float = _preset_field("Largest norm of the gradient, which is scaled down to it; 0: any.")
-    num_train_epochs: float = _preset_field("Passes over the training set.")
-    per_device_train_batch_size: int = field(
-        default=None,  # type: ignore[assignment]
-        metadata={"help": "Instances in a batch of one device. Default: its share of the global batch size."},
+    max_grad_norm: float = _argument("Largest norm of the gradient, which is scaled down to it; 0: any.")
+    num_train_epochs: float = _argument("Passes over the training set.")
+    per_device_train_batch_size: int = _argument(
+        "Instances in a batch of one device. Default: its share of the global batch size."
     )
-    global_batch_size: int = _preset_field("Instances in one optimiser step, over all ranks and accumulation steps.")
-    loss_reduction: str = _preset_field(
+    global_batch_size: int = _argument("Instances in one optimiser step, over all ranks and accumulation steps.")
+    loss_reduction: str = _argument(
         "Sum of the loss over the classes, as printed (Eq. 1, 10), or its mean; both average over the batch.",
         choices=[*LOSS_REDUCTIONS],
     )
-
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Images are resized to a square of so many pixels a side. Default: the image processor's."},
+    image_size: int | None = _argument(
+        "Images are resized to a square of so many pixels a side. Default: the image processor's."
     )
-    normalise: bool = _preset_field(
+    normalise: bool = _argument(
         "Subtract the image processor's mean from the pixels and divide by its standard deviation; false: the model "
         "sees pixels in [0, 1], and the image processor that is saved says so."
     )
-    cutout: float = _preset_field(
+    cutout: float = _argument(
         "Paint over a square of each training image before RandAugment, with this share of its side; 0: none."
     )
-    channels_last: bool = field(
-        default=False, metadata={"help": "Memory format of convolutional networks; often much faster."}
-    )
-    randaugment_num_ops: int = field(default=2, metadata={"help": "RandAugment operations on each training view."})
-    randaugment_magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
-    many_shot: int = field(
-        default=10_000, metadata={"help": "Classes with more clean positive training labels are many-shot."}
-    )
-    few_shot: int = field(
-        default=1_000, metadata={"help": "Classes with fewer clean positive training labels are few-shot."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: views are made of the image column."}
-    )
+    channels_last: bool = _argument("Memory format of convolutional networks; often much faster.", False)
+    randaugment_num_ops: int = _argument("RandAugment operations on each training view.", 2)
+    randaugment_magnitude: int = _argument("Strength of RandAugment, 0 to 30.", 9)
+    many_shot: int = _argument("Classes with more clean positive training labels are many-shot.", 10_000)
+    few_shot: int = _argument("Classes with fewer clean positive training labels are few-shot.", 1_000)
+    remove_unused_columns: bool = _argument("Must stay false: views are made of the image column.", False)
 
     def __post_init__(self) -> None:
         if self.preset not in self.PRESETS:
@@ -186,24 +161,23 @@ class MultiLabelTrainingArguments(TrainingArguments):
         self.unset = frozenset(name for name in values if getattr(self, name) is None)
         for name in self.unset:
             setattr(self, name, values[name])
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns is True; it must be False, as views are made of the image column; leave it out."
-            )
-        if self.many_shot < self.few_shot:
-            raise ValueError(
-                f"many_shot is {self.many_shot}; it must be at least few_shot, which is {self.few_shot}; change "
-                "either."
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1); 0 averages nothing.")
-        if not 0 <= self.cutout <= 1:
-            raise ValueError(f"cutout is {self.cutout}; it must be a share of the image's side, in [0, 1].")
+        columns = "False, as views are made of the image column; leave it out"
+        for name, possible, required in (
+            ("remove_unused_columns", not self.remove_unused_columns, columns),
+            ("many_shot", self.many_shot >= self.few_shot, f"at least few_shot, {self.few_shot}; change either"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
+            ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),
+        ):
+            if not possible:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {required}.")
         given = self.per_device_train_batch_size
         self.per_device_train_batch_size = given or 1
-        own = {name: new for name, (new, _) in self._OWN_NAMES.items() if getattr(self, name) == new}
-        for name in own:
-            setattr(self, name, self._OWN_NAMES[name][1])
+        # Names that TrainingArguments refuses, each with one that it takes meanwhile.
+        own = {}
+        for name, new, known in (("optim", "adam", "adamw_torch"), ("lr_scheduler_type", "one_cycle", "linear")):
+            if getattr(self, name) == new:
+                own[name] = new
+                setattr(self, name, known)
         super().__post_init__()
         for name, new in own.items():
             setattr(self, name, new)
@@ -233,19 +207,10 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     """
 
     _OURS: ClassVar[dict[str, Any]] = {
-        name: getattr(BalanceMixSettings, name)
-        for name in (
-            "label_warmup_epochs",
-            "minority_score",
-            "trust_positives",
-            "max_missing",
-            "relabel_threshold",
-            "mixup_alpha",
-            "partner_reliability",
-            "mixture_preset",
-            "monotone",
-            "prediction_source",
-        )
+        f.name: f.default
+        for f in fields(BalanceMixSettings)
+        # All but the reduction of every loss, and those that have the same default in every preset.
+        if f.name not in ("loss_reduction", "select_clean", "relabel", "ambiguous", "clean_probability_source")
     }
     _PRINTED: ClassVar[dict[str, Any]] = {
         "max_missing": 0.0,
@@ -260,60 +225,55 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "ml-decoder": MultiLabelTrainingArguments.PRESETS["ml-decoder"] | _OURS,
     }
 
-    label_warmup_epochs: int = _preset_field("First epochs, in which all given labels are trained on as they are.")
-    minority_score: str = _preset_field(
+    label_warmup_epochs: int = _argument("First epochs, in which all given labels are trained on as they are.")
+    minority_score: str = _argument(
         "By what the minority sampler prefers instances: 'paper' (Eq. 3), 'positive' (mean confidence in the classes "
         "of the positive labels) or 'uniform' (it prefers none).",
         choices=[*MINORITY_SCORES],
     )
-    select_clean: bool = field(
-        default=BalanceMixSettings.select_clean,
-        metadata={"help": "Judge each label; false: train on the given labels (ablation)."},
+    select_clean: bool = _argument(
+        "Judge each label; false: train on the given labels (ablation).", BalanceMixSettings.select_clean
     )
-    relabel: bool = field(
-        default=BalanceMixSettings.relabel,
-        metadata={"help": "Change labels that are not clean and that the model contradicts with confidence (Eq. 9)."},
+    relabel: bool = _argument(
+        "Change labels that are not clean and that the model contradicts with confidence (Eq. 9).",
+        BalanceMixSettings.relabel,
     )
-    ambiguous: bool = field(
-        default=BalanceMixSettings.ambiguous,
-        metadata={
-            "help": "Weigh ambiguous labels by their clean probability (Eq. 10); false: leave them out (ablation)."
-        },
+    ambiguous: bool = _argument(
+        "Weigh ambiguous labels by their clean probability (Eq. 10); false: leave them out (ablation).",
+        BalanceMixSettings.ambiguous,
     )
-    trust_positives: bool = _preset_field(
+    trust_positives: bool = _argument(
         "All positive labels count as clean: for labels without noise, and single positive labels."
     )
-    max_missing: float = _preset_field(
+    max_missing: float = _argument(
         "At most so many times as many negative labels of a class as it has positive ones can count as not clean; 0: "
         "any number, as printed."
     )
-    relabel_threshold: float = _preset_field(
+    relabel_threshold: float = _argument(
         "Probability from which the model is confident, eps of Eq. 9, in [0.5, 1]; the paper has 0.55 for single "
         "positive labels."
     )
-    mixup_alpha: float = _preset_field("alpha of Mixup's Beta distribution (Eq. 5); 0: nothing is mixed.")
-    partner_reliability: bool = _preset_field(
+    mixup_alpha: float = _argument("alpha of Mixup's Beta distribution (Eq. 5); 0: nothing is mixed.")
+    partner_reliability: bool = _argument(
         "In a mix each label weighs by its own reliability; false: both by the random instance's, as printed."
     )
-    lambda_per_batch: bool = field(
-        default=False, metadata={"help": "One lambda of Mixup for a rank's micro-batch instead of one for each pair."}
+    lambda_per_batch: bool = _argument(
+        "One lambda of Mixup for a rank's micro-batch instead of one for each pair.", False
     )
-    mixture_preset: str = _preset_field(
+    mixture_preset: str = _argument(
         "When the fit of the mixtures stops, and the least variance: as DivideMix or as scikit-learn.",
         choices=[*MIXTURE_PRESETS],
     )
-    monotone: bool = _preset_field(
+    monotone: bool = _argument(
         "Correct the clean probability so that it never rises with the loss; Eq. 8 has no correction."
     )
-    clean_probability_source: str = field(
-        default=BalanceMixSettings.clean_probability_source,
-        metadata={
-            "help": "'scan' keeps the clean probabilities, N x K in half precision; 'views' computes them from a "
-            "step's own losses, where N x K does not fit in memory; prediction_source is then 'views', too.",
-            "choices": [*CLEAN_PROBABILITY_SOURCES],
-        },
+    clean_probability_source: str = _argument(
+        "'scan' keeps the clean probabilities, N x K in half precision; 'views' computes them from a step's own "
+        "losses, where N x K does not fit in memory; prediction_source is then 'views', too.",
+        BalanceMixSettings.clean_probability_source,
+        choices=[*CLEAN_PROBABILITY_SOURCES],
     )
-    prediction_source: str = _preset_field(
+    prediction_source: str = _argument(
         "What re-labels (f(x) of Eq. 9): 'scan', the predictions of the last pass over the training set, at no cost, "
         "or 'views', predictions of two RandAugment views in every step, as printed.",
         choices=[*PREDICTION_SOURCES],
