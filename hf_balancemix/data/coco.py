@@ -44,17 +44,15 @@ def load_coco(
         split: "train" or "val".
         year: 2014 or 2017.
         keep_unlabelled: Keep the images without an annotation. By default they are dropped, as ASL and ML-Decoder do.
-        on_bad_image: What to do about images that are listed but absent: "error", or "skip" to leave them out with a
-            warning that counts them.
+        on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
 
     Returns:
-        A `datasets.Dataset` with the columns `image` (Image, RGB, a path until it is accessed), `labels`
-        (List(ClassLabel), the present classes in ascending order) and `image_id` (int64, or string where the JSON has
-        strings).
+        A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
+        classes in ascending order) and `image_id` (int64, or string where the JSON has strings).
 
     Raises:
-        ValueError: An argument is none of its choices, the JSON is not valid, lacks a part or contradicts itself, or
-            no image is left; the message names the record.
+        ValueError: An argument is none of its choices, the JSON is not valid or contradicts itself, or no image is
+            left.
         FileNotFoundError: The root, the annotation file, the image folder or an image is absent.
     """
     check_choice("split", split, SPLITS)
@@ -77,15 +75,19 @@ def load_coco(
     )
 
     content = _read_json(annotation_file)
-    class_of, names = _categories(content["categories"], annotation_file)
-    files = _images(content["images"], annotation_file)
-    present = _present_classes(content["annotations"], files, class_of, annotation_file)
+    class_of, names = _categories(content, annotation_file)
+    image_ids = _ids(content, "images", annotation_file)
+    file_names = _values(content, "images", "file_name", (str,), annotation_file)
+    files = dict(zip(image_ids, file_names, strict=True))
+    for index, name in enumerate(files.values()):
+        check_plain_path(name, f"{annotation_file}: images[{index}]: the file_name")
+    present = _present_classes(content, files, class_of, annotation_file)
 
     kept = [image_id for image_id in files if keep_unlabelled or present[image_id]]
     if not kept:
         raise ValueError(
-            f"{annotation_file}: none of the {len(files)} images has an annotation; one must have; check the file, or "
-            "pass keep_unlabelled=True to keep images without labels."
+            f"{annotation_file}: none of the {len(files)} images has an annotation; one must have; pass "
+            "keep_unlabelled=True to keep images without labels."
         )
     if len(kept) < len(files):
         logger.info("%s: dropped %d images without an annotation.", annotation_file.name, len(files) - len(kept))
@@ -107,17 +109,14 @@ def _read_json(file: Path) -> dict[str, list[Any]]:
             content = json.load(stream, object_hook=_without_outline)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); it may be cut off: "
-            "copy or download it again."
+            f"{file} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); it may be cut off; "
+            "copy it again."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); copy or download it again.") from error
+        raise ValueError(f"{file} is not UTF-8 text ({error}); copy it again.") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(
-                f"{file} has no list '{key}'; it must be a JSON object with the lists 'images', 'annotations' and "
-                "'categories' (COCO's instances format); point to such a file."
-            )
+            raise ValueError(f"{file} has no list '{key}'; it must be in COCO's instances format; use such a file.")
     return content
 
 
@@ -126,21 +125,23 @@ def _without_outline(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _get(record: Any, key: str, kinds: tuple[type, ...], part: str, index: int, file: Path) -> Any:
-    value = record.get(key) if isinstance(record, dict) else None
-    if type(value) not in kinds:  # exact types: True is no id
-        wanted = " or ".join({int: "an integer", str: "a string"}[kind] for kind in kinds)
-        if isinstance(record, dict):
-            problem = f"has the {key} {value!r}; it must be {wanted}"
-        else:
-            problem = f"is {record!r}; it must be an object with the {key}, {wanted}"
-        raise ValueError(f"{file}: {part}[{index}] {problem}; repair the file.")
-    return value
+def _values(content: dict[str, list[Any]], part: str, key: str, kinds: tuple[type, ...], file: Path) -> list[Any]:
+    """What each record of a part of the file has under a key; ValueError unless all are of these kinds."""
+    values = []
+    wanted = " or ".join({int: "an integer", str: "a string"}[kind] for kind in kinds)
+    for index, record in enumerate(content[part]):
+        if not isinstance(record, dict):
+            raise ValueError(f"{file}: {part}[{index}] is {record!r}; it must be an object with the {key}; repair it.")
+        value = record.get(key)
+        if type(value) not in kinds:  # exact types: True is no id
+            raise ValueError(f"{file}: {part}[{index}] has the {key} {value!r}; it must be {wanted}; repair it.")
+        values.append(value)
+    return values
 
 
-def _ids(records: list[Any], part: str, file: Path) -> list[int | str]:
-    """The ids of all records: all integers or all strings, no one twice."""
-    ids = [_get(record, "id", (int, str), part, index, file) for index, record in enumerate(records)]
+def _ids(content: dict[str, list[Any]], part: str, file: Path) -> list[int | str]:
+    """The ids of all records of a part: all integers or all strings, no one twice."""
+    ids = _values(content, part, "id", (int, str), file)
     for index, value in enumerate(ids):
         if type(value) is not type(ids[0]):
             raise ValueError(
@@ -148,56 +149,42 @@ def _ids(records: list[Any], part: str, file: Path) -> list[int | str]:
                 "all strings; convert one kind."
             )
     if repeat := first_repeat(ids):
-        index = repeat[1]
+        record = f"{part}[{repeat[1]}]"
         raise ValueError(
-            f"{file}: {part}[{index}] has the id {ids[index]!r} a second time; it must be unique; remove one."
+            f"{file}: {record} has the id {ids[repeat[1]]!r} a second time; it must be unique; remove one."
         )
     return ids
 
 
-def _categories(categories: list[Any], file: Path) -> tuple[dict[int | str, int], list[str]]:
+def _categories(content: dict[str, list[Any]], file: Path) -> tuple[dict[int | str, int], list[str]]:
     """Category id to class index, and the class names; in the order of the ids."""
-    names: dict[str, int | str] = {}
-    for index, category_id in enumerate(_ids(categories, "categories", file)):
-        name = _get(categories[index], "name", (str,), "categories", index, file)
-        if name in names:
-            raise ValueError(
-                f"{file}: categories {names[name]!r} and {category_id!r} are both named {name!r}; rename one."
-            )
-        names[name] = category_id
-    if not names:
+    ids, names = _ids(content, "categories", file), _values(content, "categories", "name", (str,), file)
+    if not ids:
         raise ValueError(f"{file}: 'categories' is empty; it must have at least one class; list them.")
-    ordered = sorted(names, key=names.__getitem__)
-    return {names[name]: k for k, name in enumerate(ordered)}, ordered
-
-
-def _images(images: list[Any], file: Path) -> dict[int | str, str]:
-    """Image id to file name, in the order of the file."""
-    files: dict[int | str, str] = {}
-    for index, image_id in enumerate(_ids(images, "images", file)):
-        name = _get(images[index], "file_name", (str,), "images", index, file)
-        check_plain_path(name, f"{file}: images[{index}]: the file_name")
-        files[image_id] = name
-    return files
+    if repeat := first_repeat(names):
+        first, second = (ids[index] for index in repeat)
+        named = f"are both named {names[repeat[0]]!r}"
+        raise ValueError(f"{file}: categories {first!r} and {second!r} {named}; names must differ; rename one.")
+    class_of = {category_id: k for k, category_id in enumerate(sorted(ids))}
+    return class_of, [names[ids.index(category_id)] for category_id in class_of]
 
 
 def _present_classes(
-    annotations: list[Any], files: dict[int | str, str], class_of: dict[int | str, int], file: Path
+    content: dict[str, list[Any]], files: dict[int | str, str], class_of: dict[int | str, int], file: Path
 ) -> dict[int | str, set[int]]:
     """Image id to the classes that its annotations name."""
     present: dict[int | str, set[int]] = {image_id: set() for image_id in files}
-    for index, annotation in enumerate(annotations):
-        image_id = _get(annotation, "image_id", (int, str), "annotations", index, file)
-        category_id = _get(annotation, "category_id", (int, str), "annotations", index, file)
+    image_ids = _values(content, "annotations", "image_id", (int, str), file)
+    category_ids = _values(content, "annotations", "category_id", (int, str), file)
+    for index, (image_id, category_id) in enumerate(zip(image_ids, category_ids, strict=True)):
         if image_id not in present:
             raise ValueError(
-                f"{file}: annotations[{index}] has the image_id {image_id!r}; it must be in 'images'; remove the "
-                "annotation or list the image."
+                f"{file}: annotations[{index}] has the image_id {image_id!r}; it must be in 'images'; list the image."
             )
         if category_id not in class_of:
             raise ValueError(
                 f"{file}: annotations[{index}] has the category_id {category_id!r}; it must be in 'categories' "
-                f"({len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}); correct it or list the category."
+                f"({len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}); list the category."
             )
         present[image_id].add(class_of[category_id])
     return present

@@ -11,6 +11,7 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
+    check_line,
     check_lines_differ,
     check_plain_path,
     image_dataset,
@@ -36,17 +37,14 @@ def load_deepfashion(
     Args:
         root: The folder that holds `Anno_fine/` and `Img/`.
         split: "train", "val", "test" or "train+val".
-        on_bad_image: What to do about images that are listed but absent: "error", or "skip" to leave them out with a
-            warning that counts them.
+        on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
 
     Returns:
-        A `datasets.Dataset` with the columns `image` (Image, RGB, a path until it is accessed), `labels`
-        (List(ClassLabel), the present attributes in ascending order) and `image_id` (string, the path as it is
-        listed, which is unique in all splits).
+        A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
+        attributes in ascending order) and `image_id` (string, the path as it is listed, unique in all splits).
 
     Raises:
-        ValueError: An argument is none of its choices, or a file is malformed or contradicts itself or another; the
-            message names file and line.
+        ValueError: An argument is none of its choices, or a file is malformed or contradicts another.
         FileNotFoundError: A folder, a file of the split or an image is absent.
     """
     check_choice("split", split, SPLITS)
@@ -55,7 +53,21 @@ def load_deepfashion(
     annotations = root / "Anno_fine"
     image_dir = root / "Img" if (root / "Img" / "img").is_dir() else root
     parts = split.split("+")
-    _check_files(root, annotations, image_dir, parts)
+    needed = ["list_attr_cloth.txt"] + [name for part in parts for name in (f"{part}.txt", f"{part}_attr.txt")]
+    check_layout(
+        (
+            ("folder", root, root.is_dir()),
+            ("folder", annotations, annotations.is_dir()),
+            *(("file", annotations / name, (annotations / name).is_file()) for name in needed),
+            ("image folder", root / "Img" / "img", (image_dir / "img").is_dir()),
+        ),
+        f"The layout of DeepFashion's Category and Attribute Prediction benchmark is expected:\n"
+        f"  {root}/\n"
+        f"    Anno_fine/list_attr_cloth.txt  (the attributes)\n"
+        + "".join(f"    Anno_fine/{part}.txt, Anno_fine/{part}_attr.txt  (images, attributes)\n" for part in parts)
+        + "    Img/img/  (the images: unpack img.zip inside Img)\n"
+        "Point to the folder that holds Anno_fine and Img.",
+    )
 
     names = _read_attributes(annotations / "list_attr_cloth.txt")
     image_ids: list[str] = []
@@ -64,7 +76,10 @@ def load_deepfashion(
     listed: dict[str, str] = {}
     for part in parts:
         file = annotations / f"{part}.txt"
-        paths = _read_paths(file, listed)
+        paths = read_lines(file)
+        for number, path in enumerate(paths, start=1):
+            check_plain_path(path, f"{file}, line {number}: the image")
+        check_lines_differ(paths, file, "image", listed=listed)
         image_ids += paths
         labels += _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
         present += present_files(image_dir, paths, file, on_bad_image)
@@ -79,44 +94,17 @@ def load_deepfashion(
     )
 
 
-def _check_files(root: Path, annotations: Path, image_dir: Path, parts: list[str]) -> None:
-    needed = ["list_attr_cloth.txt"] + [name for part in parts for name in (f"{part}.txt", f"{part}_attr.txt")]
-    check_layout(
-        (
-            ("folder", root, root.is_dir()),
-            ("folder", annotations, annotations.is_dir()),
-            *(("file", annotations / name, (annotations / name).is_file()) for name in needed),
-            ("image folder", root / "Img" / "img", (image_dir / "img").is_dir()),
-        ),
-        f"The layout of DeepFashion's Category and Attribute Prediction benchmark is expected:\n"
-        f"  {root}/\n"
-        f"    Anno_fine/list_attr_cloth.txt  (the attributes)\n"
-        + "".join(
-            f"    Anno_fine/{part}.txt, Anno_fine/{part}_attr.txt  (the images and their attributes)\n"
-            for part in parts
-        )
-        + "    Img/img/  (the images: unpack img.zip inside Img)\n"
-        "Point to the folder that holds Anno_fine and Img.",
-    )
-
-
 def _read_attributes(file: Path) -> list[str]:
     """The attribute names: a line with their number, a heading, then lines with a name and the number of its type."""
-    lines = read_lines(file)
-    if not lines or not lines[0].isdecimal():
-        raise ValueError(
-            f"{file}, line 1 is {''.join(lines[:1])!r}; it must be the number of attributes, followed by the heading "
-            "'attribute_name  attribute_type' and one attribute a line; copy or download the file again."
-        )
+    lines = read_lines(file) or [""]
+    heading = "the number of attributes, followed by the heading 'attribute_name  attribute_type' and one a line"
+    check_line(lines[0].isdecimal(), file, 1, lines[0], heading)
     names = []
     for number, line in enumerate(lines[2:], start=3):
-        fields = line.rsplit(maxsplit=1)
-        if len(fields) != 2 or not fields[1].isdecimal():
-            raise ValueError(
-                f"{file}, line {number} is {line!r}; it must be a name and the number of its type, such as 'floral "
-                "1'; correct the line."
-            )
-        names.append(fields[0])
+        name, *kind = line.rsplit(maxsplit=1) or [""]
+        needed = "a name and the number of its type, such as 'floral 1'"
+        check_line(len(kind) == 1 and kind[0].isdecimal(), file, number, line, needed)
+        names.append(name)
     if len(names) != int(lines[0]) or not names:
         raise ValueError(
             f"{file}: line 1 announces {lines[0]} attributes, {len(names)} follow from line 3 on; it may be cut off: "
@@ -124,22 +112,6 @@ def _read_attributes(file: Path) -> list[str]:
         )
     check_lines_differ(names, file, "attribute", first_line=3)
     return names
-
-
-def _read_paths(file: Path, listed: dict[str, str]) -> list[str]:
-    """The image paths of a split; `listed` says where each path was listed, also in the splits before."""
-    paths = read_lines(file)
-    if not paths:
-        raise ValueError(f"{file} is empty; it must have one image path a line; copy or download it again.")
-    for number, path in enumerate(paths, start=1):
-        check_plain_path(path, f"{file}, line {number}: the image")
-        if path in listed:
-            raise ValueError(
-                f"{file}, line {number}: the image {path!r} was listed in {listed[path]}; it must be there once; "
-                "remove one, with its row of attributes."
-            )
-        listed[path] = f"{file.name}, line {number}"
-    return paths
 
 
 def _read_rows(file: Path, names: list[str], num_images: int, images_file: Path) -> list[list[int]]:
@@ -158,11 +130,11 @@ def _read_rows(file: Path, names: list[str], num_images: int, images_file: Path)
                 f"{file}, line {number} has {len(values)} values; there must be one for each of the {len(names)} "
                 "attributes; correct the row."
             )
-        wrong = [k for k, value in enumerate(values) if value not in ("0", "1")]
-        if wrong:
-            raise ValueError(
-                f"{file}, line {number} has {values[wrong[0]]!r} for the attribute {names[wrong[0]]!r} (value "
-                f"{wrong[0] + 1}); it must be 0 or 1; correct it."
-            )
+        for k, value in enumerate(values):
+            if value not in ("0", "1"):
+                raise ValueError(
+                    f"{file}, line {number} has {value!r} for the attribute {names[k]!r} (value {k + 1}); it must be "
+                    "0 or 1; correct it."
+                )
         rows.append([k for k, value in enumerate(values) if value == "1"])
     return rows

@@ -72,16 +72,30 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
 
 
-def check_lines_differ(values: Sequence[str], file: Path, what: str, first_line: int = 1) -> None:
-    """Raise a ValueError unless a file lists something, and nothing twice, in the lines from `first_line` on."""
+def check_line(good: bool, file: Path, number: int, line: str, needed: str) -> None:
+    """Raise a ValueError unless a line of a text file is good; `needed` says what it must be."""
+    if not good:
+        raise ValueError(f"{file}, line {number} is {line!r}; it must be {needed}; correct the line.")
+
+
+def check_lines_differ(
+    values: Sequence[str], file: Path, what: str, first_line: int = 1, listed: dict[str, str] | None = None
+) -> None:
+    """Raise a ValueError unless a file lists something, and nothing twice, in the lines from `first_line` on.
+
+    `listed`, which is added to, says where the files before this one list their values, which may not come again.
+    """
     if not values:
         raise ValueError(f"{file} is empty; it must have one {what} a line; copy or download it again.")
-    if repeat := first_repeat(values):
-        first, second = repeat
-        raise ValueError(
-            f"{file}, line {first_line + second}: the {what} {values[second]!r} was listed in line "
-            f"{first_line + first}; it must be there once; remove or rename one."
-        )
+    prefix = "" if listed is None else f"{file.name}, "
+    listed = {} if listed is None else listed
+    for line, value in enumerate(values, start=first_line):
+        if value in listed:
+            raise ValueError(
+                f"{file}, line {line}: the {what} {value!r} was listed in {listed[value]}; it must be there once; "
+                "remove one."
+            )
+        listed[value] = f"{prefix}line {line}"
 
 
 def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_image: str) -> list[bool]:
@@ -89,11 +103,14 @@ def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_im
 
     With `on_bad_image` "skip" absent images are warned of; FileNotFoundError with "error", or if all are absent.
     """
-    found = _are_files(folder, names)
+    parts = [os.path.split(name) for name in names]
+    # A folder is listed once, which is far faster than a question for each file.
+    files_in = {inner: _files_in(folder / inner) for inner in {inner for inner, _ in parts}}
+    found = [base in files_in[inner] for inner, base in parts]
     missing = [name for name, exists in zip(names, found, strict=True) if not exists]
     if missing:
-        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        message = f"{len(missing)} of {len(names)} images listed in {listed_in} are not in {folder}: {examples}."
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        message = f"{len(missing)} of {len(names)} images listed in {listed_in} are not in {folder}: {some}."
         if on_bad_image == "error" or len(missing) == len(names):
             raise FileNotFoundError(
                 f"{message} Copy them there, or leave them out with on_bad_image='skip' (which needs some left)."
@@ -116,47 +133,34 @@ def image_dataset(
     """The data set that a loader returns; its fingerprint follows from the values, so a changed label is seen.
 
     Args:
-        images: N absolute paths, decoded on access.
-        labels: N lists of the present classes in ascending order.
-        image_ids: N ids, all integers or all strings.
+        images: N absolute paths, decoded on access as RGB.
+        labels, unknown_labels: N lists of classes in ascending order: List(ClassLabel); without the latter all labels
+            are known, and the column is left out.
+        image_ids: N ids, all integers (int64) or all strings.
         class_names: The K class names.
-        unknown_labels: N lists of the classes whose label is not known; None leaves the column out: all are known.
         present: N booleans of `present_files`; images that are absent are left out.
-        name: Name of the data set.
-        source: Where it comes from, for its description.
-
-    Returns:
-        A `datasets.Dataset` with the columns `image` (Image, RGB), `labels` (List(ClassLabel)), `image_id` (int64 or
-        string) and, if given, `unknown_labels` (List(ClassLabel)).
+        name, source: Name of the data set, and where it comes from, for its description.
     """
     classes = datasets.List(datasets.ClassLabel(names=list(class_names)))
-    columns: dict[str, Sequence[Any]] = {"image": images, "labels": labels, "image_id": image_ids}
+    id_feature = datasets.Value("string" if isinstance(image_ids[0], str) else "int64")
+    columns = {"image": images, "labels": labels, "image_id": image_ids, "unknown_labels": unknown_labels}
     features = {
         "image": datasets.Image(mode="RGB"),
         "labels": classes,
-        "image_id": datasets.Value("string" if isinstance(image_ids[0], str) else "int64"),
+        "image_id": id_feature,
+        "unknown_labels": classes,
     }
-    if unknown_labels is not None:
-        columns["unknown_labels"] = unknown_labels
-        features["unknown_labels"] = classes
-    rows = {column: list(compress(values, present)) for column, values in columns.items()}
-    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    rows = {column: list(compress(values, present)) for column, values in columns.items() if values is not None}
+    features = datasets.Features({column: features[column] for column in rows})
+    dataset = datasets.Dataset.from_dict(rows, features=features)
     dataset.info.dataset_name = name
     dataset.info.description = f"{source}, {len(dataset)} images, {len(class_names)} classes"
     return dataset
 
 
-def _are_files(folder: Path, names: Sequence[str]) -> list[bool]:
-    """For each name whether it is a file: a folder is listed once, which is far faster than a question for each."""
-    listed: dict[str, set[str]] = {}
-    found = []
-    for name in names:
-        inner, _, base = name.rpartition("/")
-        if inner not in listed:
-            path = os.path.join(folder, inner)
-            listed[inner] = set()
-            if os.path.isdir(path):
-                with os.scandir(path) as entries:
-                    listed[inner] = {entry.name for entry in entries if entry.is_file()}
-        found.append(base in listed[inner])
-    return found
+def _files_in(folder: Path) -> set[str]:
+    """The names of the files in a folder; none where there is no such folder."""
+    if not folder.is_dir():
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}

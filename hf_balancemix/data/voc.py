@@ -14,6 +14,7 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
+    check_line,
     check_lines_differ,
     image_dataset,
     is_plain_path,
@@ -48,9 +49,8 @@ def load_voc(
     both hold the same labels. The 20 classes are in VOC's order (alphabetical), the images in the order of the list.
 
     `year="2007+2012", split="trainval"` is the training set of most papers, 5,011 + 11,540 = 16,551 images, tested on
-    `year="2007", split="test"`. The rows of 2007 come first. The ids stay VOC's own, so that what refers to them fits
-    a single year as well: 2007 has six digits ("000005"), 2012 a year in front ("2008_000002"); an id that occurs in
-    both folders is an error.
+    `year="2007", split="test"`. The rows of 2007 come first. The ids are VOC's own, such as "000005" in 2007 and
+    "2008_000002" in 2012; one that occurs in both years is an error.
 
     Args:
         root: The folder that holds `VOCdevkit/`, or `VOCdevkit` itself, which holds `VOC2007/` and `VOC2012/`.
@@ -60,17 +60,16 @@ def load_voc(
             "negative", or "ignore" (VOC's own evaluation rule): it is listed in the column `unknown_labels`. The
             BalanceMix paper's ratios (Eq. 12 and 13: 14 and 13) fit "negative" on "2007+2012" (14.5 and 12.8;
             "positive" gives 15.3 and 11.9).
-        on_bad_image: What to do about images that are listed but absent: "error", or "skip" to leave them out with a
-            warning that counts them.
+        on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
 
     Returns:
-        A `datasets.Dataset` with the columns `image` (Image, RGB, a path until it is accessed), `labels`
-        (List(ClassLabel), the present classes in ascending order), `image_id` (string) and, for `difficult="ignore"`,
-        `unknown_labels` (List(ClassLabel), never a class that is in `labels`).
+        A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
+        classes in ascending order), `image_id` (string) and, for `difficult="ignore"`, `unknown_labels`
+        (List(ClassLabel), never a class that is in `labels`).
 
     Raises:
-        ValueError: An argument is none of its choices, or a file is malformed or contradicts itself or another; the
-            message names file and line. XML with a DTD is refused.
+        ValueError: An argument is none of its choices, or a file is malformed or contradicts another; XML with a DTD
+            is refused.
         FileNotFoundError: A folder, the list of the split, the labels, an annotation or an image is absent.
     """
     year = str(year)
@@ -81,7 +80,7 @@ def load_voc(
     if split == "test" and year != "2007":
         raise ValueError(
             f"year is {year!r}; it must be '2007' with split='test', as the labels of VOC2012's test set were never "
-            "published; test on year='2007', split='test', or on year='2012', split='val'."
+            "published; pass year='2007', or split='val'."
         )
     root = absolute(root)
     images: list[str] = []
@@ -90,20 +89,23 @@ def load_voc(
     certain: Classes = []
     doubtful: Classes = []
     for one_year in year.split("+"):
-        folder = _year_folder(root, one_year, split)
+        folder, absent = _year_folder(root, one_year, split)
         ids_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         ids = _read_ids(ids_file)
-        twice = set(image_ids).intersection(ids)
-        if twice:
+        if twice := set(image_ids).intersection(ids):
             raise ValueError(
                 f"{ids_file}: the id {min(twice)!r} is also in the split of the other year; ids must be unique; "
                 "restore the official lists, or load one year."
             )
         files = [f"{image_id}.jpg" for image_id in ids]
         present += present_files(folder / "JPEGImages", files, ids_file, on_bad_image)
-        present_classes, difficult_ones = _read_labels(folder, split, ids)
-        certain += present_classes
-        doubtful += difficult_ones
+        if absent:
+            logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, absent[0])
+            found = _from_annotations(folder / "Annotations", ids)
+        else:
+            found = _from_class_files(folder / "ImageSets" / "Main", split, ids)
+        certain += found[0]
+        doubtful += found[1]
         images += [os.path.join(folder, "JPEGImages", file) for file in files]
         image_ids += ids
 
@@ -122,12 +124,13 @@ def load_voc(
     )
 
 
-def _year_folder(root: Path, year: str, split: str) -> Path:
-    """The folder VOC{year}, in which all that the split needs exists."""
+def _year_folder(root: Path, year: str, split: str) -> tuple[Path, list[str]]:
+    """The folder VOC{year}, in which all that the split needs exists, and the class files that are absent from it."""
     devkit = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     folder = devkit / f"VOC{year}"
     main = folder / "ImageSets" / "Main"
-    missing = _missing_class_files(main, split)
+    class_files = [f"{name}_{split}.txt" for name in VOC_CLASSES]
+    absent = [name for name in class_files if not (main / name).is_file()]
     check_layout(
         (
             ("folder", root, root.is_dir()),
@@ -135,51 +138,35 @@ def _year_folder(root: Path, year: str, split: str) -> Path:
             ("list of the split", main / f"{split}.txt", (main / f"{split}.txt").is_file()),
             ("image folder", folder / "JPEGImages", (folder / "JPEGImages").is_dir()),
             (
-                f"labels: {len(missing)} of the {len(VOC_CLASSES)} class files, such as {(missing or [''])[0]}, are "
+                f"labels: {len(absent)} of the {len(VOC_CLASSES)} class files, such as {(absent or [''])[0]}, are "
                 f"absent from {main}, and so is the folder",
                 folder / "Annotations",
-                not missing or (folder / "Annotations").is_dir(),
+                not absent or (folder / "Annotations").is_dir(),
             ),
         ),
         f"The layout of the VOCdevkit is expected:\n"
         f"  {devkit}/\n"
         f"    VOC{year}/\n"
         f"      ImageSets/Main/{split}.txt  (the image ids)\n"
-        f"      ImageSets/Main/{VOC_CLASSES[0]}_{split}.txt, ... (the labels, one file a class)\n"
+        f"      ImageSets/Main/{class_files[0]}, ... (the labels, one file a class)\n"
         f"      Annotations/  (an XML file an image; needed where class files are absent)\n"
         f"      JPEGImages/  (the images)\n"
         f"Point to the folder that holds VOC{year} (or VOCdevkit), or choose another split or year.",
     )
-    return folder
+    return folder, absent
 
 
 def _read_ids(file: Path) -> list[str]:
     ids = read_lines(file)
     for number, image_id in enumerate(ids, start=1):
-        if not is_plain_path(image_id) or "/" in image_id or len(image_id.split()) != 1:
-            raise ValueError(
-                f"{file}, line {number} is {image_id!r}; it must be an image id, the name of a file in JPEGImages "
-                "without '.jpg', such as '000005'; correct the line."
-            )
+        good = is_plain_path(image_id) and "/" not in image_id and len(image_id.split()) == 1
+        check_line(good, file, number, image_id, "an image id, such as '000005' of JPEGImages/000005.jpg")
     check_lines_differ(ids, file, "id")
     return ids
 
 
-def _missing_class_files(main: Path, split: str) -> list[str]:
-    names = [f"{name}_{split}.txt" for name in VOC_CLASSES]
-    return [name for name in names if not (main / name).is_file()]
-
-
-def _read_labels(folder: Path, split: str, ids: list[str]) -> tuple[Classes, Classes]:
-    """For each image the classes that are present, and those of which it has difficult objects only."""
-    missing = _missing_class_files(folder / "ImageSets" / "Main", split)
-    if not missing:
-        return _from_class_files(folder / "ImageSets" / "Main", split, ids)
-    logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, missing[0])
-    return _from_annotations(folder / "Annotations", ids)
-
-
 def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, Classes]:
+    """For each image the classes that are present, and those of which it has difficult objects only."""
     row_of = {image_id: row for row, image_id in enumerate(ids)}
     certain: Classes = [[] for _ in ids]
     doubtful: Classes = [[] for _ in ids]
@@ -187,50 +174,42 @@ def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, 
         file = main / f"{name}_{split}.txt"
         unread = dict(row_of)
         for number, line in enumerate(read_lines(file), start=1):
-            fields = line.split()
-            if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
-                raise ValueError(
-                    f"{file}, line {number} is {line!r}; it must be an id and a label: 1, 0 (difficult objects only) "
-                    "or -1; correct the line."
-                )
-            image_id, value = fields
+            image_id, *values = line.split() or [""]
+            good = values in (["1"], ["0"], ["-1"])
+            check_line(good, file, number, line, "an id and a label: 1, 0 (difficult objects only) or -1")
             row = unread.pop(image_id, None)
             if row is None:
                 problem = "is listed a second time" if image_id in row_of else f"is not in {split}.txt"
                 raise ValueError(f"{file}, line {number}: the id {image_id!r} {problem}; remove the line.")
-            if value == "1":
-                certain[row].append(k)
-            elif value == "0":
-                doubtful[row].append(k)
+            if values != ["-1"]:
+                (certain if values == ["1"] else doubtful)[row].append(k)
         if unread:
             raise ValueError(
                 f"{file}: {len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as "
-                f"{next(iter(unread))!r}; each must have one; add them with 1, 0 or -1, or copy the file again."
+                f"{next(iter(unread))!r}; each must have one; copy the file again."
             )
     return certain, doubtful
 
 
 def _from_annotations(folder: Path, ids: list[str]) -> tuple[Classes, Classes]:
-    with os.scandir(folder) as entries:
-        files = {entry.name for entry in entries}
-    missing = [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]
-    if missing:
+    """The same as :func:`_from_class_files`, from the objects of each image."""
+    files = set(os.listdir(folder))
+    if missing := [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent; copy the "
-            "annotations of the whole split there, or its 20 class files into ImageSets/Main."
+            f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent; copy all "
+            "there, or the 20 class files into ImageSets/Main."
         )
-    class_of = {name: k for k, name in enumerate(VOC_CLASSES)}
     certain: Classes = []
     doubtful: Classes = []
     for image_id in ids:
-        flags = _objects(folder / f"{image_id}.xml", class_of)
-        easy = {k for k, is_difficult in flags if not is_difficult}
+        objects = _objects(folder / f"{image_id}.xml")
+        easy = {k for k, is_difficult in objects if not is_difficult}
         certain.append(sorted(easy))
-        doubtful.append(sorted({k for k, _ in flags} - easy))
+        doubtful.append(sorted({k for k, _ in objects} - easy))
     return certain, doubtful
 
 
-def _objects(file: Path, class_of: dict[str, int]) -> list[tuple[int, bool]]:
+def _objects(file: Path) -> list[tuple[int, bool]]:
     """Class, and whether it is difficult, of each object in an annotation."""
     root = _parse_xml(file)
     if root.tag != "annotation":
@@ -238,15 +217,15 @@ def _objects(file: Path, class_of: dict[str, int]) -> list[tuple[int, bool]]:
     objects = []
     for index, element in enumerate(root.findall("object")):  # not the parts inside, which have names too
         name = element.findtext("name", "").strip()
-        if name not in class_of:
+        if name not in VOC_CLASSES:
             raise ValueError(
                 f"{file}: object[{index}] is named {name!r}; it must be one of the 20 classes of VOC "
-                f"({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]}); correct the name or remove the object."
+                f"({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]}); correct the name."
             )
         flag = element.findtext("difficult", "0").strip()
         if flag not in ("0", "1"):
             raise ValueError(f"{file}: object[{index}] has difficult={flag!r}; it must be 0 or 1; correct it.")
-        objects.append((class_of[name], flag == "1"))
+        objects.append((VOC_CLASSES.index(name), flag == "1"))
     return objects
 
 
@@ -256,22 +235,18 @@ def _parse_xml(file: Path) -> ElementTree.Element:
     def refuse(*_: object) -> None:
         raise ValueError(
             f"{file}, line {parser.CurrentLineNumber}: the XML declares a DTD, which can define entities; it must "
-            "not, as VOC's annotations do not; remove the DOCTYPE."
+            "not; remove the DOCTYPE."
         )
 
-    tree = ElementTree.TreeBuilder()
-    # expat itself and not ElementTree.XMLParser, which goes on to expand entities after its doctype handler has raised
+    content = file.read_bytes()
+    # Before ElementTree, whose own parser would go on to expand entities after a doctype handler has raised.
     parser = expat.ParserCreate("UTF-8")
-    parser.buffer_text = True
     parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = tree.start
-    parser.EndElementHandler = tree.end
-    parser.CharacterDataHandler = tree.data
     try:
-        parser.Parse(file.read_bytes(), True)
+        parser.Parse(content, True)
     except expat.ExpatError as error:
         raise ValueError(
             f"{file}, line {error.lineno}: not well-formed UTF-8 XML ({expat.ErrorString(error.code)}); it may be cut "
-            "off: copy or download it again."
+            "off; copy it again."
         ) from error
-    return tree.close()
+    return ElementTree.fromstring(content, ElementTree.XMLParser(encoding="UTF-8"))
