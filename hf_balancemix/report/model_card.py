@@ -42,6 +42,7 @@ from hf_balancemix.report.figures import (
 
 logger = logging.getLogger(__name__)
 
+CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
 # In an evaluation's line of `state.log_history`, after its prefix ("eval_"): K fractions, None for a skipped class.
 PER_CLASS_AP = "per_class_ap"
@@ -79,7 +80,7 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    card = folder / "README.md"
+    card = folder / CARD_FILE
     if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         logger.info("%s was not written by hf_balancemix and stays as it is.", card)
         return card
