@@ -22,11 +22,7 @@ AVERAGE_FILE = "ema.safetensors"
 
 
 def check_average(trainer: AveragingTrainer) -> None:
-    """Refuse what cannot be averaged, or not be evaluated and resumed then.
-
-    Raises:
-        ValueError: Says what is in the way.
-    """
+    """A ValueError where the model cannot be averaged, or not be evaluated and resumed then."""
     model, problem = trainer.model, None
     if not isinstance(model, PreTrainedModel):
         problem = f"the trainer has a {type(model).__name__}, and only a single model of transformers is averaged"
@@ -37,10 +33,7 @@ def check_average(trainer: AveragingTrainer) -> None:
     elif trainer.args.save_only_model:
         problem = "save_only_model leaves the average out of the checkpoints"
     elif any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        problem = (
-            "the model's weights are in half precision, in which such small steps are lost; load it in float32 "
-            "(bf16=True and fp16=True of the arguments are fine)"
-        )
+        problem = "the model's weights are in half precision, which loses such small steps; load it in float32"
     if problem is not None:
         decay = trainer.args.ema_decay
         raise ValueError(f"ema_decay is {decay}, but {problem}. Set ema_decay to 0, which averages nothing.")
@@ -97,10 +90,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the block the model has the averaged weights; afterwards its own again, whatever happens.
-
-        Where there is no average, or the model has it already, nothing changes.
-        """
+        """Inside the block the model has the averaged weights, if there are any; afterwards its own again."""
         if not self.active or self._in_place:
             yield
             return
@@ -140,7 +130,6 @@ class AveragingTrainer(ResumableTrainer):
 
     args: MultiLabelTrainingArguments
     _average: WeightAverage | None = None
-    _in_checkpoint = False  # while one is being written
 
     def _begin_averaging(self) -> None:
         """To be called last in `__init__`: what other callbacks do at the end is with the weights themselves."""
@@ -159,15 +148,8 @@ class AveragingTrainer(ResumableTrainer):
             broadcast_buffers(self.model)
             return super().evaluation_loop(*args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._in_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._in_checkpoint = False
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        with nullcontext() if self._in_checkpoint else self._averaged():
+        with nullcontext() if self._hidden_arguments else self._averaged():  # a checkpoint has the weights themselves
             super()._save(output_dir, state_dict)
 
     def _set_model_aside(self, checkpoint: Path, folder: Path) -> None:

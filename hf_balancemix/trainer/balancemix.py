@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
@@ -50,17 +51,11 @@ class BalanceMixTrainer(MixupTrainer):
         two_views_from = self.warmup_epochs if self._predicts_in_steps else None
         return super()._training_pairs(clean_labels=self.clean_labels, two_views_from=two_views_from, **options)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """A step of Algorithm 1: Mixup on the given labels in the warm-up; then refine both batches (Eq. 9), mix them
         (Eq. 5), and Eq. 10 on the result."""
         if not self.balance_mix.settings.manages_labels(self.balance_mix.epoch):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super()._step(inputs)
         images, random = inputs["pixel_values"], self._refine(inputs, "")
         targets, weight = random.labels, random.weight
         if "lam" in inputs:
@@ -71,9 +66,7 @@ class BalanceMixTrainer(MixupTrainer):
             # An unknown label counts as a given negative one, which is what it would be without the mark.
             given, labels = inputs["labels"].clamp(min=0), random.labels.clamp(min=0)
             self.quality.update(given, inputs["clean_labels"], labels, random.reliability)
-        outputs = model(pixel_values=images)
-        loss = self.balance_mix.loss(outputs.logits, targets, weight)
-        return (loss, outputs) if return_outputs else loss
+        return images, lambda logits: self.balance_mix.loss(logits, targets, weight)
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return self.balance_mix.loss(logits, targets, None)
@@ -108,7 +101,7 @@ class BalanceMixTrainer(MixupTrainer):
         logs = {f"label_{name}": value for name, value in self.quality.compute().items()}
         self.quality.reset()
         if self.balance_mix.settings.needs_scan:
-            self._scan(lambda index, logits: self.balance_mix.observe(index, logits))
+            self._scan(self.balance_mix.observe)
             self.balance_mix.end_epoch(epoch)
             logs |= self._sampler_logs()
         if logs:

@@ -137,7 +137,6 @@ def rotate(
     One that cannot be deleted is logged and stays.
 
     Args:
-        output_dir: The folder of the run.
         save_total_limit: As in Trainer; None, 0 and less delete nothing.
         keep: The best one, and the one just saved (it is not the newest by step if the run was resumed from an earlier
             step than its last).

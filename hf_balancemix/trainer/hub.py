@@ -1,15 +1,14 @@
-"""Pushes to the Hub that cannot harm a run. What is promised, where transformers' Trainer does otherwise:
+"""Pushes to the Hub that cannot harm a run. What is promised, none of it by transformers' Trainer:
 
 - A push is one commit of a repository that loads: model, image processor, arguments, card, and the model's code where
-  asked for; no pickles. Trainer needs several commits, and brings card and code at the end only.
-- Its files are first set aside in `output_dir/_push`, where nobody changes them any more. Trainer reads `output_dir`
-  while it changes, and a TensorBoard file that grows meanwhile loses the whole push.
+  asked for; no pickles.
+- Its files are first set aside in `output_dir/_push`, as a file that grows meanwhile would lose the whole push.
 - What fails, be it the Hub, the network or the disk, is a warning without the token, and the next push makes up for
-  it. Trainer stops where it cannot create the repository, and never reads how a push ended.
+  it.
 - At the end of `train`, in `push_to_hub` and when the process ends, rank 0 waits for the newest push, for half of
   `ddp_timeout` at most. One that failed is tried once more; what is not on the Hub then is an error with the command
-  that pushes it later. Trainer waits without limit: a request of huggingface_hub that is never answered has none.
-  (While files are sent without hf_xet, such a request does keep the process from ending.)
+  that pushes it later. (A request that is never answered has no limit of its own; while files are sent without hf_xet,
+  it does keep the process from ending.)
 """
 
 from __future__ import annotations
@@ -176,9 +175,7 @@ class HubRepository:
             response = get_session().get(url, headers=build_hf_headers(token=self.api.token)).raise_for_status()
             if MARK not in response.text:
                 if not self.keeps_card:
-                    logger.warning(
-                        "%s of %s is somebody's own and stays; remove it for ours.", CARD_FILE, self.repo_id
-                    )
+                    logger.warning("README.md of %s is somebody's own and stays; remove it for ours.", self.repo_id)
                 self.keeps_card = True
                 del ours[CARD_FILE]
         operations: list[CommitOperationAdd | CommitOperationDelete]
@@ -270,8 +267,8 @@ class HubTrainer(Trainer):
             commit_message, blocking, revision, private: As Trainer's. It waits for half of `args.ddp_timeout` at most.
             token: From now on instead of `args.hub_token`.
             include_code: From now on save the code of this package's model class beside the weights, so that
-                `trust_remote_code=True` loads it where the package is not installed. Classes of transformers need
-                none. For the pushes in mid-training set `model.include_code = True` before.
+                `trust_remote_code=True` loads it where the package is not installed. For the pushes in mid-training
+                set `model.include_code = True` before.
             **kwargs: Trainer's for a card. They have no effect: the card is written from what was recorded.
 
         Returns:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_balancemix.core import EpochSampler, PairSampler, minority_mixup
 from hf_balancemix.core.distributed import all_reduce_sum
-from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs
 from hf_balancemix.trainer.multilabel import MultiLabelTrainer
 from hf_balancemix.trainer.scan import scan
@@ -35,7 +34,6 @@ class MixupTrainer(MultiLabelTrainer):
     args: BalanceMixTrainingArguments
     method_name = "mixup"
     _arguments_class = BalanceMixTrainingArguments
-    _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in training steps and scans
     statistics_epoch = 0
 
     @property
@@ -66,25 +64,13 @@ class MixupTrainer(MultiLabelTrainer):
         """`(B,)` lambda of Eq. 5."""
         return inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The method's loss on mixed images `(B, 3, S, S)` and labels `(B, K)` (Eq. 5), as a mean over the batch."""
+    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Mixed images and the method's loss on mixed labels (Eq. 5)."""
         images, targets = inputs["pixel_values"], self._labels(inputs, "")
         if "lam" in inputs:
             partners = inputs["minority_pixel_values"], self._labels(inputs, "minority_")
             images, targets = minority_mixup(images, partners[0], targets, partners[1], self._lam(inputs))
-        outputs = model(pixel_values=images, **self._forward_options)
-        loss = self._loss(outputs.logits, targets, inputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """The method's, of the model's logits, mixed labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""
-        return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
+        return images, lambda logits: self._loss(logits, targets, inputs)
 
     # ---- between epochs ----
 

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -61,8 +61,7 @@ class MultiLabelTrainer(AveragingTrainer):
       afresh if there is none. Weights are loaded back through `from_pretrained`, because stock Trainer silently loads
       nothing where an architecture's keys are renamed on save (ViT, Swin, DINOv2, ...).
     - `evaluate` reports mAP over all, many-, medium- and few-shot classes, CF1 and OF1.
-    - With `args.ema_decay` the average of the weights is what is evaluated, saved, pushed and, after training, left in
-      the model (:class:`~hf_balancemix.trainer.averaging.AveragingTrainer`).
+    - With `args.ema_decay` the average of the weights is what is evaluated, saved and pushed, and left by training.
 
     Args:
         model: Any image classifier of transformers with K labels.
@@ -90,6 +89,7 @@ class MultiLabelTrainer(AveragingTrainer):
     optimizer: Any
     lr_scheduler: Any
     _arguments_class = MultiLabelTrainingArguments
+    _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in training steps and scans
     # What cards call the method, and whom they cite beside BalanceMix.
     method_name = "bce"
     citation: str | None = None
@@ -219,10 +219,10 @@ class MultiLabelTrainer(AveragingTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = super()._prepare_inputs(inputs)
-        return {name: self._normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
+        return {name: self._normalise(x) for name, x in inputs.items()}
 
     def _normalise(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:  # cached features
+        if images.dtype != torch.uint8:  # cached features; labels
             return images
         images = images.contiguous(memory_format=self._memory_format)
         return normalise(images, self._mean.to(images.device), self._std.to(images.device))
@@ -267,10 +267,20 @@ class MultiLabelTrainer(AveragingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Eq. 1 on `pixel_values` `(B, 3, S, S)` and `labels` `(B, K)`, as a mean over the batch."""
-        outputs = model(pixel_values=inputs["pixel_values"])
-        loss = binary_cross_entropy(outputs.logits, inputs["labels"], reduction=self.args.loss_reduction)
+        """The method's loss on a batch of instances or pairs, a scalar; Eq. 1 where no method has another."""
+        images, loss_of = self._step(inputs)
+        outputs = model(pixel_values=images, **self._forward_options)
+        loss = loss_of(outputs.logits)
         return (loss, outputs) if return_outputs else loss
+
+    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Images `(B, 3, S, S)` of a training step, and the loss of the model's logits, as a mean over the batch."""
+        labels = inputs["labels"]
+        return inputs["pixel_values"], lambda logits: self._loss(logits, labels, inputs)
+
+    def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The method's, of the model's logits, labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""
+        return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
 
     def prediction_step(
         self,

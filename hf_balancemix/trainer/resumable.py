@@ -27,14 +27,13 @@ _SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings")
 class ResumableTrainer(HubTrainer):
     """Trainer with whole checkpoints.
 
-    A manifest (names, sizes, checksums) is written last, after a barrier and before any push; only checkpoints with a
-    fitting manifest are resumed from, kept or counted in rotation. Weights come back through `from_pretrained`. No
-    pickled arguments are written.
+    A manifest is written last, after a barrier and before any push; only checkpoints that it fits are resumed from,
+    kept or counted in rotation. Weights come back through `from_pretrained`. No pickled arguments are written.
     """
 
     model: nn.Module
     _not_pushed = (*HubTrainer._not_pushed, RUN_FILE, STATE_FILE, checkpoints.MANIFEST)
-    _hidden_limit: int | None = None  # args.save_total_limit while a checkpoint is being written
+    _hidden_arguments: dict[str, Any] | None = None  # what `args` do not say while a checkpoint is being written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; with `resume_from_checkpoint=True` from the last whole checkpoint in `output_dir`, if there is one.
@@ -97,7 +96,7 @@ class ResumableTrainer(HubTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self._output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-            values = self.args.to_dict() | {"save_total_limit": self._hidden_limit or self.args.save_total_limit}
+            values = self.args.to_dict() | (self._hidden_arguments or {})
             (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -107,12 +106,12 @@ class ResumableTrainer(HubTrainer):
         if self.args.should_save:
             checkpoints.remove_manifest(checkpoint)  # a resumed run may write the same step again
         # Trainer rotates before a manifest could be there, so that a kill in between could leave nothing whole.
-        limit = self._hidden_limit = self.args.save_total_limit
-        self.args.save_total_limit = None
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._hidden_arguments = {"save_total_limit": limit}
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit, self._hidden_limit = limit, None
+            self.args.save_total_limit, self._hidden_arguments = limit, None
         self._seal(checkpoint)
         if self.args.should_save and limit:
             best = self.state.best_model_checkpoint
