@@ -47,14 +47,8 @@ class WeightAverage(TrainerCallback):
     published with (Ben-Baruch et al., ICCV 2021; Ridnik et al., WACV 2023). That holds for batch-norm statistics, too;
     of what is not floating point (counters, index tables) the average has the present value.
 
-    At the end of training the average takes the place of the model's weights.
-
-    Args:
-        model: The bare model that is trained, float32.
-        decay: In [0, 1).
-
-    Attributes:
-        active: Whether there is an average: from the start of a training to its end.
+    There is an average (`active`) from the start of a training to its end, when it takes the place of the weights of
+    `model`, the bare model that is trained, in float32. `decay` is in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

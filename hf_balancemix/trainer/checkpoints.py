@@ -41,17 +41,13 @@ def write_manifest(directory: str | os.PathLike[str]) -> None:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(
-            f"directory is {directory}; it must be the folder of a checkpoint; save that before its manifest."
-        )
+        raise FileNotFoundError(f"directory is {directory}; it must be the folder of a checkpoint; save that first.")
     remove_manifest(directory)
     folders = os.walk(directory, onerror=_raise)
     paths = sorted(Path(root, name) for root, _, names in folders for name in names if not is_temporary(name))
     files = {path.relative_to(directory).as_posix(): _describe(path) for path in paths if path.is_file()}
     if not files:
-        raise ValueError(
-            f"directory is {directory}, an empty folder; it must hold a checkpoint; save that before its manifest."
-        )
+        raise ValueError(f"directory is {directory}, an empty folder; it must hold a checkpoint; save that first.")
     with whole_file(directory / MANIFEST) as temporary:
         temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="ascii")
 

@@ -3,8 +3,7 @@
 - A push is one commit of a repository that loads: model, image processor, arguments, card, and the model's code where
   asked for; no pickles.
 - Its files are first set aside in `output_dir/_push`, as a file that grows meanwhile would lose the whole push.
-- What fails, be it the Hub, the network or the disk, is a warning without the token, and the next push makes up for
-  it.
+- What fails, be it the Hub, the network or the disk, is a warning without the token; the next push makes up for it.
 - At the end of `train`, in `push_to_hub` and when the process ends, rank 0 waits for the newest push, for half of
   `ddp_timeout` at most. One that failed is tried once more; what is not on the Hub then is an error with the command
   that pushes it later. (A request that is never answered has no limit of its own; while files are sent without hf_xet,
@@ -302,7 +301,7 @@ class HubTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md into `output_dir`, on rank 0. Trainer's arguments have no effect."""
         if self.is_world_process_zero():
-            self._write_card(self._output_dir)
+            write_model_card(self, self._output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         repository, strategy, checkpoint = self._repository, self.args.hub_strategy, Path(checkpoint_folder)
@@ -325,7 +324,7 @@ class HubTrainer(Trainer):
 
     def _begin_push(self, repository: HubRepository, folder: Path) -> None:
         with repository.reported("Writing the card"):
-            self._write_card(folder)
+            write_model_card(self, folder)
         with repository.reported("A callback before the push"):
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
 
@@ -337,6 +336,3 @@ class HubTrainer(Trainer):
         if self._repository is not None:
             self._repository.finish()
             self.hub_model_id = self._repository.repo_id
-
-    def _write_card(self, folder: Path) -> None:
-        write_model_card(self, folder)

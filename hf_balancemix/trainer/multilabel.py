@@ -275,8 +275,7 @@ class MultiLabelTrainer(AveragingTrainer):
 
     def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Images `(B, 3, S, S)` of a training step, and the loss of the model's logits, as a mean over the batch."""
-        labels = inputs["labels"]
-        return inputs["pixel_values"], lambda logits: self._loss(logits, labels, inputs)
+        return inputs["pixel_values"], lambda logits: self._loss(logits, inputs["labels"], inputs)
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The method's, of the model's logits, labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""

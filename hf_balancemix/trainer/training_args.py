@@ -27,11 +27,10 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     > Parameters that control the preset and the optimiser
 
-    preset (`str`, defaults to `"default"`): `"paper"` is the recipe that the paper prints: SGD with momentum 0.9,
-        learning rate 0.01 on a cosine, weight decay 1e-4, no gradient clipping, the loss summed over the classes.
-        `"default"` is what measured best (docs/choices.md). `"ml-decoder"` is the recipe that ASL and ML-Decoder
-        were published with, which the paper's Table 6 builds on: Adam, one cycle of the learning rate, averaged
-        weights, cutout, pixels in [0, 1], 40 epochs of batches of 56.
+    preset (`str`, defaults to `"default"`): `"paper"` is the recipe that the paper prints: SGD on a cosine, without
+        gradient clipping. `"default"` is what measured best (docs/choices.md). `"ml-decoder"` is the recipe that ASL
+        and ML-Decoder were published with, which the paper's Table 6 builds on: Adam, one cycle of the learning rate,
+        averaged weights, cutout, pixels in [0, 1]. Their values are in :attr:`PRESETS`.
     global_batch_size (`int`): instances in one optimiser step over all ranks and accumulation steps;
         `per_device_train_batch_size` follows from it unless that is given.
     optim, lr_scheduler_type (`str`): those of transformers, and `"adam"`: `torch.optim.Adam`, whose weight decay is
@@ -58,8 +57,7 @@ class MultiLabelTrainingArguments(TrainingArguments):
     many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
         class is many-shot, below `few_shot` few-shot.
 
-    Other defaults than in `TrainingArguments`: those that the presets set (:attr:`PRESETS`), and
-    `remove_unused_columns`, which must stay False, as views are made of the image column.
+    Other defaults than in `TrainingArguments`: the presets', and `remove_unused_columns`, which must stay False.
 
     Raises:
         ValueError: A value out of range, an unknown preset, or a global batch size that the ranks cannot share.

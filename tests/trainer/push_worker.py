@@ -20,8 +20,10 @@ import logging
 import os
 import sys
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,6 +36,7 @@ from transformers import TrainerCallback
 from hf_balancemix import BalanceMixTrainer
 from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.models import BalanceMixForImageClassification, model_from_backbone
+from hf_balancemix.trainer import hub
 
 
 def checkpoint_of(repository: str, folder: Path) -> str:
@@ -74,9 +77,9 @@ def run(folder: Path, data, name: str, **options: Any) -> None:
         eval_dataset=data.select(range(4)),
         callbacks=[Broken()] if breaks else None,
     )
-    if breaks:
-        trainer._write_card = Broken().on_push_begin
-    trainer.train(resume_from_checkpoint=resume)
+    broken_card = patch.object(hub, "write_model_card", Broken().on_push_begin)
+    with broken_card if breaks else nullcontext():
+        trainer.train(resume_from_checkpoint=resume)
     result: dict[str, Any] = {"parameters": flat(trainer.model), "metrics": trainer.evaluate()}
     if push is not None:
         info = trainer.push_to_hub(**push)
