@@ -58,10 +58,7 @@ def figure_pixels(figure: Figure) -> np.ndarray:
 
 
 def per_class_ap_figure(
-    class_names: Sequence[str],
-    per_class_ap: Sequence[float | None],
-    groups: Mapping[str, np.ndarray] | None = None,
-    title: str = "Average precision of each class",
+    class_names: Sequence[str], per_class_ap: Sequence[float | None], groups: Mapping[str, np.ndarray] | None = None
 ) -> Figure:
     """Bars of the classes' average precision, the best on top.
 
@@ -69,7 +66,6 @@ def per_class_ap_figure(
         class_names: K names, shown as they are: nothing in them is read as a formula.
         per_class_ap: K fractions in [0, 1]; None or NaN for a class without positive labels, which is left out.
         groups: `(K,)` boolean masks of `metrics.class_groups`, for colours.
-        title: Above the figure.
 
     Returns:
         The figure. Of more than 80 classes the 40 best and the 40 worst.
@@ -84,7 +80,8 @@ def per_class_ap_figure(
         )
     groups = {} if groups is None else groups
     ap = np.array(per_class_ap, dtype=np.float64)  # None becomes NaN
-    order = [int(k) for k in np.argsort(-ap, kind="stable") if np.isfinite(ap[k])]
+    order = np.argsort(-ap, kind="stable")[: np.isfinite(ap).sum()].tolist()  # NaN comes last
+    title = "Average precision of each class"
     if len(order) > _MAX_BARS:
         half = _MAX_BARS // 2
         title += f" ({half} best and {half} worst of {len(order)})"
@@ -111,19 +108,14 @@ def per_class_ap_figure(
 
 
 def training_curves_figure(log_history: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Losses, mAP and label-quality figures over the epochs, a panel for each that was recorded.
+    """Losses, mAP and label-quality figures of `trainer.state.log_history` over the epochs, a panel for each.
 
-    Args:
-        log_history: `trainer.state.log_history`.
-
-    Returns:
-        The figure; None where nothing of it was recorded.
+    None where nothing of them was recorded.
     """
-    curves = {
-        panel: {shown: curve for shown, key in keys.items() if (curve := _curve(log_history, key))}
-        for panel, keys in _CURVES.items()
-    }
-    curves = {panel: lines for panel, lines in curves.items() if lines}
+    curves = {}
+    for panel, keys in _CURVES.items():
+        if lines := {shown: curve for shown, key in keys.items() if (curve := _curve(log_history, key))}:
+            curves[panel] = lines
     if not curves:
         return None
     figure = new_figure(4 * len(curves), 3.2)

@@ -56,7 +56,7 @@ _METRICS = {
     "OF1": "OF1 at 0.5",
 }
 _METRIC_TYPES = {"mAP": "mean_average_precision", "CF1": "f1", "OF1": "f1"}
-_NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", PER_CLASS_AP}
+_NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 # Arguments of transformers that change what is learned; of ours all are shown.
 _SHOWN_ARGUMENTS = (
     "max_steps", "gradient_accumulation_steps", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
@@ -86,11 +86,10 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
         return card
     facts = card_facts(trainer)
     for name, figure in _figures(facts).items():
-        file = folder / name
         if figure is None:
-            file.unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
         else:
-            with whole_file(file) as temporary:
+            with whole_file(folder / name) as temporary:
                 temporary.write_bytes(figure_png(figure))
             facts["figures"].add(name)
     with whole_file(card) as temporary:
@@ -157,9 +156,11 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
     fitted = balance_mix is not None and balance_mix.mixtures is not None
     judged = _judged_labels(balance_mix) if fitted else None
     repository = _repo_id(getattr(trainer, "hub_model_id", None) or args.hub_model_id)
-    thresholds = getattr(model.config, "thresholds", None)
+    thresholds, citation = getattr(model.config, "thresholds", None), getattr(trainer, "citation", None)
     changed = changed_arguments(args)
     changed |= {f"{name} ({trainer.method_name})": v for name, v in getattr(trainer, "method_settings", {}).items()}
+    packages = ("torchvision", "transformers", "accelerate", "datasets", "timm")
+    versions = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return {
         "name": repository.split("/")[-1] if repository else type(model).__name__,
         "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
@@ -179,19 +180,24 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "evaluations": evaluations,
         "per_class_ap": per_class,
         "groups": groups,
-        "classes": _class_rows(trainer, names, per_class, groups, judged),
-        "judged": None if judged is None else judged.sum(axis=1).tolist(),
+        "given": _positives(trainer.train_labels),
+        "clean": _positives(trainer.clean_labels),
+        "judged": judged,
         "label_figures": newest_line(state.log_history, "label_noise_rate"),
         "sampler": newest_line(state.log_history, "sampler_effective_size"),
         "state": state,
         "mixtures": chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class)) if fitted else [],
-        "method": _method(trainer),
+        "trainer": type(trainer).__name__,
+        "method": trainer.method_name,
+        "mixes": trainer.method_name != "bce" and getattr(args, "mixup_alpha", 0) > 0,
+        "citation": Markup(citation.replace("```", "")) if citation else None,
+        "settings": None if balance_mix is None else balance_mix.settings,
         "args": args.to_dict(),
         "changed": changed,
         "in_training": bool(trainer.is_in_train) and 0 < state.global_step < state.max_steps,
         "train_runtime": (newest_line(state.log_history, "train_runtime") or {}).get("train_runtime"),
         "hardware": _hardware(args),
-        "versions": _versions(),
+        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
         "metric_names": _METRICS,
         "figures": set(),
     }
@@ -332,7 +338,7 @@ def _describe(dataset: Any, given: Any = None, clean: Any = None) -> dict[str, A
         "revision": source[2] if source else None,
         "config": _line(info.config_name),
         "split": _line(dataset.split),
-        "description": _line(" ".join(without_recorded_noise(info.description).splitlines())[:500]),
+        "description": _line(without_recorded_noise(info.description)[:500]),
         "num_instances": len(dataset),
         "noise": recorded_noise(dataset),
         "noisy": "clean_labels" in dataset.column_names,
@@ -348,50 +354,16 @@ def _describe(dataset: Any, given: Any = None, clean: Any = None) -> dict[str, A
     return facts
 
 
-def _class_rows(
-    trainer: Trainer,
-    names: Sequence[str],
-    per_class: Sequence[float | None] | None,
-    groups: Mapping[str, np.ndarray] | None,
-    judged: np.ndarray | None,
-) -> list[dict[str, Any]]:
-    given, clean = (
-        None if labels is None else (labels == 1).sum(0).tolist()
-        for labels in (trainer.train_labels, trainer.clean_labels)
-    )
-    columns = {
-        "ap": per_class,
-        "group": groups and [next(group for group, mask in groups.items() if mask[k]) for k in range(len(names))],
-        "given": given,
-        "clean": clean,
-        "distrusted": None if judged is None else judged[1].tolist(),
-    }
-    return [
-        {"name": name} | {what: None if values is None else values[k] for what, values in columns.items()}
-        for k, name in enumerate(names)
-    ]
+def _positives(labels: torch.Tensor | None) -> list[int] | None:
+    return None if labels is None else (labels == 1).sum(0).tolist()
 
 
-def _judged_labels(balance_mix: Any) -> np.ndarray | None:
-    """`(2, K)` given negative and positive labels with p_G of at most 0.5; None where p_G is not kept."""
+def _judged_labels(balance_mix: Any) -> list[list[int]] | None:
+    """Of each class the given negative, and the given positive labels with p_G of at most 0.5; None without p_G."""
     if not len(balance_mix.clean_probability):
         return None
     distrusted, labels = balance_mix.clean_probability.cpu() <= 0.5, balance_mix.labels.cpu()
-    return torch.stack([(distrusted & (labels == value)).sum(0) for value in (0, 1)]).numpy()
-
-
-def _method(trainer: Trainer) -> dict[str, Any]:
-    """The trainer's class, and for BalanceMix the parts of it that were on."""
-    balance_mix, citation = getattr(trainer, "balance_mix", None), getattr(trainer, "citation", None)
-    settings = None if balance_mix is None else balance_mix.settings
-    return {
-        "trainer": type(trainer).__name__,
-        "name": trainer.method_name,
-        "mixes": trainer.method_name != "bce" and getattr(trainer.args, "mixup_alpha", 0) > 0,
-        "citation": Markup(citation.replace("```", "")) if citation else None,
-        "settings": None if settings is None else dataclasses.asdict(settings),
-        "is_balancemix": settings is not None and settings.needs_scan,
-    }
+    return [(distrusted & (labels == value)).sum(0).tolist() for value in (0, 1)]
 
 
 def _base_model(config: Any) -> str | None:
@@ -405,17 +377,9 @@ def _base_model(config: Any) -> str | None:
 
 def _hardware(args: TrainingArguments) -> str:
     if args.device.type == "cuda":
-        device = torch.cuda.get_device_name(args.device)
-    else:
-        threads = f", threads: {torch.get_num_threads()}" if args.device.type == "cpu" else ""
-        device = f"{args.device.type.upper()} ({platform.machine()}{threads})"
-    return f"{args.world_size} x {device}"
-
-
-def _versions() -> dict[str, str]:
-    own = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    packages = ("torchvision", "transformers", "accelerate", "datasets", "timm")
-    return own | {name: importlib.metadata.version(name) for name in packages}
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    threads = f", threads: {torch.get_num_threads()}" if args.device.type == "cpu" else ""
+    return f"{args.world_size} x {args.device.type.upper()} ({platform.machine()}{threads})"
 
 
 def _repo_id(name: str | None) -> str | None:

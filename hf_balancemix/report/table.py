@@ -51,9 +51,6 @@ def results_table(
         percent: Show fractions in [0, 1] as per cent.
         extra: Further columns, shown as whole numbers as they are.
 
-    Returns:
-        The table's text.
-
     Example:
         >>> print(results_table({"bce": {"mAP": 0.5}}, {"mAP": "all", "few": "few"}, percent=True))
         | method |  all |

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -39,30 +40,29 @@ class FigureCallback(TrainerCallback):
         if logs is not None and "p_clean_mean" in logs:  # what BalanceMixTrainer logs after a scan
             self._send(self._mixture_plot)
 
-    def _evaluation_plots(self) -> dict[str, np.ndarray]:
-        trainer, per_class_ap, plots = self.trainer, self._per_class_ap(), {}
+    def _evaluation_plots(self) -> dict[str, Figure | None]:
+        trainer, per_class_ap = self.trainer, self._per_class_ap()
+        plots = {"plots/curves": training_curves_figure(trainer.state.log_history)}
         if per_class_ap is not None and trainer.class_names is not None:
             groups = class_groups(trainer.class_counts, trainer.args.many_shot, trainer.args.few_shot)
             plots["plots/per_class_ap"] = per_class_ap_figure(trainer.class_names, per_class_ap, groups)
-        plots["plots/curves"] = training_curves_figure(trainer.state.log_history)
-        return {name: figure_pixels(figure) for name, figure in plots.items() if figure is not None}
+        return plots
 
-    def _mixture_plot(self) -> dict[str, np.ndarray]:
-        trainer = self.trainer
-        classes = good_and_bad_class(trainer.balance_mix, self._per_class_ap())
-        shown = chosen_mixtures(trainer.balance_mix, trainer.class_names, classes)
-        return {"plots/mixtures": figure_pixels(mixture_figure(shown))}
+    def _mixture_plot(self) -> dict[str, Figure | None]:
+        classes = good_and_bad_class(self.trainer.balance_mix, self._per_class_ap())
+        shown = chosen_mixtures(self.trainer.balance_mix, self.trainer.class_names, classes)
+        return {"plots/mixtures": mixture_figure(shown)}
 
     def _per_class_ap(self) -> Sequence[float | None] | None:
         return (newest_line(self.trainer.state.log_history, "eval_runtime") or {}).get(f"eval_{PER_CLASS_AP}")
 
-    def _send(self, plots: Callable[[], Mapping[str, np.ndarray]]) -> None:
+    def _send(self, plots: Callable[[], Mapping[str, Figure | None]]) -> None:
         state = self.trainer.state
         trackers = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, _TRACKERS)]
         if not trackers or not state.is_world_process_zero:
             return
         try:
-            images = plots()
+            images = {name: figure_pixels(figure) for name, figure in plots().items() if figure is not None}
             for tracker in trackers:
                 _send_images(tracker, images, state.global_step)
         except Exception:
