@@ -63,7 +63,7 @@ def from_detection(
     Raises:
         TypeError: `dataset` is no `datasets.Dataset`, or the objects or categories are of another type.
         ValueError: A column or field is absent, a row lacks an image or a class or has one outside `names`, or
-            `image_id` is not unique, or neither integers nor strings. The message names row and class.
+            `image_id` is not unique, or neither integers nor strings.
     """
     undecoded_images(dataset)
     feature = column_feature(dataset, objects, "name the one that holds the objects (objects=...)")
@@ -74,10 +74,8 @@ def from_detection(
             f"for a plain column of class lists use from_tags(dataset, column='{objects}')."
         )
     if category not in fields:
-        raise ValueError(
-            f"the objects of column '{objects}' have the fields {list(fields)}; '{category}' must be among them; name "
-            "the one that holds the class with category=..."
-        )
+        found = f"column '{objects}' has the fields {list(fields)}"
+        raise ValueError(f"{found}; '{category}' must be among them; pass the one that holds the class: category=...")
     column = dataset.select_columns([objects]).with_format("arrow")[:][objects]
     if fields is feature:
         category_feature = getattr(feature[category], "feature", None)
@@ -107,11 +105,10 @@ def from_tags(
         names: As in `from_detection`.
 
     Returns:
-        A `datasets.Dataset` with `image`, `labels` and `image_id`, see `from_detection`.
+        A `datasets.Dataset` with `image`, `labels` and `image_id`, as `from_detection`.
 
     Raises:
-        TypeError: `dataset` is no `datasets.Dataset`, or the column is of another type.
-        ValueError: As `from_detection`, or `separator` is missing or out of place.
+        TypeError, ValueError: As `from_detection`, or `separator` is missing or out of place.
 
     Example:
         >>> from_tags(dataset, column="keywords", separator=";")  # doctest: +SKIP
@@ -166,8 +163,7 @@ def from_csv(
         unknown: What an empty cell, `-1` or `?` in a multi-hot column is: "negative", as in the paper, or "masked":
             listed in the column `unknown_labels`, so that it takes no part.
         delimiter: Between the columns: ",", ";" or a tab.
-        on_bad_image: What to do about images that are listed but absent: "error", or "skip" to leave them out with a
-            warning that counts them.
+        on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels`, `image_id` (string: the column
@@ -175,8 +171,7 @@ def from_csv(
         order of the file.
 
     Raises:
-        ValueError: An argument is none of its choices, or the file is malformed, such as by a cell that is neither 0,
-            1 nor unknown, or a file that stands there twice; the message names line and column.
+        ValueError: An argument is none of its choices, or the file is malformed; the message names line and column.
         FileNotFoundError: The file, the folder or an image is absent.
     """
     check_choice("unknown", unknown, ("negative", "masked"))
@@ -231,9 +226,6 @@ def from_csv(
     )
 
 
-# ------------------------------------------------------------------------------------- from a datasets.Dataset
-
-
 def _labelled(
     dataset: datasets.Dataset, tags: list[list[Any] | None], feature: Any, names: Sequence[str] | None, what: str
 ) -> datasets.Dataset:
@@ -248,8 +240,8 @@ def _labelled(
         name_of = dict(enumerate(names))
     elif not _is_string(feature):
         raise TypeError(
-            f"{what}: a class is of the type {feature}; it must be a string, a ClassLabel or an integer id; see "
-            "dataset.features."
+            f"{what}: a class is of the type {feature}; it must be a string, a ClassLabel or an integer id; convert "
+            "the column."
         )
     names, labels = _class_lists(tags, names, lambda row: f"{what}, row {row}", name_of)
 
@@ -263,25 +255,9 @@ def _labelled(
 
 
 def _image_ids(dataset: datasets.Dataset) -> list[str] | list[int] | None:
-    """The ids to add: file names, else row numbers; None where the data set has (good) ids."""
-    paths = _image_paths(dataset)
-    if "image_id" in dataset.column_names:
-        read_ids(dataset, unique=True)
-        return None
-    # The base name: the same on every machine. Archives are written as member::archive.
-    files = [os.path.basename((path or "").split("::")[0]) for path in paths]
-    if all(files) and len(set(files)) == len(files):
-        return files
-    if any(files):
-        logger.warning("Not every row has a file name of its own: image_id is the row number.")
-    return list(range(len(files)))
+    """The ids to add: file names, else row numbers; None where the data set has unique ids. Reads no image.
 
-
-def _image_paths(dataset: datasets.Dataset) -> list[str | None]:
-    """Path of each image, None where there is none; reads no image.
-
-    Raises:
-        ValueError: A row has no image.
+    ValueError where its ids are not unique, or a row has no image.
     """
     parts = undecoded_images(dataset).flatten()
     paths = parts.select_columns(["image.path"]).with_format("arrow")[:]["image.path"]
@@ -289,12 +265,18 @@ def _image_paths(dataset: datasets.Dataset) -> list[str | None]:
         for row in np.flatnonzero(paths.is_null()):
             if parts[int(row)]["image.bytes"] is None:
                 raise ValueError(
-                    f"column 'image', row {row} is None; it must be an image; drop the row with dataset.filter(...)."
+                    f"column 'image', row {row} is None; it must be an image; drop it: dataset.filter(...)."
                 )
-    return paths.to_pylist()
-
-
-# -------------------------------------------------------------------------------------------- from a CSV file
+    if "image_id" in dataset.column_names:
+        read_ids(dataset, unique=True)
+        return None
+    # The base name: the same on every machine. Archives are written as member::archive.
+    files = [os.path.basename((path or "").split("::")[0]) for path in paths.to_pylist()]
+    if all(files) and len(set(files)) == len(files):
+        return files
+    if any(files):
+        logger.warning("Not every row has a file name of its own: image_id is the row number.")
+    return list(range(len(files)))
 
 
 class _Table:
@@ -313,9 +295,8 @@ class _Table:
                 for row in reader:
                     if row and len(row) != len(self.header):
                         raise ValueError(
-                            f"{file}, line {start}: {len(row)} cells, but the header has {len(self.header)}; repair "
-                            f"the row, put cells that hold the delimiter {delimiter!r} in quotes, or pass another "
-                            "delimiter."
+                            f"{file}, line {start}: {len(row)} cells, but the header has {len(self.header)}; it must "
+                            f"be as many; put cells that hold the delimiter {delimiter!r} in quotes."
                         )
                     if row:  # a blank line has no cells
                         self.lines.append(start)
@@ -326,19 +307,15 @@ class _Table:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
         if twice := sorted(name for name, number in Counter(self.header).items() if name and number > 1):
-            raise ValueError(
-                f"{file}, line 1: the header names {first_few(twice)} more than once; rename or remove one."
-            )
+            raise ValueError(f"{file}, line 1: the header names {first_few(twice)} more than once; rename one.")
         if not self.rows:
             raise ValueError(f"{file} has no rows below its header; there must be one for each image; add them.")
 
     def column(self, name: str, argument: str = "names") -> list[str]:
         """The cells under a heading; `argument` is what named it, for the message."""
         if name not in self.header:
-            raise ValueError(
-                f"{self.file}, line 1: no column {name!r} in the header {first_few(self.header)}; correct {argument}, "
-                "or the delimiter."
-            )
+            header = f"{self.file}, line 1: no column {name!r} in the header {first_few(self.header)}"
+            raise ValueError(f"{header}; correct {argument}, or the delimiter.")
         index = self.header.index(name)
         return [row[index].strip() for row in self.rows]
 
@@ -362,7 +339,6 @@ def _label_column(
         raise ValueError(f"separator is {separator!r}; it must be what stands between classes; pass for instance '|'.")
     if unknown == "masked":
         raise ValueError("unknown is 'masked'; it must be 'negative' with label_column, where no label is unknown.")
-
     if class_ids and names is None:
         raise ValueError("names is None; with class_ids it must be the class names in the order of the ids.")
     name_of = {str(k): name for k, name in enumerate(names or [])} if class_ids else None
@@ -375,14 +351,11 @@ def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[
     if names is None:
         names = [name for name in table.header if name not in others]
         if "" in names:
-            raise ValueError(
-                f"{table.file}, line 1: column {table.header.index('') + 1} of the header has no name; name the "
-                "class, or pass the class columns in names."
-            )
+            number = table.header.index("") + 1
+            raise ValueError(f"{table.file}, line 1: column {number} of the header has no name; name the class.")
         if not names:
-            raise ValueError(
-                f"{table.file}, line 1: no class among the columns {first_few(table.header)}; add a column."
-            )
+            columns = first_few(table.header)
+            raise ValueError(f"{table.file}, line 1: no class among the columns {columns}; add a column.")
     codes = []
     for name in names:
         cells = table.column(name)
@@ -395,9 +368,6 @@ def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[
                 f"-1 or ?); correct it, or if '{name}' is no class, list the class columns in names."
             ) from None
     return names, np.stack(codes, axis=1)
-
-
-# ----------------------------------------------------------------------------------------------------- classes
 
 
 def _class_lists(
@@ -417,27 +387,21 @@ def _class_lists(
     rows: list[set[str]] = []
     for row, classes in enumerate(tags):
         if classes is None or (name_of is None and not all(classes)):
-            raise ValueError(
-                f"{where(row)} is {classes!r}; it must be a list of class names, empty where there is none; repair or "
-                "drop the row."
-            )
+            needed = "it must be a list of class names, empty where there is none"
+            raise ValueError(f"{where(row)} is {classes!r}; {needed}; drop the row.")
         try:
             rows.append(set(classes) if name_of is None else {name_of[value] for value in classes})
         except KeyError as error:
-            raise ValueError(
-                f"{where(row)} has {error.args[0]!r}; it must be a class id, a whole number from 0 to "
-                f"{len(name_of or ()) - 1}; correct it, or give all names."
-            ) from None
+            needed = f"it must be a class id, a whole number from 0 to {len(name_of or ()) - 1}"
+            raise ValueError(f"{where(row)} has {error.args[0]!r}; {needed}; correct it.") from None
     names = sorted(set().union(*rows)) if names is None else names
     if not names:
         raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
     index = {name: k for k, name in enumerate(names)}
     for row, found in enumerate(rows):
         if other := found - index.keys():
-            raise ValueError(
-                f"{where(row)} has {min(other)!r}; it must be one of the {len(names)} classes {first_few(names)}; "
-                "correct it or add it to names."
-            )
+            needed = f"it must be one of the {len(names)} classes {first_few(names)}"
+            raise ValueError(f"{where(row)} has {min(other)!r}; {needed}; add it to names.")
     return names, [sorted(index[name] for name in found) for found in rows]
 
 

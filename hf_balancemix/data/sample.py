@@ -1,14 +1,13 @@
 """The built-in sample: a small long-tailed multi-label scene set, drawn once, stored in the official COCO layout.
 
 Each image shows one to five objects (toys, crockery, plants and animals) on a textured, cluttered ground. Objects vary
-in colour, size, tilt, grain and lighting, and hide one another in part. Each class has a usual hue, as things do, but
-neighbouring hues overlap, and four pairs differ by a texture or by one detail only (ball / beach ball, mushroom /
-toadstool, fish / striped fish, cup / mug). What lies on the grass, on the sand and on the table differs, so labels
-co-occur as they do in photographs.
+in colour, size, tilt, grain and lighting, and hide one another in part. Each class has a usual hue, but neighbouring
+hues overlap, and four pairs differ by a texture or by one detail only (ball / beach ball, mushroom / toadstool, fish /
+striped fish, cup / mug). What lies on grass, sand and tables differs, so labels co-occur as they do in photographs.
 
-With the defaults about 590 of 1,500 training images show the commonest class and about 90 the rarest; an image has
-2.2 labels on average. The tail is as long as a network can learn from scratch in a demo's time, and the validation set
-of 500, drawn in the same way, has at least 30 positives of each class.
+With the defaults about 590 of 1,500 training images show the commonest class and about 90 the rarest, a tail as long
+as a network can learn from scratch in a demo's time; an image has 2.2 labels on average. The 500 validation images,
+drawn in the same way, have at least 30 positives of each class.
 """
 
 from __future__ import annotations
@@ -80,11 +79,10 @@ def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: Colour)
     draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
 
-def _ring(
-    n: int, radius: float, start: float = 0.0, centre: tuple[float, float] = (48, 48)
-) -> list[tuple[float, float]]:
+def _ring(n: int, radius: float, start: float) -> list[tuple[float, float]]:
+    """`n` points around the middle of the canvas; the first at the angle `start`."""
     angles = [start + 2 * math.pi * i / n for i in range(n)]
-    return [(centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a)) for a in angles]
+    return [(48 + radius * math.cos(a), 48 + radius * math.sin(a)) for a in angles]
 
 
 def _draw_ball(sprite: Image.Image, rng: Rng) -> None:
@@ -98,14 +96,12 @@ def _draw_beach_ball(sprite: Image.Image, rng: Rng) -> None:
     _disc(ImageDraw.Draw(sprite), 48, 48, 42, first)
     wedges = Image.new("RGB", sprite.size, first)
     draw = ImageDraw.Draw(wedges)
-    pole = (48 + rng.uniform(-14, 14), 48 + rng.uniform(-14, 14))
+    x, y = 48 + rng.uniform(-14, 14), 48 + rng.uniform(-14, 14)  # where the wedges meet
     parts = 2 * int(rng.integers(3, 5))
     for i in range(parts):
         begin = 360 * i / parts
-        draw.pieslice(
-            (pole[0] - 90, pole[1] - 90, pole[0] + 90, pole[1] + 90), begin, begin + 360 / parts, fill=colours[i % 2]
-        )
-    _disc(draw, *pole, 6, colours[1])
+        draw.pieslice((x - 90, y - 90, x + 90, y + 90), begin, begin + 360 / parts, fill=colours[i % 2])
+    _disc(draw, x, y, 6, colours[1])
     sprite.paste(wedges, mask=sprite.getchannel("A"))
 
 
@@ -151,9 +147,8 @@ def _draw_fish(sprite: Image.Image, rng: Rng, *, hue: float = 0.47, stripes: boo
     if stripes:
         light = _other_colour(rng, body)
         for x in (30, 45, 60):
-            ImageDraw.Draw(skin).line(
-                [(x + rng.uniform(-3, 3), 10), (x + rng.uniform(-3, 3), 86)], fill=light, width=9
-            )
+            ends = [(x + rng.uniform(-3, 3), y) for y in (10, 86)]
+            ImageDraw.Draw(skin).line(ends, fill=light, width=9)
     sprite.paste(skin, mask=shape)
     _disc(draw, 19, 43, 5, (250, 250, 250))
     _disc(draw, 18, 43, 2.6, _INK)
@@ -240,7 +235,6 @@ _CLASSES = (
     _ObjectClass("starfish", "animal", 66, ("sand", "water"), 180, _draw_starfish),
 )
 
-
 _Y, _X = np.mgrid[0:_SPRITE, 0:_SPRITE] / _SPRITE
 # Light from the upper left: (96, 96, 1) float32 factors around 1.
 _LIGHT = (1.2 - 0.62 * np.hypot(_X - 0.32, _Y - 0.28) ** 1.5)[..., None].astype(np.float32)
@@ -253,6 +247,11 @@ def _noise(rng: Rng, cells: int, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC))[..., None]
 
 
+def _image(pixels: np.ndarray) -> Image.Image:
+    """Of `(H, W, 3)` values, which are clipped to 0..255."""
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def _sprite(kind: _ObjectClass, rng: Rng, size: int) -> Image.Image:
     """One object, turned and scaled, as an RGBA image of about `size` pixels."""
     sprite = Image.new("RGBA", (_SPRITE, _SPRITE))
@@ -260,11 +259,10 @@ def _sprite(kind: _ObjectClass, rng: Rng, size: int) -> Image.Image:
     alpha = sprite.getchannel("A")
     shade = _LIGHT * (1 + rng.uniform(0.03, 0.1) * _noise(rng, int(rng.integers(8, 33)), _SPRITE))
     pixels = np.asarray(sprite.convert("RGB"), dtype=np.float32) * shade * rng.uniform(0.8, 1.12)
-    body = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     # A thin dark rim: the drawing over its own silhouette, grown by two pixels.
     outlined = Image.new("RGBA", alpha.size, (*_INK, 0))
     outlined.putalpha(Image.fromarray(maximum_filter(np.asarray(alpha), size=5, mode="constant")))
-    outlined.paste(body, mask=alpha)
+    outlined.paste(_image(pixels), mask=alpha)
     if rng.random() < 0.5:
         outlined = outlined.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle, stretch = rng.uniform(-kind.tilt, kind.tilt), rng.uniform(0.94, 1.06)
@@ -309,8 +307,7 @@ def _ground(theme: str, rng: Rng, size: int) -> Image.Image:
     else:  # grass
         shade += 0.13 * _noise(rng, max(2, size // 3), size)[..., 0]
     tilt = rng.uniform(-0.25, 0.25) * (x - 0.5) + rng.uniform(-0.25, 0.25) * (y - 0.5)
-    pixels = 255 * base * (shade + tilt)[..., None]
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image = _image(255 * base * (shade + tilt)[..., None])
     _scatter_marks(image, theme, rng)
     return image
 
@@ -348,15 +345,12 @@ def _scatter_marks(image: Image.Image, theme: str, rng: Rng) -> None:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene.
-
-    Attributes:
-        category_id: 1-based id of its class.
-        mask: `(image_size, image_size)` bool, where it is visible.
-    """
+    """One object of a scene."""
 
     category_id: int
+    """1-based id of its class."""
     mask: np.ndarray
+    """`(image_size, image_size)` bool, where it is visible."""
 
     @property
     def area(self) -> int:
@@ -370,11 +364,6 @@ class SceneObject:
         return [int(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)]
 
 
-def _class_probabilities(theme: str) -> np.ndarray:
-    weights = [kind.weight * (_THEME_BOOST if theme in kind.themes else 1.0) for kind in _CLASSES]
-    return np.array(weights) / sum(weights)
-
-
 def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Image.Image, list[SceneObject]]:
     """Draw one scene: a pure function of its arguments, so that no image depends on another.
 
@@ -382,10 +371,10 @@ def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Imag
     left out altogether: whatever is drawn is also annotated.
 
     Args:
-        seed: of the whole set, at least 0.
+        seed: Seed of the whole set, at least 0.
         split: `"train"` or `"val"` (other images of the same world).
-        index: of the image in its split, from 0.
-        image_size: pixels a side.
+        index: Index of the image in its split, from 0.
+        image_size: Pixels a side.
 
     Returns:
         The RGB image and its objects, from the lowest to the topmost; at least one.
@@ -393,38 +382,33 @@ def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Imag
     rng = np.random.default_rng([seed, ("train", "val").index(split), index])
     theme = _THEMES[rng.integers(len(_THEMES))]
     image = _ground(theme, rng, image_size)
-    probabilities = _class_probabilities(theme)
+    weights = [kind.weight * (_THEME_BOOST if theme in kind.themes else 1.0) for kind in _CLASSES]
     count = 1 + rng.choice(len(_OBJECTS_PER_IMAGE), p=_OBJECTS_PER_IMAGE)
     masks: list[np.ndarray] = []
-    full_areas: list[int] = []
+    full_areas: list[int] = []  # of the objects, had nothing been drawn over them
     categories: list[int] = []
-    for which in rng.choice(len(_CLASSES), size=count, p=probabilities):
+    for which in rng.choice(len(_CLASSES), size=count, p=np.array(weights) / sum(weights)):
         sprite = _sprite(_CLASSES[which], rng, round(image_size * rng.uniform(0.36, 0.6)))
         alpha = sprite.getchannel("A")
-        full_area = int((np.asarray(alpha) > 127).sum())
+        full = [*full_areas, (np.asarray(alpha) > 127).sum()]
         for _ in range(_PLACEMENT_TRIES):
             x, y = rng.integers(-image_size // 8, image_size - np.array(sprite.size) + image_size // 8 + 1)
             layer = Image.new("L", image.size)
             layer.paste(alpha, (int(x), int(y)))
             mask = np.asarray(layer) > 127
-            left = [int((old & ~mask).sum()) for old in masks]
-            if mask.sum() >= _MIN_VISIBLE * full_area and all(
-                area >= _MIN_VISIBLE * full for area, full in zip(left, full_areas, strict=True)
-            ):
+            visible = [old & ~mask for old in masks] + [mask]
+            if all(part.sum() >= _MIN_VISIBLE * area for part, area in zip(visible, full, strict=True)):
                 break
         else:
             continue
         shift = max(1, image_size // 32)
-        shadow = alpha.point(_SHADOW)
-        image.paste((15, 12, 25), (int(x) + shift, int(y) + shift), mask=shadow)
+        image.paste((15, 12, 25), (int(x) + shift, int(y) + shift), mask=alpha.point(_SHADOW))
         image.paste(sprite.convert("RGB"), (int(x), int(y)), mask=alpha)
-        masks = [old & ~mask for old in masks] + [mask]
-        full_areas.append(full_area)
+        masks, full_areas = visible, full
         categories.append(int(which) + 1)
     pixels = np.asarray(image, dtype=np.float32) * rng.uniform(0.96, 1.04, 3) * rng.uniform(0.85, 1.15)
     pixels += rng.uniform(1, 5) * rng.standard_normal(pixels.shape, dtype=np.float32)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return image, [SceneObject(category, mask) for category, mask in zip(categories, masks, strict=True)]
+    return _image(pixels), [SceneObject(category, mask) for category, mask in zip(categories, masks, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------ the data set
@@ -443,23 +427,18 @@ def make_scenes(
         root/annotations/instances_val2017.json
 
     Every image is a pure function of (seed, split, index, image_size). The set is built in a temporary folder beside
-    `root` and renamed when whole, so an interrupted build is never taken for a set, and of two processes that build at
-    the same time one wins and the other discards its own. A whole set made with the same settings is used again.
+    `root` and renamed when whole; of two processes that build at the same time one wins, the other discards its own. A
+    whole set made with the same settings is used again.
 
     Args:
-        root: folder to make; by default `scenes-<hash of the settings>` in the user's cache: `$HF_BALANCEMIX_CACHE`,
-            else `$XDG_CACHE_HOME/hf_balancemix`, else `~/.cache/hf_balancemix`.
-        num_train: training images, at least 1.
-        num_val: validation images, at least 1. With the default 500 every class has at least 15 positives.
-        image_size: pixels a side, at least 32.
-        seed: at least 0.
-
-    Returns:
-        The folder.
+        root: Folder to make; by default `scenes-<hash of the settings>` in :func:`hf_balancemix.files.cache_folder`.
+        num_train, num_val: Training and validation images, at least 1 each.
+        image_size: Pixels a side, at least 32.
+        seed: Seed of all drawing, at least 0.
 
     Raises:
-        ValueError: a number is out of range, or `root` holds something else than a whole set made with these settings.
-        TypeError: a number is not an int.
+        ValueError: A number is out of range, or `root` holds something else than a whole set made with these settings.
+        TypeError: A number is not an int.
     """
     settings = {"num_train": num_train, "num_val": num_val, "image_size": image_size, "seed": seed}
     _check_settings(settings)
@@ -470,7 +449,11 @@ def make_scenes(
     root = Path(root).expanduser().absolute()
     if _is_whole(root, settings):
         return root
-    _refuse_foreign(root)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise ValueError(
+            f"root is {root}, which exists and is not a whole scene set made with these settings; it must be a new or "
+            "empty folder; delete it or pass another root."
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
     logger.info("Drawing the built-in sample into %s", root)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
@@ -513,14 +496,6 @@ def _is_whole(root: Path, settings: dict[str, int]) -> bool:
         return False
 
 
-def _refuse_foreign(root: Path) -> None:
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ValueError(
-            f"root is {root}, which exists and is not a whole scene set made with these settings; it must be a new or "
-            "empty folder; delete it or pass another root."
-        )
-
-
 def _build(root: Path, settings: dict[str, int]) -> None:
     """Write the whole set into the new folder `root`; the marker comes last."""
     (root / "annotations").mkdir(parents=True)
@@ -538,27 +513,15 @@ def _build_split(folder: Path, split: str, first_id: int, settings: dict[str, in
     size = settings["image_size"]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(settings[f"num_{split}"]):
-        image, objects = draw_scene(settings["seed"], split, index, size)
-        image_id = first_id + index
+    for image_id in range(first_id, first_id + settings[f"num_{split}"]):
+        image, objects = draw_scene(settings["seed"], split, image_id - first_id, size)
         file_name = f"{image_id:012d}.jpg"
         image.save(folder / file_name, quality=92, subsampling=0)
         images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
-        for scene_object in objects:
-            annotations.append(
-                {
-                    "id": first_id * 10 + len(annotations),
-                    "image_id": image_id,
-                    "category_id": scene_object.category_id,
-                    "bbox": scene_object.bbox,
-                    "area": scene_object.area,
-                    "iscrowd": 0,
-                }
-            )
+        for drawn in objects:
+            ids = {"id": first_id * 10 + len(annotations), "image_id": image_id, "category_id": drawn.category_id}
+            annotations.append(ids | {"bbox": drawn.bbox, "area": drawn.area, "iscrowd": 0})
         bar.update()
-    categories = [
-        {"id": number, "name": kind.name, "supercategory": kind.supercategory}
-        for number, kind in enumerate(_CLASSES, start=1)
-    ]
+    categories = [{"id": i, "name": c.name, "supercategory": c.supercategory} for i, c in enumerate(_CLASSES, start=1)]
     info = {"description": "hf_balancemix built-in scenes", "version": str(settings["version"]), "year": 2017}
     return {"info": info, "images": images, "annotations": annotations, "categories": categories}
