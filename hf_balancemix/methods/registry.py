@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -183,13 +183,13 @@ def _arguments_of(method: str) -> dict[str, tuple[Any, ...]]:
     owner = CoTeachingTrainer if method == "co-teaching" else _LOSSES.get(method)
     if owner is None:
         return {}
-    hints, known = get_type_hints(owner.__init__), {}
-    for name, parameter in inspect.signature(owner).parameters.items():
-        hint = hints.get(name)
-        kinds = set(get_args(hint) or (hint,)) - {Fraction}
-        plain = get_origin(hint) is Literal or kinds <= {*_KINDS}
+    known = {}
+    for name, parameter in inspect.signature(owner, eval_str=True).parameters.items():
+        hint = parameter.annotation
+        kinds = tuple(kind for kind in get_args(hint) or (hint,) if kind is not Fraction)
+        plain = get_origin(hint) is Literal or set(kinds) <= {*_KINDS}
         if plain and parameter.default is not parameter.empty and name not in ("reduction", "mode"):
-            known[name] = tuple(kind for kind in get_args(hint) or (hint,) if kind in kinds)
+            known[name] = kinds
     return known
 
 
