@@ -1,4 +1,4 @@
-"""A frozen backbone, whose features are computed once, and the small heads that are trained on them."""
+"""A backbone that is not trained, from its images to whole models with a trained head."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hf_balancemix.frozen.head import (
     pooled_features,
     with_head,
 )
+from hf_balancemix.models.loading import label_settings
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 
@@ -30,8 +31,7 @@ class FrozenBackbone:
     Args:
         model: As :func:`~hf_balancemix.frozen.head.pooled_features` takes it. Its own head is not used.
         processor: Its image processor.
-        train: Training set with `image` and `labels`.
-        evaluation: Evaluation set, likewise.
+        train, evaluation: Data sets with `image` and `labels`.
         args: Device, worker processes, and the settings of the views.
         folder: Where features are kept.
         num_views: V, cached views of a training instance.
@@ -76,25 +76,15 @@ class FrozenBackbone:
     def draw(self, args: MultiLabelTrainingArguments) -> dict[str, Any]:
         """A trainer's arguments `model` (a head), `processing_class` and `views`, drawn with the seeds of `args`."""
         set_seed(args.seed)
-        names = class_names(self.train)
-        config = FeatureClassifierConfig(
-            feature_size=self._features.shape[1],
-            hidden_size=self._hidden_size,
-            id2label=dict(enumerate(names)),
-            label2id={name: k for k, name in enumerate(names)},
-            problem_type="multi_label_classification",
-        )
+        labels = label_settings(class_names(self.train))
+        config = FeatureClassifierConfig(self._features.shape[1], self._hidden_size, **labels)
         seed = args.seed if args.data_seed is None else args.data_seed
         views = CachedViews(self._features, self._num_views, seed, self._processor.size["height"])
         return {"model": FeatureClassifier(config), "processing_class": self._processor, "views": views}
 
     def image_model(self, trained: nn.Module) -> nn.Module:
         """A model that takes images: the backbone with a trained head, or where `trained` holds several heads, such as
-        co-teaching's two, a copy of it with the backbone under each.
-
-        Raises:
-            ValueError: Such a head cannot take the place of the backbone's own.
-        """
+        co-teaching's two, a copy of it with the backbone under each; errors as of :func:`with_head`."""
         if isinstance(trained, FeatureClassifier):
             return with_head(self._model, trained)
         whole = copy.deepcopy(trained)

@@ -1,8 +1,7 @@
 """Features of a frozen backbone, computed once and kept on disk, in place of images.
 
-A head on a frozen backbone sees nothing but the backbone's features. So the backbone runs once over every training
-instance, as it is and in V RandAugment views, and over the evaluation set; all training runs of a grid then read the
-features. What is approximated: a run sees V augmentations of an instance instead of ever new ones.
+The backbone runs once over every training instance, as it is and in V RandAugment views, and over the evaluation set;
+all runs then read the features. So a run sees V augmentations of an instance instead of ever new ones.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ class CachedViews:
         self.features, self.num_views, self.seed, self.image_size = features, num_views, seed, image_size
 
     def images(self, dataset: datasets.Dataset) -> _Rows:
-        """Where each instance's rows begin.
-
-        Raises:
-            ValueError: The data set has no column that says so.
-        """
+        """Where each instance's rows begin; a ValueError where the data set has no column that says so."""
         if ROW_COLUMN not in dataset.column_names:
             raise ValueError(
                 f"the data set's columns are {dataset.column_names}, without {ROW_COLUMN!r}: its features are not "
@@ -65,14 +60,11 @@ class CachedViews:
         return self.features[row]
 
     def augmented(self, row: int, *key: int | str, num_views: int) -> list[Tensor]:
-        """Features of views, each `(D,)` float32: a pure function of the row, the seed and `key`.
-
-        No view comes twice among the first V of them.
-        """
+        """Features of views, each `(D,)` float32, by :meth:`pick`."""
         return [self.features[row + 1 + view] for view in self.pick(*key, num_views=num_views)]
 
     def pick(self, *key: int | str, num_views: int) -> list[int]:
-        """Which of the V views, each in [0, V)."""
+        """Which of the V views, each in [0, V): a pure function of the seed and `key`, none twice in the first V."""
         drawn = keyed_seed(self.seed, *key)
         picked: list[int] = []
         left: list[int] = []
@@ -121,13 +113,11 @@ def cache_features(
         folder: Where caches are kept.
         backbone: From normalised images `(B, 3, S, S)` float32 on `device` to features `(B, D)`. In evaluation mode.
         backbone_digest: Changes whenever the backbone does.
-        train: With `image`.
-        evaluation: With `image`.
+        train, evaluation: With `image`.
         views: Image size and augmentation; its seed is that of the V views.
-        mean: Three means for normalisation.
-        std: Three standard deviations.
+        mean, std: Three values each, for normalisation.
         num_views: V, at least 1.
-        batch_size: Instances a forward pass.
+        batch_size: Views a forward pass.
         num_workers: Worker processes that make the views.
         device: Where the backbone is.
 
@@ -161,10 +151,19 @@ def cache_features(
     if not _is_whole(cache, num_rows):
         with process_lock(cache.with_suffix(".lock")):
             if not _is_whole(cache, num_rows):  # another process may have made it meanwhile
-                parts = [(train, num_views), (evaluation, 0)]
-                instances = [_Instances(dataset, views, v) for dataset, v in parts]
-                batches = _features(backbone, instances, mean, std, batch_size, num_workers, device)
-                _write(cache, batches, num_rows, facts)
+                loaders = [
+                    DataLoader(
+                        _Instances(dataset, views, v),
+                        max(1, batch_size // (1 + v)),
+                        num_workers=num_workers,
+                        collate_fn=torch.cat,
+                        generator=torch.Generator(),  # else a base seed would be drawn from the global one
+                    )
+                    for dataset, v in ((train, num_views), (evaluation, 0))
+                ]
+                scale = [torch.tensor(values, device=device) for values in (mean, std)]
+                features = (backbone(normalise(images.to(device), *scale)) for images in chain(*loaders))
+                _write(cache, features, num_rows, facts)
     # "c": pages are read when they are used; what were written to them would stay in memory.
     features = torch.from_numpy(np.load(cache / _FEATURES, mmap_mode="c"))
     starts = np.arange(len(train)) * (1 + num_views), len(train) * (1 + num_views) + np.arange(len(evaluation))
@@ -187,44 +186,20 @@ class _Instances(Dataset):
 
 
 @torch.no_grad()
-def _features(
-    backbone: Callable[[Tensor], Tensor],
-    parts: Sequence[_Instances],
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int,
-    num_workers: int,
-    device: torch.device | str,
-) -> Iterator[np.ndarray]:
-    """`(b, D)` float32 pieces, in the order of the cache's rows."""
-    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    bar = tqdm(total=sum(map(len, parts)), desc="Features of the frozen backbone", unit="image", dynamic_ncols=True)
-    with bar:
-        for part in parts:
-            loader = DataLoader(
-                part,
-                max(1, batch_size // (1 + part.num_views)),
-                num_workers=num_workers,
-                collate_fn=torch.cat,
-                generator=torch.Generator().manual_seed(0),  # else a base seed would be drawn from the global one
-            )
-            for images in loader:
-                yield backbone(normalise(images.to(device), mean, std)).float().cpu().numpy()
-                bar.update(len(images) // (1 + part.num_views))
-
-
-def _write(cache: Path, batches: Iterator[np.ndarray], num_rows: int, facts: dict[str, Any]) -> None:
+def _write(cache: Path, batches: Iterator[Tensor], num_rows: int, facts: dict[str, Any]) -> None:
     """The folder under its final name, only once its files are whole and the features on the disk."""
     partial = cache.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
     partial.mkdir()
-    first = next(batches)
-    shape = (num_rows, first.shape[1])
-    matrix = np.lib.format.open_memmap(partial / _FEATURES, mode="w+", dtype=np.float32, shape=shape)
-    filled = 0
-    for batch in chain([first], batches):
-        matrix[filled : filled + len(batch)] = batch
-        filled += len(batch)
+    matrix, filled = None, 0
+    with tqdm(total=num_rows, desc="Features of the frozen backbone", unit="view", dynamic_ncols=True) as bar:
+        for batch in batches:
+            if matrix is None:
+                shape = (num_rows, batch.shape[1])
+                matrix = np.lib.format.open_memmap(partial / _FEATURES, mode="w+", dtype=np.float32, shape=shape)
+            matrix[filled : filled + len(batch)] = batch.float().cpu().numpy()
+            filled += len(batch)
+            bar.update(len(batch))
     matrix.flush()
     del matrix
     description = facts | {"rows": num_rows, "bytes": (partial / _FEATURES).stat().st_size}

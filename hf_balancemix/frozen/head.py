@@ -107,8 +107,7 @@ def pooled_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
         A function from normalised images `(B, 3, S, S)` to features `(B, D)`.
 
     Raises:
-        ValueError: The model has no such layer (such as a transformer decoder's head); from the function: its logits
-            are not that layer's alone.
+        ValueError: The model has no such layer; from the function: its logits are not that layer's alone.
     """
     classifier = _classifier(model)
     model.eval()
@@ -121,33 +120,24 @@ def pooled_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
                 logits = model(pixel_values=images).logits
         finally:
             hook.remove()
-        if len(seen) != 1 or seen[0][0].ndim != 2:
-            shapes = [tuple(x.shape) for x, _ in seen]
+        if len(seen) != 1 or seen[0][0].ndim != 2 or not torch.equal(seen[0][1], logits):
             raise ValueError(
-                f"the classifier of {type(model).__name__} sees inputs of shape {shapes}; it must see one feature "
-                "vector an image, (B, D); choose a backbone with a linear classifier on pooled features."
+                f"the logits of {type(model).__name__} are not those of its last linear layer alone (distilled models "
+                f"have two), which sees {[tuple(x.shape) for x, _ in seen]}; it must see one vector (B, D) an image; "
+                "choose a backbone with a linear classifier on pooled features."
             )
-        pooled, output = seen[0]
-        if not torch.equal(output, logits):
-            raise ValueError(
-                f"the logits of {type(model).__name__} are not those of its last linear layer alone (it may have two "
-                "classifiers, as distilled models do); choose another backbone."
-            )
-        return pooled
+        return seen[0][0]
 
     return features
 
 
 def with_head(model: nn.Module, trained: FeatureClassifier) -> nn.Module:
-    """A copy of an image classifier in which a head trained on its cached features takes the place of its own.
+    """A copy of an image classifier with a head trained on its cached features, which gives images the same logits.
 
     Args:
         model: What :func:`pooled_features` gave the features of: with the head mlp of the same size for a hidden
             layer, with a linear classifier for none.
         trained: The trained head.
-
-    Returns:
-        A model of `model`'s class that gives images the logits that `trained` gives their features.
 
     Raises:
         ValueError: `model` has a classifier of another kind or size.
@@ -155,15 +145,14 @@ def with_head(model: nn.Module, trained: FeatureClassifier) -> nn.Module:
     composed = copy.deepcopy(model)
     classifier = _classifier(composed)
     head = trained.head if trained.config.hidden_size else trained.head[0]
-    own, state = classifier.state_dict(), head.state_dict()
-    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
-        layers = " and ".join(f"{tuple(value.shape)}" for value in own.values())
+    try:
+        classifier.load_state_dict(head.state_dict())
+    except RuntimeError as error:
         raise ValueError(
             f"a head of {trained.config.hidden_size} hidden units cannot take the place of the classifier of "
-            f"{type(model).__name__} ({layers}); load the model with head='mlp' for a hidden layer, or choose a "
-            "backbone with a linear classifier for none."
-        )
-    classifier.load_state_dict(state)
+            f"{type(model).__name__} ({[tuple(p.shape) for p in classifier.parameters()]}); load the model with "
+            "head='mlp' for a hidden layer, or choose a backbone with a linear classifier for none."
+        ) from error
     return composed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -63,23 +63,25 @@ class BalanceMixConfig(PreTrainedConfig):
 def check_timm_files(config: Mapping[str, Any]) -> None:
     """Refuse a stored config with which timm would read or fetch other files than the model's own.
 
-    Args:
-        config: The config's dict, nested ones included.
-
     Raises:
         ValueError: An argument of timm names a file, or its architecture a place.
     """
-    model_args, architecture = config.get("model_args"), config.get("architecture")
-    bad = sorted(set(model_args) & set(_READS_FILES)) if isinstance(model_args, Mapping) else []
-    if bad:
-        raise ValueError(
-            f"the config's model_args has {', '.join(bad)}; it must not name other files; load another model."
-        )
-    if isinstance(architecture, str) and ":" in architecture:
-        raise ValueError(
-            f"the config's architecture is {architecture!r}; it must be the bare name of a timm architecture; load "
-            "another model."
-        )
-    for value in config.values():
-        if isinstance(value, Mapping):
-            check_timm_files(value)
+    for key, value in config_entries(config):
+        bad = sorted(set(value) & set(_READS_FILES)) if key == "model_args" and isinstance(value, Mapping) else []
+        if key == "architecture" and ":" in str(value):
+            bad = [str(value)]
+        if bad:
+            raise ValueError(
+                f"the config's {key} has {', '.join(bad)}; it must name no files or places; load another model."
+            )
+
+
+def config_entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a config with the key that it stands under, also in lists and nested configs."""
+    yield key, value
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from config_entries(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from config_entries(part, key)

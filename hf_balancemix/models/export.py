@@ -37,17 +37,14 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
     Convolutional networks take any size; most transformers take that of training only. Which it is, is logged.
 
     Its input `pixel_values` is `(batch, 3, height, width)` float32, normalised as the image processor does; its output
-    `logits` is `(batch, K)` float32, from which a sigmoid makes probabilities. What is exported is the model in
-    evaluation mode and float32; neither the model nor its mode changes. Before the file appears, its logits are
-    compared in onnxruntime with those of torch, to 1e-4, at another batch size (and image size) than it was traced at.
+    `logits` is `(batch, K)` float32, from which a sigmoid makes probabilities. What is exported is a copy of the model
+    in evaluation mode and float32. Before the file appears, its logits are compared in onnxruntime with those of
+    torch, to 1e-4, at another batch size (and image size) than it was traced at.
 
     Args:
         model: An image classifier of transformers.
-        path: The file, `.onnx`; one that exists is replaced. It appears under its name only when whole.
+        path: The file, `.onnx`; one that exists is replaced by a whole one.
         image_size: Pixels a side of the images that the model was trained on.
-
-    Returns:
-        The path.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.

@@ -1,5 +1,4 @@
-"""A hidden layer on pooled features, and decoder heads on feature maps: ML-Decoder and Query2Label. Shipped with
-remote code: torch only.
+"""A hidden layer on pooled features; ML-Decoder and Query2Label on feature maps. Remote code has it too: torch only.
 
 The decoders' submodules are named as in the references, so that published state dicts load by their own key names.
 Their layers are written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
@@ -18,14 +17,10 @@ class MLPHead(nn.Sequential):
     """A hidden layer with ReLU on pooled features, and a linear layer on it.
 
     Args:
-        in_channels: C, channels of the features.
-        num_labels: K.
-        hidden_size: Units of the hidden layer, 1 or more.
+        in_channels, num_labels: C, channels of the features, and K.
+        hidden_size: Units of the hidden layer, 1 or more; else a ValueError.
 
     Shapes: `(N, C)` -> logits `(N, K)`.
-
-    Raises:
-        ValueError: `hidden_size` is less than 1.
     """
 
     def __init__(self, in_channels: int, num_labels: int, hidden_size: int = 256) -> None:
@@ -34,34 +29,32 @@ class MLPHead(nn.Sequential):
         super().__init__(nn.Linear(in_channels, hidden_size), nn.ReLU(), nn.Linear(hidden_size, num_labels))
 
     def reset_parameters(self) -> None:
-        """Draw all weights as torch does."""
         _reset_layers(self)
 
 
-def _attention(dim: int, num_heads: int, dropout: float) -> nn.MultiheadAttention:
-    if dim % num_heads:
-        raise ValueError(f"embed_dim is {dim}; it must be a multiple of num_heads, {num_heads}; change either.")
-    return nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
-
-
 class _Layer(nn.Module):
-    """What the three post-norm transformer layers share: dropout and the feed-forward block."""
+    """What the three post-norm transformer layers share: all parts, by the names of the references."""
 
-    def __init__(self, dim: int, inner_dim: int, dropout: float) -> None:
+    attention = "multihead_attn"
+    norms: tuple[int, ...]
+
+    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim is {dim}; it must be a multiple of num_heads, {num_heads}; change either.")
         self.linear1 = nn.Linear(dim, inner_dim)
         self.linear2 = nn.Linear(inner_dim, dim)
         self.dropout = nn.Dropout(dropout)
+        self.add_module(self.attention, nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True))
+        for number in self.norms:
+            self.add_module(f"norm{number}", nn.LayerNorm(dim))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
 
 
 class _MLDecoderLayer(_Layer):
-    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
-        super().__init__(dim, inner_dim, dropout)
-        self.multihead_attn = _attention(dim, num_heads, dropout)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+    norms = (1, 2, 3)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         x = self.norm1(queries + self.dropout(queries))
@@ -120,14 +113,12 @@ class MLDecoderHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as the reference does."""
         _reset_layers(self)
         nn.init.normal_(self.decoder.query_embed.weight)
         nn.init.xavier_normal_(self.decoder.duplicate_pooling)
         nn.init.zeros_(self.decoder.duplicate_pooling_bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(N, C, H, W)` or `(N, T, C)` -> logits `(N, K)`."""
         sequence = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
         memory = F.relu(self.decoder.embed_standart(sequence))
         x = self.decoder.query_embed.weight.expand(len(memory), -1, -1)
@@ -138,10 +129,7 @@ class MLDecoderHead(nn.Module):
 
 
 class _Q2LEncoderLayer(_Layer):
-    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
-        super().__init__(dim, inner_dim, dropout)
-        self.self_attn = _attention(dim, num_heads, dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+    attention, norms = "self_attn", (1, 2)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         placed = x + position
@@ -151,10 +139,7 @@ class _Q2LEncoderLayer(_Layer):
 
 
 class _Q2LDecoderLayer(_Layer):
-    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
-        super().__init__(dim, inner_dim, dropout)
-        self.multihead_attn = _attention(dim, num_heads, dropout)
-        self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # norm1 went with the self-attention
+    norms = (2, 3)  # norm1 went with the self-attention
 
     def forward(self, x: Tensor, queries: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         attended, _ = self.multihead_attn(x + queries, memory + position, memory, need_weights=False)
@@ -212,7 +197,6 @@ class Query2LabelHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as the reference does."""
         _reset_layers(self)
         for parameter in self.transformer.parameters():
             if parameter.ndim > 1:
@@ -223,7 +207,6 @@ class Query2LabelHead(nn.Module):
         nn.init.uniform_(self.fc.b, -bound, bound)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(N, C, H, W)` -> logits `(N, K)`."""
         source = self.input_proj(features)
         position = sine_positions(source.shape[2], source.shape[3], source.shape[1], source).flatten(1).t()
         memory = source.flatten(2).transpose(1, 2)
@@ -240,8 +223,7 @@ class Query2LabelHead(nn.Module):
 def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
     """2-D sine position encoding `(channels, height, width)`: the row in the first half, the column in the second.
 
-    Rows and columns are counted from 1 and scaled to 2 pi (DETR's, temperature 10000). Computed in float32 at least,
-    given with the dtype and device of `like`.
+    DETR's: counted from 1, scaled to 2 pi, temperature 10000. In float32 at least, then `like`'s dtype, on its device.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     half = channels // 2

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from hf_balancemix.core.evaluation import evaluation_mode
-from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_timm_files
+from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_timm_files, config_entries
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
     backbone_features,
@@ -40,6 +41,13 @@ logger = logging.getLogger(__name__)
 
 # The most of what is made in a loop of Python, before any weight can be counted, by a part of its name in a config.
 _LOOPS = {"layers": 1_000, "depth": 1_000, "num_labels": 1_000_000, "num_classes": 1_000_000}
+_SOURCES = (
+    "Pass a folder that save_pretrained wrote (with model.safetensors: pickled weights are not loaded) or, with a "
+    "network, a Hub name; offline also a timm architecture with backbone_weights (--backbone_weights FILE) or "
+    "pretrained=False (--from_scratch)."
+)
+# How `from_pretrained` loads here; it then gives `(model, info)`.
+_WITH_INFO = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
 
 
 def load_model(
@@ -79,20 +87,19 @@ def load_model(
             config describes a far larger model than the weights, the model does not take images of `image_size`, or
             class names are absent or repeated.
     """
-    labels = _labels(class_names)
-    from_hub = backbone_weights is None and pretrained
-    if head in (None, "linear") and head_args:
+    labels = label_settings(class_names)
+    plain, from_hub = head in (None, "linear"), backbone_weights is None and pretrained
+    if plain and head_args:
         raise ValueError(f"head_args is {head_args}; it must be left out for the plain linear head; set head as well.")
-    if from_hub and (head in (None, "linear") or _own_head(name_or_path) is not None):
+    if from_hub:
         _no_model_kwargs(name_or_path, model_kwargs)
+    if from_hub and (plain or _is_ours(name_or_path)):
         model = _from_pretrained(name_or_path, labels, head, head_args)
-        processor = _own_processor(name_or_path, model)
-    elif head in (None, "linear"):
+    elif plain:
         size = image_size if backbone_weights is None else None  # a file's weights are resized later
         timm_labelled = timm_config(name_or_path, model_kwargs, size, **labels)
         state = None if backbone_weights is None else read_state(Path(backbone_weights))
         model = timm_model(timm_labelled, AutoModelForImageClassification, state, backbone_weights)
-        processor = timm_defaults(model)
     else:
         model = model_from_backbone(
             name_or_path,
@@ -104,7 +111,7 @@ def load_model(
             model_kwargs=model_kwargs,
             image_size=image_size,
         )
-        processor = _own_processor(name_or_path, model) if from_hub else timm_defaults(model)
+    processor = _own_processor(name_or_path, model) if from_hub else timm_defaults(model)
     config = model.config
     # TimmWrapper keeps a checkpoint's own names, and would save those under `label_names`.
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]
@@ -120,20 +127,17 @@ def load_model(
 
 
 def load_trained(name_or_path: str) -> tuple[PreTrainedModel, Any]:
-    """A classifier as it was trained and saved, in evaluation mode, and its image processor.
+    """A classifier as it was trained and saved in a folder or on the Hub, in evaluation mode, and its image processor.
 
     Nothing of the repository is executed, pickled weights are not loaded, and a config that describes a far larger
     model than the weights is refused before anything is allocated.
-
-    Args:
-        name_or_path: A folder or Hub name.
 
     Raises:
         FileNotFoundError, ValueError: There is no such model, it has no safetensors or no image processor, or its
             config and weights do not belong together.
     """
-    problem = f"cannot load a model and its image processor from {name_or_path}"
-    with _explained(problem, "Pass the folder that the training wrote, or its name on the Hub."):
+    advice = "Pass the folder that the training wrote, or its name on the Hub."
+    with _loading(name_or_path, "a model and its image processor from", advice):
         _checked_config(name_or_path)
         model = AutoModelForImageClassification.from_pretrained(name_or_path, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(name_or_path)
@@ -152,51 +156,39 @@ def model_from_backbone(
     model_kwargs: dict[str, Any] | None = None,
     image_size: int | None = None,
 ) -> BalanceMixForImageClassification:
-    """A backbone with its pretrained weights and batch-norm statistics, and a head drawn anew.
+    """A backbone with its pretrained weights and batch-norm statistics, and a head drawn anew, in float32.
+
+    Arguments and errors are those of :func:`load_model`, but for these.
 
     Args:
-        name_or_config: As `name_or_path` of :func:`load_model`, or a config of transformers, whose weights are drawn.
+        name_or_config: As `name_or_path` there, or a config of transformers, whose weights are drawn.
         head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
         head_args: Arguments of the head's class, such as `{"num_groups": 20}`.
-        backbone_weights: As of :func:`load_model`, of any backbone; or a published checkpoint of ML-Decoder or
-            Query2Label, whose head is taken too where it is of the same kind and K.
-        class_names, pretrained, model_kwargs: As of :func:`load_model`.
+        backbone_weights: Of any backbone; or a published checkpoint of ML-Decoder or Query2Label, whose head is taken
+            too where it is of the same kind and K.
         image_size: Pixels a side of the images, for timm transformers that are drawn anew; by default their own.
-
-    Returns:
-        The model, float32.
-
-    Raises:
-        FileNotFoundError, ValueError: As :func:`load_model`.
     """
-    labels = _labels(class_names)
+    labels = label_settings(class_names)
     BalanceMixConfig(head=head, head_args=head_args)  # raises before anything is loaded
+    config = copy.deepcopy(name_or_config) if isinstance(name_or_config, PreTrainedConfig) else None
+    from_hub = config is None and backbone_weights is None and pretrained
+    if config is not None or from_hub:
+        _no_model_kwargs(name_or_config if config is None else "a config", model_kwargs)
     state, head_state = None, {}
     if backbone_weights is not None:
         state, head_state = split_head(read_state(Path(backbone_weights)))
-    if isinstance(name_or_config, PreTrainedConfig):
-        _no_model_kwargs("a config", model_kwargs)
-        config = copy.deepcopy(name_or_config)
-        if isinstance(config, TimmWrapperConfig):
-            backbone = timm_model(config, AutoModel, state, backbone_weights)
-        elif state is None:
-            backbone = build_backbone(config)
-        else:
-            backbone = _filled(type(build_backbone(config)), None, config, str(backbone_weights), state_dict=state)
-    elif state is None and pretrained:
-        _no_model_kwargs(name_or_config, model_kwargs)
+    if config is None and not from_hub:
+        config = timm_config(name_or_config, model_kwargs, image_size if state is None else None)
+    if from_hub:
         with _loading(name_or_config):
-            own_head = _own_head(name_or_config)
-            if own_head is not None:
-                raise ValueError(
-                    f"it is a BalanceMix model with the head {own_head}, not a backbone; leave head out (--head) to "
-                    "go on with it, or name a backbone"
-                )
             config = _checked_config(name_or_config, AutoModel)
             backbone = _filled(AutoModel, name_or_config, config, name_or_config)
-    else:
-        config = timm_config(name_or_config, model_kwargs, image_size if state is None else None)
+    elif isinstance(config, TimmWrapperConfig):
         backbone = timm_model(config, AutoModel, state, backbone_weights)
+    elif state is None:
+        backbone = build_backbone(config)
+    else:
+        backbone = _filled(type(build_backbone(config)), None, config, str(backbone_weights), state_dict=state)
     channels = _channels(backbone, head)
     backbone.config.num_labels = 1  # else it carries the class names of its pretraining
     config = BalanceMixConfig(backbone.config, in_channels=channels, head=head, head_args=head_args, **labels)
@@ -206,24 +198,19 @@ def model_from_backbone(
         raise ValueError(f"the head {head} cannot be built with {head_args or 'its defaults'}: {error}") from error
     model.backbone.load_state_dict(backbone.state_dict())
     own = model.head.state_dict()
-    if head_state and {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in head_state.items()}:
+    if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in head_state.items()}:
         model.head.load_state_dict(head_state)
     elif head_state:
-        logger.warning(
-            "%s holds a head of another kind or number of classes; the head is drawn anew.", backbone_weights
-        )
+        logger.warning("%s holds another kind of head or number of classes; the head is drawn anew.", backbone_weights)
     return model
 
 
 def check_image_size(model: nn.Module, size: int) -> None:
-    """Say before training starts that a model does not take S x S images.
+    """Raise a ValueError, with the size that it was made for if known, where a model does not take S x S images.
 
     Args:
         model: Any image classifier of transformers.
         size: S.
-
-    Raises:
-        ValueError: It does not; names the size that it was made for, if known.
     """
     parameter = next(model.parameters(), torch.zeros(0))
     try:
@@ -243,7 +230,8 @@ def check_image_size(model: nn.Module, size: int) -> None:
 # ---- folders and Hub names ----
 
 
-def _labels(class_names: Sequence[str]) -> dict[str, Any]:
+def label_settings(class_names: Sequence[str]) -> dict[str, Any]:
+    """What the config of a multi-label classifier says of its K classes; a ValueError where two have one name."""
     if not class_names or len(set(class_names)) < len(class_names):
         raise ValueError(
             f"class_names holds {len(class_names)} names; it must hold one or more, all different; correct the list."
@@ -265,22 +253,13 @@ def _no_model_kwargs(name: str, model_kwargs: dict[str, Any] | None) -> None:
 
 
 @contextmanager
-def _explained(problem: str, advice: str) -> Iterator[None]:
+def _loading(name: str, what: str = "the model", advice: str = _SOURCES) -> Iterator[None]:
     """Errors of transformers as one sentence that says what to do."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{problem} ({str(error).splitlines()[0]}). {advice}") from error
-
-
-def _loading(name: str) -> AbstractContextManager[None]:
-    return _explained(
-        f"cannot load the model {name!r}",
-        "Pass a folder that save_pretrained wrote (with model.safetensors: pickled weights are not loaded) or, with a "
-        "network, a Hub name; offline also a timm architecture with backbone_weights (--backbone_weights FILE) or "
-        "pretrained=False (--from_scratch).",
-    )
+        raise kind(f"cannot load {what} {name!r} ({str(error).splitlines()[0]}). {advice}") from error
 
 
 def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> PreTrainedConfig:
@@ -295,7 +274,7 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
 
     Raises:
         OSError: There is no such config, or the network is down.
-        ValueError: It is as said, makes timm read other files, or takes no images.
+        ValueError: It is as said, makes timm read other files, or is no config of that kind of model.
     """
     values = PreTrainedConfig.get_config_dict(name)[0]
     if values.get("model_type") == "balancemix_feature_classifier":  # of hf_balancemix.frozen
@@ -303,11 +282,16 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
             "it is a head on cached features, as checkpoints of --frozen_backbone are, and takes no images; the "
             "folder that the checkpoints are in holds the whole model once the run is over"
         )
+    if values.get("model_type") == BalanceMixConfig.model_type and kind is AutoModel:
+        raise ValueError(
+            f"it is a BalanceMix model with the head {values.get('head')}, not a backbone; leave head out (--head) to "
+            "go on with it, or name a backbone"
+        )
     check_timm_files(values)
-    for key, number in _numbers(values):
-        most = min((limit for part, limit in _LOOPS.items() if part in key), default=number)
-        if number > most:
-            raise ValueError(f"its config says {key}={number:g}; it must be at most {most:,}; load another model")
+    for key, value in config_entries(values):
+        most = min((limit for part, limit in _LOOPS.items() if part in key), default=math.inf)
+        if isinstance(value, int | float) and value > most:
+            raise ValueError(f"its config says {key}={value:g}; it must be at most {most:,}; load another model")
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -324,18 +308,6 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
     return config
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a config and the key that it stands under, also in lists and nested configs."""
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _numbers(part, name)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _numbers(part, key)
-    elif isinstance(value, int | float):
-        yield key, value
-
-
 def _stored_bytes(name: str) -> int | None:
     """Size of the safetensors of a folder or a Hub name; None where there are none, or several of a Hub name."""
     if Path(name).is_dir():
@@ -344,11 +316,9 @@ def _stored_bytes(name: str) -> int | None:
     return None if file is None else Path(file).stat().st_size
 
 
-def _own_head(name: str) -> str | None:
-    """The head of a stored BalanceMix model; None for any other model."""
+def _is_ours(name: str) -> bool:
     with _loading(name):
-        values = PreTrainedConfig.get_config_dict(name)[0]
-    return values.get("head") if values.get("model_type") == BalanceMixConfig.model_type else None
+        return PreTrainedConfig.get_config_dict(name)[0].get("model_type") == BalanceMixConfig.model_type
 
 
 def _from_pretrained(
@@ -356,27 +326,19 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     with _loading(name_or_path):
         stored = _checked_config(name_or_path)
-        own_head = stored.head if isinstance(stored, BalanceMixConfig) else None
-        if own_head is not None and (
-            head not in (None, own_head) or (head_args or stored.head_args) != stored.head_args
-        ):
+        ours = isinstance(stored, BalanceMixConfig)
+        if ours and (head or stored.head, head_args or stored.head_args) != (stored.head, stored.head_args):
             raise ValueError(
-                f"it was saved with the head {own_head}, {stored.head_args}; asked for is {head}, {head_args or {}}. "
-                "Leave both out (--head, --head_args)"
+                f"it was saved with the head {stored.head}, {stored.head_args}; asked for is {head}, "
+                f"{head_args or {}}. Leave both out (--head, --head_args)"
             )
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path,
-            **labels,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
+        load = AutoModelForImageClassification.from_pretrained
+        model, info = load(name_or_path, ignore_mismatched_sizes=True, **labels, **_WITH_INFO)
     own_memory(model)
     # Anything but a head of another K would stay random without notice.
     k = labels["num_labels"]
     bad = [name for name, old, new in info["mismatched_keys"] if new[0] != k or old[1:] != new[1:]]
-    if own_head is not None:  # how a decoder head's tensors depend on K is its own affair
+    if ours:  # how a decoder head's tensors depend on K is its own affair
         bad = [name for name in bad if stored.num_labels == k or not name.startswith("head.")]
     if bad:
         raise ValueError(
@@ -387,10 +349,9 @@ def _from_pretrained(
     same_names = same_head and [stored.id2label[i] for i in range(k)] == list(labels["label2id"])
     if same_head and not same_names:
         logger.warning(
-            "%s was trained for %d classes with other names or in another order (%s, ...); its head is kept, as a "
-            "start for %s, ...",
-            name_or_path, k, stored.id2label[0], labels["id2label"][0],
-        )  # fmt: skip
+            f"{name_or_path} was trained for {k} classes with other names or in another order "
+            f"({stored.id2label[0]}, ...); its head is kept, as a start for {labels['id2label'][0]}, ..."
+        )
     if not same_names and getattr(model.config, "thresholds", None) is not None:
         model.config.thresholds = None  # of other classes
     return model
@@ -409,15 +370,7 @@ def _own_processor(name_or_path: str, model: PreTrainedModel) -> Any:
 
 def _filled(cls: type, name: str | None, config: PreTrainedConfig, source: str, **kwargs: Any) -> PreTrainedModel:
     """A backbone loaded through `from_pretrained`, which knows how keys are renamed; nothing may be left random."""
-    backbone, info = cls.from_pretrained(
-        name,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        **without_pooler(config),
-        **kwargs,
-    )
+    backbone, info = cls.from_pretrained(name, config=config, **without_pooler(config), **_WITH_INFO, **kwargs)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(

@@ -25,7 +25,7 @@ class BalanceMixForImageClassification(PreTrainedModel):
     Attributes:
         backbone: As `AutoModel` builds it, without a random pooler.
         head: `nn.Linear`, :class:`MLPHead`, :class:`MLDecoderHead` or :class:`Query2LabelHead`.
-        include_code: Whether `save_pretrained` puts the code beside the weights, for `trust_remote_code=True`.
+        include_code: What `save_pretrained` does unless told.
     """
 
     config_class = BalanceMixConfig
@@ -64,8 +64,7 @@ class BalanceMixForImageClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of `PreTrainedModel`, from safetensors only unless `use_safetensors=False` is given, and bit for bit the
-        model that was saved; see :func:`own_memory`."""
+        """As of `PreTrainedModel`, from safetensors unless `use_safetensors=False`, and bit for bit what was saved."""
         kwargs.setdefault("use_safetensors", True)
         loaded = super().from_pretrained(*args, **kwargs)
         own_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -74,8 +73,7 @@ class BalanceMixForImageClassification(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, include_code: bool | None = None, **kwargs: Any
     ) -> None:
-        """As of `PreTrainedModel`; with `include_code` also the code, so that the folder, and a repository that it is
-        pushed to, loads with `trust_remote_code=True` where this package is not installed."""
+        """As of `PreTrainedModel`; with `include_code` also the code, which `trust_remote_code=True` takes."""
         if not (self.include_code if include_code is None else include_code):
             return super().save_pretrained(save_directory, *args, **kwargs)
         # On these two objects only: the classes, and models saved later, stay as they are.
@@ -150,18 +148,15 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
 
 def grid(backbone: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the patches that a backbone's sequence is made of."""
-    timm_model, config = getattr(backbone, "timm_model", None), backbone.config
-    depths = getattr(config, "depths", None)
-    if timm_model is not None:
-        stride = timm_model.feature_info[-1]["reduction"] if getattr(timm_model, "feature_info", None) else None
-    else:
-        stride = getattr(config, "patch_size", None)
-        if isinstance(stride, int) and depths:
-            stride *= 2 ** (len(depths) - 1)
+    depths = getattr(backbone.config, "depths", None)
+    stages = getattr(getattr(backbone, "timm_model", None), "feature_info", None)
+    stride = stages[-1]["reduction"] if stages else getattr(backbone.config, "patch_size", None)
     if not isinstance(stride, int):
         raise ValueError(
-            f"{config.model_type} gives a sequence, and its patches' size is not known; use the head ml_decoder."
+            f"{backbone.config.model_type} gives a sequence, and its patches' size is not known; use the head "
+            "ml_decoder."
         )
     if depths:  # hierarchical ones pad, the others leave out what is over
+        stride *= 2 ** (len(depths) - 1)
         return -(-height // stride), -(-width // stride)
     return height // stride, width // stride

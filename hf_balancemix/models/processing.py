@@ -10,8 +10,6 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_balancemix.data.views import BICUBIC, BILINEAR
 
-_TIMM_INTERPOLATION = {"bicubic": BICUBIC, "bilinear": BILINEAR}
-
 
 def squash_processor(
     processor: Any | None = None, image_size: int | None = None, normalise: bool = True
@@ -32,16 +30,15 @@ def squash_processor(
     """
     timm_config = getattr(processor, "data_config", None)
     if timm_config is not None:  # TimmWrapperImageProcessor cannot be saved itself
-        mean, std = timm_config["mean"], timm_config["std"]
-        resample = _TIMM_INTERPOLATION.get(timm_config.get("interpolation"), BICUBIC)
-        size = timm_config["input_size"][-1]
+        mean, std, size = timm_config["mean"], timm_config["std"], timm_config["input_size"][-1]
+        resample = BILINEAR if timm_config.get("interpolation") == "bilinear" else BICUBIC
     else:
-        normalises = processor is None or bool(getattr(processor, "do_normalize", True))  # None means no
-        mean = (getattr(processor, "image_mean", None) or IMAGENET_DEFAULT_MEAN) if normalises else [0.0] * 3
-        std = (getattr(processor, "image_std", None) or IMAGENET_DEFAULT_STD) if normalises else [1.0] * 3
+        mean = getattr(processor, "image_mean", None) or IMAGENET_DEFAULT_MEAN
+        std = getattr(processor, "image_std", None) or IMAGENET_DEFAULT_STD
         resample = getattr(processor, "resample", None)
         resample = BICUBIC if resample is None else int(resample)
         size = _side(getattr(processor, "crop_size", None)) or _side(getattr(processor, "size", None))
+        normalise = normalise and bool(processor is None or getattr(processor, "do_normalize", True))  # None means no
     if not normalise:
         mean, std = [0.0] * 3, [1.0] * 3
     size = image_size or size
@@ -51,13 +48,7 @@ def squash_processor(
             "squashed to; pass image_size (--image_size)."
         )
     return ViTImageProcessor(
-        size={"height": size, "width": size},
-        resample=resample,
-        image_mean=list(mean),
-        image_std=list(std),
-        do_resize=True,
-        do_rescale=True,
-        do_normalize=True,
+        size={"height": size, "width": size}, resample=resample, image_mean=list(mean), image_std=list(std)
     )
 
 

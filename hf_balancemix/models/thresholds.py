@@ -27,18 +27,13 @@ NEVER = 1.0  # labels are predicted where the probability is above, and none is 
 def best_thresholds(
     probabilities: np.ndarray, targets: np.ndarray, min_precision: float | None = None
 ) -> list[float | None]:
-    """The best threshold of each class; a label is predicted where its probability is above.
+    """The best threshold of each class, as :func:`tune_thresholds` says; None for a class without positives.
 
     A threshold lies half-way between two probabilities that occur, so that it does not hang on the last bit of one.
 
     Args:
         probabilities: `(N, K)` in [0, 1].
         targets: `(N, K)`: 1 positive, 0 negative, -1 unknown (left out).
-        min_precision: None maximises F1 (among equals the highest threshold); else the lowest threshold with at least
-            this precision, 1.0 (nothing is predicted) where there is none.
-
-    Returns:
-        K thresholds in [0, 1]; None for a class without positives, of which nothing can be said.
     """
     thresholds: list[float | None] = []
     for p, y in zip(np.asarray(probabilities, np.float64).T, np.asarray(targets).T, strict=True):
@@ -54,15 +49,11 @@ def best_thresholds(
             good = np.flatnonzero(f1 >= f1.max() * (1 - 1e-14))[-1:]  # equal F1 differ by a rounding error
         else:
             good = np.flatnonzero(precision >= min_precision)[:1]
-        thresholds.append(_below(values, int(good[0])) if len(good) else NEVER)
+        lower = np.concatenate(([0.0], values[:-1]))
+        middle = (lower + values) / 2
+        cuts = np.where(middle < values, middle, lower)  # between neighbouring floats there is none
+        thresholds.append(float(cuts[good[0]]) if len(good) else NEVER)
     return thresholds
-
-
-def _below(values: np.ndarray, cut: int) -> float:
-    """Half-way to the next lower value (or 0); always less than `values[cut]`, unless that is 0."""
-    lower = float(values[cut - 1]) if cut else 0.0
-    middle = (lower + float(values[cut])) / 2
-    return middle if middle < values[cut] else lower
 
 
 def tune_thresholds(
@@ -79,8 +70,8 @@ def tune_thresholds(
         logits_or_model: A model, or its logits `(N, K)` on `dataset`, such as `trainer.predict(dataset).predictions`.
         dataset: With `labels`, and for a model `image`. Noisy labels would give thresholds that repeat the noise.
         processor: The model's image processor.
-        min_precision: None maximises each class's F1; a number in (0, 1] takes the lowest threshold with at least that
-            precision here, 1.0 (never predicted) where no threshold has it.
+        min_precision: None maximises each class's F1 (among equals by the highest threshold); a number in (0, 1] takes
+            the lowest threshold with at least that precision here, 1.0 (never predicted) where there is none.
         batch_size: Images at a time.
 
     Returns:
@@ -119,17 +110,14 @@ def tune_thresholds(
         probabilities = logits.double().sigmoid()
     found = best_thresholds(probabilities.numpy(), targets, min_precision)
     empty = [name for name, threshold in zip(names, found, strict=True) if threshold is None]
-    if empty:
-        logger.warning(
-            "no positive label of %d classes (%s) to tune on; their threshold is %s.",
-            len(empty), ", ".join(empty[:5]), DEFAULT,
-        )  # fmt: skip
     never = [name for name, threshold in zip(names, found, strict=True) if threshold == NEVER]
-    if never:
-        logger.warning(
-            "no threshold gives %d classes (%s) a precision of %s; they will never be predicted.",
-            len(never), ", ".join(never[:5]), min_precision,
-        )  # fmt: skip
+    told = {
+        f"no positive label of %d classes (%s) to tune on; their threshold is {DEFAULT}.": empty,
+        f"no threshold gives %d classes (%s) a precision of {min_precision}; they will never be predicted.": never,
+    }
+    for message, classes in told.items():
+        if classes:
+            logger.warning(message, len(classes), ", ".join(classes[:5]))
     thresholds = [DEFAULT if threshold is None else threshold for threshold in found]
     if isinstance(logits_or_model, nn.Module):
         logits_or_model.config.thresholds = thresholds
@@ -223,14 +211,7 @@ def predict_labels(
 ) -> list[list[str]]:
     """The names of each image's labels, those above the thresholds of `model.config`, the most probable first.
 
-    Args:
-        model: Any multi-label image classifier of transformers.
-        images: A data set with `image`, or paths, bytes or PIL images.
-        processor: The model's image processor.
-        batch_size: Images at a time.
-
-    Raises:
-        ValueError: As :func:`predict_probabilities`, or thresholds that do not belong to the classes.
+    Arguments and errors are those of :func:`iter_probabilities` and :func:`class_thresholds`.
     """
     thresholds = class_thresholds(model.config)
     rows = predict_probabilities(model, images, processor, batch_size=batch_size).tolist()

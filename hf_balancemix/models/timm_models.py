@@ -21,16 +21,13 @@ from hf_balancemix.models.weights import load_timm_state
 def timm_config(
     name: str, model_kwargs: dict[str, Any] | None, image_size: int | None, **labels: Any
 ) -> TimmWrapperConfig:
-    """The config of a timm architecture by name.
+    """The config of a timm architecture by its name, with or without `timm/` before it and a tag.
 
     Args:
-        name: The architecture, with or without `timm/` before it and a tag, which says how images are normalised.
+        name: Of the architecture; the tag says how images are normalised.
         model_kwargs: Arguments of `timm.create_model`.
         image_size: Pixels a side of the images, for architectures that are built for one size; None: timm's own.
         labels: Of the config: names and number of the classes.
-
-    Raises:
-        ValueError: timm has no such architecture or tag.
     """
     architecture = name.removeprefix("timm/")
     if not timm.is_model(architecture):
@@ -54,8 +51,7 @@ def timm_model(
     Args:
         config: As of :func:`timm_config`.
         kind: `AutoModelForImageClassification`, or `AutoModel` for a backbone.
-        state: State dict of the timm model; None draws the weights.
-        file: Where it was read, for messages.
+        state, file: State dict of the timm model and where it was read; None draws the weights.
 
     Raises:
         ValueError: timm cannot build it, or the state dict is another architecture's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,14 +51,16 @@ def split_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     empty where the state is that of a backbone alone.
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
     for prefix in ("head.", "fc."):
         if f"{prefix}decoder.duplicate_pooling" in state:
-            head = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            return {name: value for name, value in state.items() if not name.startswith(prefix)}, head
-    body = "backbone.0.body."
-    if "fc.W" in state and any(name.startswith(body) for name in state):
-        head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-        return {name.removeprefix(body): value for name, value in state.items() if name.startswith(body)}, head
+            return {name: value for name, value in state.items() if not name.startswith(prefix)}, under(prefix)
+    body = under("backbone.0.body.")
+    if "fc.W" in state and body:
+        return body, {name: value for name, value in state.items() if not name.startswith("backbone.")}
     return state, {}
 
 
@@ -70,41 +73,29 @@ def load_timm_state(model: nn.Module, state: dict[str, Tensor], file: Path, arch
         ValueError: Any other tensor is absent or does not fit.
     """
     own = model.state_dict()
-    head = tuple(name + "." for name in _classifier_names(model))
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    head = tuple(f"{name}." for name in classifiers)
 
-    def differences(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-        kept = {
-            name: value
-            for name, value in state.items()
-            if not (name.startswith(head) and (name not in own or own[name].shape != value.shape))
-        }
-        bad = [name for name, value in kept.items() if name not in own or own[name].shape != value.shape]
+    def compared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+        fits = {name: name in own and own[name].shape == value.shape for name, value in state.items()}
+        bad = [name for name in state if not fits[name] and not name.startswith(head)]
         # Converted and old files have no counters of batches, which matter only for batch norm without momentum.
-        absent = [
-            name
-            for name in own
-            if name not in kept and not name.startswith(head) and "num_batches_tracked" not in name
-        ]
-        return kept, bad, absent
+        needed = [name for name in own if not name.startswith(head) and "num_batches_tracked" not in name]
+        absent = [name for name in needed if name not in state]
+        return {name: value for name, value in state.items() if fits[name]}, bad, absent
 
-    kept, bad, absent = differences(state)
+    fitting, bad, absent = compared(state)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if absent and convert is not None:
-        try:
-            converted = differences(convert(dict(state), model))
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # no file that timm knows
-            converted = kept, bad, absent
-        if not converted[1] and not converted[2]:
-            kept, bad, absent = converted
+        with suppress(KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # no file that timm knows
+            converted = compared(convert(dict(state), model))
+            if not converted[1] and not converted[2]:
+                fitting, bad, absent = converted
     if bad or absent:
         raise ValueError(
             f"{file} does not hold the weights of {architecture}: {len(absent)} of its tensors are absent "
             f"({', '.join(absent[:3])}) and {len(bad)} do not fit ({', '.join(bad[:3])}); pass the matching file."
         )
-    model.load_state_dict(kept, strict=False)
-    logger.info("Loaded %d tensors of %s from %s.", len(kept), architecture, file)
-
-
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    model.load_state_dict(fitting, strict=False)
+    logger.info("Loaded %d tensors of %s from %s.", len(fitting), architecture, file)
