@@ -11,9 +11,8 @@ The parquet has one row for each changed label, with the columns
 - `check` (uint32), a checksum of the clean labels of the image, the same in all of its rows.
 
 An image without a changed label has one row in which `class`, `given` and `clean` are null, so that the map knows all
-N images. Its metadata (key `noise_map`, JSON) hold the name and the parameters of the noise, its seed, N, K, the class
-names and a digest of all clean labels by image_id, which does not depend on the order of the rows. It is written and
-read with pyarrow, as `datasets.Dataset.to_parquet` has no place for such metadata.
+N images. Its metadata (key `noise_map`, JSON; `datasets.Dataset.to_parquet` has no place for it) hold the name and the
+parameters of the noise, its seed, N, K, the class names and a digest of all clean labels, whatever the rows' order.
 """
 
 from __future__ import annotations
@@ -51,19 +50,16 @@ _CARD = Path(__file__).parent / "templates" / "noise_map.md"
 
 @dataclass(frozen=True, repr=False)
 class NoiseMap:
-    """The labels of a data set that noise changed. Make one with `from_datasets` or `load_noise_map`.
-
-    Attributes:
-        table: The rows of the parquet, ordered by image_id and class (see the module).
-        class_names: The K names.
-        parameters: Name and arguments of the noise, `{}` where it is not known.
-        clean_digest: SHA-256 (hexadecimal) of the clean labels of all N images.
-    """
+    """The labels of a data set that noise changed. Make one with `from_datasets` or `load_noise_map`."""
 
     table: pa.Table
+    """The rows of the parquet, ordered by image_id and class (see the module)."""
     class_names: list[str]
+    """The K names."""
     parameters: dict[str, Any]
+    """Name and arguments of the noise, `{}` where it is not known."""
     clean_digest: str
+    """SHA-256 (hexadecimal) of the clean labels of all N images."""
 
     def __post_init__(self) -> None:
         ids, image, classes = self._index
@@ -117,14 +113,11 @@ class NoiseMap:
         ids = [ids[row] for row in order]
         before = given_labels(clean).numpy()[order]
         after = given_labels(noisy).numpy()[_cells_of(noisy, ids, names, "the noisy data set", "the clean one")]
-        other = np.argwhere((before < 0) != (after < 0))
-        if len(other):
-            row, k = other[0]
+        for row, k in np.argwhere((before < 0) != (after < 0)):
             raise ValueError(
                 f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only; it must be "
                 "in both or in none; give both the same column 'unknown_labels'."
             )
-
         changed = before != after
         # One column more, true for an image without a changed label: it has a row of its own, without a class.
         image, classes = np.nonzero(np.hstack([changed, ~changed.any(axis=1, keepdims=True)]))
@@ -150,9 +143,7 @@ class NoiseMap:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no file {path}; it must be the parquet that NoiseMap.save wrote; check the path."
-            )
+            raise FileNotFoundError(f"no file {path}; it must be what NoiseMap.save wrote; check the path.")
         try:
             table = pq.ParquetFile(path).read()
             content = json.loads(table.schema.metadata[_KEY])
@@ -165,16 +156,15 @@ class NoiseMap:
                 raise ValueError(f"{found.num_instances} images instead of {content['num_instances']}")
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged or not a noise map ({type(error).__name__}: {error}); copy it again, or make it "
-                "anew with NoiseMap.from_datasets(...).save(path)."
+                f"{path} is damaged or not a noise map ({type(error).__name__}: {error}); it must be what "
+                "NoiseMap.save wrote; copy it again."
             ) from error
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the noise map to a parquet file, which appears under its name only when whole.
+        """Write the noise map to a parquet file, which appears under its name only when whole, or replace one.
 
-        The bytes depend on the noise map alone, not on the order of the rows that it was made from. A file that exists
-        is replaced.
+        The bytes depend on the noise map alone, not on the order of the rows that it was made from.
 
         Raises:
             OSError: The file cannot be written.
@@ -227,8 +217,7 @@ class NoiseMap:
                 read.
 
         Returns:
-            The data set with noisy `labels`, and the clean ones as `clean_labels`; those stay where they exist (noise
-            upon noise). Nothing else changes.
+            The data set with noisy `labels`, and the clean ones as `clean_labels`; those stay where they exist.
 
         Raises:
             ValueError: The data set is another than the one that the map was made from; the message says in what.
@@ -293,18 +282,19 @@ class NoiseMap:
         prints = _fingerprints(ids, labels)
         if _digest(prints) == self.clean_digest:
             return
-        checks = np.empty(len(ids), np.uint32)
-        checks[image] = self.table["check"].to_numpy()
-        other = np.flatnonzero(checks != _checks(prints))
+        rows = np.flatnonzero(self.table["check"].to_numpy() != _checks(prints)[image])
+        other = np.unique(image[rows])
         message = f"the labels of {len(other)} of {len(ids)} images differ from those that the noise map was made from"
         if len(other):  # in theory a check may be the same by chance
             message += f", such as image_id {ids[other[0]]!r}"
-            for row in np.flatnonzero((image == other[0]) & (classes >= 0)):
-                label, expected = labels[other[0], classes[row]], self.table["clean"][int(row)]
-                if label != expected.as_py():
-                    found = "unknown" if label < 0 else label
-                    message += f", whose label '{self.class_names[classes[row]]}' is {found} instead of {expected}"
-                    break
+        clean = self.table["clean"].to_numpy()
+        for row in rows[(image[rows] == other[:1]) & (classes[rows] >= 0)]:
+            k = classes[row]
+            label = labels[image[row], k]
+            if label != clean[row]:
+                found = "unknown" if label < 0 else label
+                message += f", whose label '{self.class_names[k]}' is {found} instead of {clean[row]:g}"
+                break
         if has_clean_labels:
             message += " (the data set has 'clean_labels', so its labels may be noisy already)"
         raise ValueError(f"{message}; they must be the same; apply the map to that data set, loaded in the same way.")
@@ -369,10 +359,7 @@ def _cells_of(
     column_of = {name: k for k, name in enumerate(class_names(dataset))}
     row_of = {str(value): i for i, value in enumerate(read_ids(dataset, unique=True, dataset_name=this))}
     rows = list(map(str, ids))
-    for kind, what, found, expected in (
-        ("classes", "class", column_of, names),
-        ("images", "image_id", row_of, rows),
-    ):
+    for kind, what, found, expected in (("classes", "class", column_of, names), ("images", "image_id", row_of, rows)):
         differences = []
         for verb, some, rest in (("lacks", expected, found), ("also has", found, set(expected))):
             if missing := [value for value in some if value not in rest]:
