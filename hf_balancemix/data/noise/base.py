@@ -60,7 +60,7 @@ class LabelNoise:
         seed: Seed of the draws, at least 0.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.seed = checked_seed(seed)
         self._counts: tuple[int, ...] = ()  # N_k of the fitted data set; empty before `fit`
         self._class_list = True
@@ -82,14 +82,9 @@ class LabelNoise:
         return datasets.Features.from_dict(json.loads(self._features))
 
     def add_to(self, dataset: datasets.Dataset, **map_options: Any) -> datasets.Dataset:
-        """Fit on `dataset`, map over it, and record the noise in the result's description, for the model card.
+        """Fit on `dataset`, map over it with `map_options`, and record the noise in its description, for model cards.
 
-        Args:
-            dataset: With `labels` and `image_id`.
-            map_options: For `datasets.Dataset.map`, such as `num_proc`.
-
-        Returns:
-            The data set with noisy `labels`, the clean ones as `clean_labels`.
+        Returns the data set with noisy `labels`, the clean ones as `clean_labels`. See :meth:`fit`.
         """
         self.fit(dataset)
         options = {"desc": f"Noise: {type(self).__name__}"} | map_options
@@ -99,24 +94,20 @@ class LabelNoise:
         """Count the positive labels of each class.
 
         Args:
-            dataset: The training set, with the columns `labels` (class list or multi-hot) and `image_id`, and
-                optionally `unknown_labels`.
+            dataset: The training set, with `labels` (class list or multi-hot), `image_id` and, if any,
+                `unknown_labels`.
 
         Returns:
             The noise itself.
 
         Raises:
-            ValueError: A column is absent or not valid (see `data.labels.given_labels`), or the noise cannot act on
-                so many classes.
-            TypeError: `dataset` is not a `datasets.Dataset`, or `labels` is of another type.
+            TypeError, ValueError: As :func:`hf_balancemix.data.given_labels`; or there is no valid `image_id`, or the
+                noise cannot act on so many classes.
         """
         ids = read_ids(dataset)
         if (unique := len(set(map(str, ids)))) < len(ids):
-            logger.warning(
-                "image_id is not unique (%d values in %d rows): rows with the same image_id get the same draws.",
-                unique,
-                len(ids),
-            )
+            message = "image_id is not unique (%d values in %d rows): rows with the same image_id get the same draws."
+            logger.warning(message, unique, len(ids))
         self._fit(given_labels(dataset).numpy(), ids)
         features = dataset.features.copy()
         features.setdefault("clean_labels", features["labels"])
@@ -128,15 +119,14 @@ class LabelNoise:
         """Disturb a batch; the function for `datasets.Dataset.map(..., batched=True)`.
 
         Args:
-            batch: The columns `labels` and `image_id` of B instances, as lists; if it has `clean_labels`, they stay,
-                and if it has `unknown_labels`, these labels stay as they are.
+            batch: The columns `labels` and `image_id` of B instances, as lists; its `clean_labels`, if any, stay, and
+                so do the labels in its `unknown_labels`.
 
         Returns:
             `labels`, disturbed, and `clean_labels`, each in the form of the fitted data set's labels.
 
         Raises:
-            ValueError: Not fitted, a column is absent, the batch is a single row, or labels that do not fit the K
-                classes.
+            ValueError: Not fitted, a column is absent, the batch is one row, or labels do not fit the K classes.
         """
         self._check_fitted()
         for column, fix in (("labels", "map over the data set that was fitted"), ("image_id", NUMBER_ROWS)):
@@ -166,25 +156,21 @@ class LabelNoise:
             (N, K) uint8 matrix of 0 and 1, an array or a (CPU) tensor as `labels` is.
 
         Raises:
-            ValueError: Not fitted, a shape that does not fit, other values than 0 and 1, a label both 1 and unknown,
-                or ids that are neither integers nor strings.
+            ValueError: Not fitted, or the shapes, the values, or the ids are others than these.
         """
         self._check_fitted()
         given = labels.numpy(force=True) if isinstance(labels, torch.Tensor) else np.asarray(labels)
         num_classes = len(self._counts)
         if given.ndim != 2 or given.shape[1] != num_classes:
             raise ValueError(
-                f"labels has the shape {given.shape}; it must be (N, {num_classes}), as fitted; fit the noise on the "
-                "data set that it is mapped over."
+                f"labels has the shape {given.shape}; it must be (N, {num_classes}), as fitted; fit the noise anew."
             )
         if not ((given == 0) | (given == 1)).all():
             raise ValueError("labels has other values than 0 and 1; it must be multi-hot; see data.labels.multi_hot.")
         ids = plain_ids(image_ids)
         if len(ids) != len(given):
             raise ValueError(f"image_ids has {len(ids)} values; it must have one for each of the {len(given)} rows.")
-        given = given.astype(np.int8)
-        if unknown is not None:
-            given = mark_unknown(given, np.asarray(unknown))
+        given = mark_unknown(given, np.zeros_like(given) if unknown is None else np.asarray(unknown))
         noisy = (self._noisy(given, ids) == 1).astype(np.uint8)
         return torch.from_numpy(noisy) if isinstance(labels, torch.Tensor) else noisy
 

@@ -30,8 +30,8 @@ def read_ids(
 ) -> list[int | str]:
     """The column `image_id`; no other column is read.
 
-    ValueError where it is absent, holds something else than integers and strings or, with `unique`, an id twice, of
-    which an integer and its decimal string are the same; the message calls the data set `dataset_name`.
+    ValueError where it is absent, holds something else than integers and strings or, with `unique`, an id twice (an
+    integer and its decimal string are the same); the message calls the data set `dataset_name`.
     """
     column_feature(dataset, "image_id", NUMBER_ROWS)
     ids = plain_ids(dataset.select_columns(["image_id"]).with_format("arrow")[:]["image_id"].to_pylist())
@@ -39,8 +39,8 @@ def read_ids(
         image_id, times = Counter(map(str, ids)).most_common(1)[0]
         if times > 1:
             raise ValueError(
-                f"image_id {image_id!r} occurs {times} times in {dataset_name}; it must be unique; remove the other "
-                f"rows, or dataset.remove_columns('image_id') and {NUMBER_ROWS}."
+                f"image_id {image_id!r} occurs {times} times in {dataset_name}; it must be unique; "
+                f"dataset.remove_columns('image_id') and {NUMBER_ROWS}."
             )
     return ids
 
@@ -52,8 +52,7 @@ def plain_ids(image_ids: Iterable[Any]) -> list[int | str]:
     for row, value in enumerate(values):
         if type(value) not in (int, str):  # exact types: True is no id
             raise ValueError(
-                f"row {row}: image_id is {value!r}; it must be an integer or a string; convert the column, for "
-                "instance to its file names."
+                f"row {row}: image_id is {value!r}; it must be an integer or a string; convert the column."
             )
     return values
 

@@ -9,10 +9,9 @@ The noisy labels replace `labels`; the clean ones stay beside them as `clean_lab
 `Mislabel(rate=0.4, seed=0).add_to(train)` does both, and records the noise with the data set for the model card.
 
 Every draw is a pure function of (seed, image_id, class): a counter-based generator is keyed by hashes of the seed and
-of the image_id, so that the result depends neither on the order of the rows, nor on batch size, `num_proc` or shards,
-nor on the version of NumPy. Mapping noise over labels that are noisy already treats those as the labels to disturb and
-keeps the first `clean_labels`; take another seed then, or the two use the same draws. `Compose` does so for several at
-once.
+of the image_id, so that neither the order of the rows, nor batch size, `num_proc` or shards, nor the version of NumPy
+matters. Noise upon noise disturbs the noisy labels and keeps the first `clean_labels`; take another seed then, or the
+two use the same draws. `Compose` does so for several at once.
 
 Labels that the data set calls unknown (column `unknown_labels`) never change: they neither move nor are moved to.
 """
@@ -108,9 +107,6 @@ class SinglePositive(LabelNoise):
         ValueError: `seed` is out of range.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-
     def _disturb(self, given: np.ndarray, words: np.ndarray) -> np.ndarray:
         positive = given == 1
         kept = np.floor(self._uniform("keep", words, 0) * positive.sum(axis=1))
@@ -176,7 +172,7 @@ class ClassConditional(LabelNoise):
         if self._num_classes not in (None, given.shape[1]):
             raise ValueError(
                 f"{self!r} is for {self._num_classes} classes; it must be for the {given.shape[1]} of the data set; "
-                "give one row and one column for each class, in the data set's order."
+                "give one row and one column for each."
             )
         super()._fit(given, ids)
 
@@ -220,7 +216,7 @@ class Compose(LabelNoise):
     """
 
     def __init__(self, noises: Sequence[LabelNoise]) -> None:
-        super().__init__(seed=0)  # not used: the parts have their own
+        super().__init__()  # its seed is not used: the parts have their own
         for noise in noises:
             if not isinstance(noise, LabelNoise):
                 raise TypeError(f"noises has {noise!r}; each must be noise; pass for instance [Mislabel(0.2)].")
@@ -231,8 +227,7 @@ class Compose(LabelNoise):
         for name, seed in kinds:
             if kinds.count((name, seed)) > 1:
                 raise ValueError(
-                    f"noises has two {name} with the seed {seed}; their draws must not be the same; give each a seed "
-                    "of its own."
+                    f"noises has two {name} with the seed {seed}; their draws must differ; change a seed."
                 )
         self.noises: list[LabelNoise] = copy.deepcopy(parts)
 
