@@ -1,7 +1,7 @@
 """BalanceMix: train the right multi-label image model from unbalanced, wrong or missing labels.
 
-Three doors: :class:`BalanceMixTrainer` (a Hugging Face Trainer), the scripts in `examples/`, and
-`hf_balancemix.core` (the method as plain PyTorch). Names are imported when they are first used.
+Three doors: :class:`BalanceMixTrainer` (a Hugging Face Trainer), the command `balancemix` (and the scripts in
+`examples/`), and `hf_balancemix.core` (the method as plain PyTorch). Names are imported when they are first used.
 """
 
 from __future__ import annotations
