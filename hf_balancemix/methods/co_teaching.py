@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_balancemix.core import LossMixtures, label_losses
+from hf_balancemix.core.checks import check_choice
 from hf_balancemix.core.keys import keyed_rng
 from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.trainer.checks import check_model
@@ -52,8 +53,8 @@ def instance_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def min_max(values: Tensor) -> Tensor:
     """Each column scaled to [0, 1], as DivideMix scales losses before the fit.
 
-    A column whose values are all but equal, none more than 0.001 from another, becomes 0: scaled like the others, its
-    rounding errors or its last thousandths of a nat would be parted into clean and noisy ones.
+    A column whose values are all but equal, none more than 0.001 from another, becomes 0: its rounding errors are not
+    to be parted into clean and noisy ones.
 
     Args:
         values: `(N, C)` losses; those that are not finite stay as they are and count for nothing.
@@ -69,29 +70,37 @@ def min_max(values: Tensor) -> Tensor:
     return torch.where(finite, scaled, values)
 
 
-def clean_instances(losses: Tensor, monotone: bool = True) -> Tensor:
-    """Which instances each network calls clean: posterior of the component with the smaller mean over 0.5.
+def select_clean_labels(losses: Tensor, labels: Tensor, monotone: bool = True) -> Tensor:
+    """Given labels that are clean (posterior over 0.5) by one mixture a class and given value, DivideMix's settings.
 
-    Losses are scaled to [0, 1] and fitted with DivideMix's settings (10 iterations, tolerance 1e-2, 5e-4 added to the
-    variances). Where two components mean nothing (fewer than 5 instances, losses that are all but equal, see
-    :func:`min_max`, means that coincide), every instance is clean; see :class:`~hf_balancemix.core.LossMixtures`.
+    Where two components mean nothing (see :class:`~hf_balancemix.core.LossMixtures`), all labels are clean.
 
     Args:
-        losses: `(N, C)` mean losses of N instances under C networks, any floating dtype.
+        losses: `(N, K)` in [0, 1], scaled as by :func:`min_max`; those that are not finite are not clean.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: these are not clean.
         monotone: Never let a larger loss be cleaner; False is the raw posterior.
 
     Returns:
-        `(N, C)` bool. An instance whose loss is not finite is not clean.
+        `(N, K)` bool.
+    """
+    losses, labels = losses.masked_fill(labels < 0, float("nan")), labels.clamp(min=0)
+    mixtures = LossMixtures.fit(losses, labels, "dividemix")
+    return mixtures.clean_probability(losses, labels, monotone=monotone) > 0.5
+
+
+def clean_instances(losses: Tensor, monotone: bool = True) -> Tensor:
+    """Which instances each network calls clean, `(N, C)` bool: :func:`select_clean_labels` of the scaled losses.
+
+    Args:
+        losses: `(N, C)` mean losses of N instances under C networks, any floating dtype.
+        monotone: As there.
 
     Example:
         >>> losses = torch.tensor([[0.1], [0.12], [0.11], [0.13], [0.9], [1.0]])
         >>> clean_instances(losses).squeeze(1).tolist()
         [True, True, True, True, False, False]
     """
-    scaled = min_max(losses)
-    as_labels = torch.ones_like(scaled)  # the mixtures' sets: one for each network
-    mixtures = LossMixtures.fit(scaled, as_labels, "dividemix")
-    return mixtures.clean_probability(scaled, as_labels, monotone=monotone) > 0.5
+    return select_clean_labels(min_max(losses), torch.ones_like(losses), monotone)  # as a class for each network
 
 
 def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -100,26 +109,19 @@ def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     Everything outside the backbone, as `base_model_prefix` names it (for timm models: timm's classifier), is drawn by
     the architecture's own initialisation, as a pure function of `seed`.
 
-    Args:
-        model: An image classifier of transformers.
-        seed: Any int.
-
     Raises:
-        ValueError: It cannot be told where the classifier is.
+        ValueError: It cannot be told where the classifier is; `model` must be one of transformers.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"model is a {type(model).__name__}; it must be a PreTrainedModel for a second one to be made of it; make "
-            "one and pass it as peer=..."
-        )
-    with keyed_rng(seed, "second network"):
-        drawn = type(model)(copy.deepcopy(model.config)).state_dict()
-    if hasattr(model, "timm_model"):
-        names = getattr(model.timm_model, "pretrained_cfg", {}).get("classifier") or ()
-        prefixes = tuple(f"timm_model.{name}." for name in ([names] if isinstance(names, str) else names))
-        head = [name for name in drawn if name.startswith(prefixes)] if prefixes else []
-    else:
-        head = [name for name in drawn if not name.startswith(model.base_model_prefix + ".")]
+    head: list[str] = []
+    if isinstance(model, PreTrainedModel):
+        with keyed_rng(seed, "second network"):
+            drawn = type(model)(copy.deepcopy(model.config)).state_dict()
+        if hasattr(model, "timm_model"):
+            names = getattr(model.timm_model, "pretrained_cfg", {}).get("classifier") or ()
+            prefixes = tuple(f"timm_model.{name}." for name in ([names] if isinstance(names, str) else names))
+            head = [name for name in drawn if name.startswith(prefixes)]
+        else:
+            head = [name for name in drawn if not name.startswith(model.base_model_prefix + ".")]
     if not head:
         raise ValueError(
             f"model is a {type(model).__name__}, whose classifier cannot be told from its backbone; it must be one of "
@@ -140,8 +142,7 @@ class TwoNetworks(nn.Module):
 
     def __init__(self, first: nn.Module, second: nn.Module, scored: Scored = "first") -> None:
         super().__init__()
-        if scored not in get_args(Scored):
-            raise ValueError(f"scored is {scored!r}; it must be one of {', '.join(get_args(Scored))}.")
+        check_choice("scored", scored, get_args(Scored))
         if first is second:
             raise ValueError("peer is the same object as model; it must be a second model; pass one, or no peer.")
         self.first, self.second, self.scored = first, second, scored
@@ -174,27 +175,24 @@ class CoTeachingTrainer(MixupTrainer):
 
     The loss is the sum of the networks' binary cross-entropies (Eq. 1), each over the batch with the weight 0 for what
     the peer does not call clean. The denominator stays the size of the batch: an epoch is one pass over the clean set,
-    and neither ranks nor accumulation steps change a gradient. (The original's is what is kept, which measured no
-    better: docs/choices.md.) Partners in Mixup are drawn from the instances that both networks call clean.
-    `trainer.model` is a :class:`TwoNetworks`.
+    and neither ranks nor accumulation steps change a gradient. (The original's is what is kept: docs/choices.md.)
+    Partners in Mixup are drawn from the instances that both networks call clean.
 
-    What is saved, to checkpoints and by `save_model`, is one ordinary model, the scored network (the first where the
-    mean is scored), with its peer in the folder `peer`.
+    `trainer.model` is a :class:`TwoNetworks`. What is saved, to checkpoints and by `save_model`, is one ordinary
+    model, the scored network (the first where the mean is scored), with its peer in the folder `peer`.
 
     Args:
-        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which also `monotone`,
-            `mixup_alpha`, `lambda_per_batch` and `label_warmup_epochs` are used.
+        As :class:`MixupTrainer`; of `args`, `label_warmup_epochs` and `monotone` are used, too.
         scored: The network that is evaluated and saved: `"first"` or `"second"`; `"mean"` evaluates the mean of both
             networks' logits and saves the first.
-        peer: The second network, of the same architecture and with another start. By default
-            :func:`second_network`: the backbone of `model` (pretrained, one hopes) and a classifier drawn anew. For
-            networks from scratch draw a second model.
+        peer: The second network, of the same architecture and with another start; by default that of
+            :func:`second_network`. For networks from scratch draw a second model.
 
     Attributes:
         clean: `(N, 2)` bool, what the first and the second network call clean; all in the warm-up.
 
     Raises:
-        TypeError, ValueError: As :class:`MultiLabelTrainer`; FSDP and DeepSpeed, which split a model, are refused.
+        ValueError: FSDP or DeepSpeed, which split a model, is on.
     """
 
     method_name = "co-teaching"
@@ -209,7 +207,7 @@ class CoTeachingTrainer(MixupTrainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module,
         args: BalanceMixTrainingArguments | None = None,
         *others: Any,
         scored: Scored = "first",
@@ -217,14 +215,10 @@ class CoTeachingTrainer(MixupTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
-        if model is None:
-            raise ValueError("model is None; it must be the first network, of which the second is made.")
         networks = TwoNetworks(model, peer or second_network(model, args.seed), scored)
         super().__init__(networks, args, *others, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP or DeepSpeed is on; co-teaching must run in one process or with DDP; switch both off."
-            )
+            raise ValueError("FSDP or DeepSpeed is on; co-teaching needs one process or DDP; switch both off.")
         self.method_settings = {} if scored == "first" else {"scored": scored}  # for model cards
         check_model(networks.ordered[1], self.class_names)
         if networks.scored == "mean":
@@ -250,13 +244,8 @@ class CoTeachingTrainer(MixupTrainer):
             return
         losses = self._scan_table(instance_losses, 2)
         self.clean = clean_instances(losses, monotone=self.args.monotone)
-        self.log(
-            {
-                "clean_instances_first": self.clean[:, 0].double().mean().item(),
-                "clean_instances_second": self.clean[:, 1].double().mean().item(),
-                "clean_instances_both": self.clean.all(1).double().mean().item(),
-            }
-        )
+        columns = {"first": self.clean[:, 0], "second": self.clean[:, 1], "both": self.clean.all(1)}
+        self.log({f"clean_instances_{name}": clean.double().mean().item() for name, clean in columns.items()})
 
     def instance_weights(self, inputs: dict[str, Tensor]) -> Tensor:
         """`(B, 2)` float: 1 where the first (second) network is to learn from a pair, because its peer calls both

@@ -36,10 +36,8 @@ class LossTrainer(MixupTrainer):
             zeros = torch.zeros(2, self.train_labels.shape[1], device=self.args.device)
             value = self.loss(zeros, zeros, 0)
             if value.ndim != 0:
-                raise ValueError(
-                    f"the loss gives a tensor of shape {tuple(value.shape)}; it must give a scalar; reduce it by "
-                    "'sum' or 'mean'."
-                )
+                found = f"a tensor of shape {tuple(value.shape)}"
+                raise ValueError(f"the loss gives {found}; it must give a scalar; reduce it by 'sum' or 'mean'.")
 
     @property
     def method_settings(self) -> dict[str, Any]:
@@ -54,19 +52,15 @@ class LargeLossTrainer(LossTrainer):
     """LL-Cp (Kim et al., CVPR 2022): labels that :class:`~hf_balancemix.LargeLoss` corrects stay corrected.
 
     They become labels of the random instance of a pair, which has the larger share in Mixup; mixed labels are mixed
-    from the corrected ones. The corrections are state of the trainer, the same on every rank after each step: labels
-    are looked up there when a step uses them, not in the loader's workers, so a correction counts from the next step
-    on. It is in every checkpoint.
+    from the corrected ones. A correction counts from the next step on, since a step looks labels up here.
 
     Args:
-        loss: With the mode `"permanent"`.
+        loss: With the mode `"permanent"`; another is a ValueError.
         args, kwargs: As :class:`LossTrainer`.
 
     Attributes:
-        corrected: `(N, K)` bool on the CPU, labels that were made positive.
-
-    Raises:
-        ValueError: The loss has another mode.
+        corrected: `(N, K)` bool on the CPU, labels that were made positive; the same on every rank after each step,
+            and in every checkpoint.
     """
 
     loss: LargeLoss

@@ -14,15 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from hf_balancemix.core.losses import (
-    AsymmetricLoss,
-    DBLoss,
-    FocalLoss,
-    HillLoss,
-    LargeLoss,
-    MultiLabelLoss,
-    SPLCLoss,
-)
+from hf_balancemix.core.checks import check_choice
+from hf_balancemix.core.losses import AsymmetricLoss, DBLoss, FocalLoss, HillLoss, LargeLoss, MultiLabelLoss, SPLCLoss
 from hf_balancemix.data.labels import given_labels
 from hf_balancemix.methods.co_teaching import CoTeachingTrainer
 from hf_balancemix.methods.losses import LargeLossTrainer, LossTrainer
@@ -61,7 +54,10 @@ _LOSSES: dict[str, type[MultiLabelLoss]] = {
     "db-loss": DBLoss,
 }
 _LARGE_LOSS_MODES = {"ll-r": "reject", "ll-ct": "correct", "ll-cp": "permanent"}
-_TRAINERS: dict[str, type[MultiLabelTrainer]] = {  # of the others; it is BalanceMix's where none is named
+_TRAINERS: dict[str, type[MultiLabelTrainer]] = {
+    **dict.fromkeys(METHODS, BalanceMixTrainer),
+    **dict.fromkeys(_LOSSES, LossTrainer),
+    "ll-cp": LargeLossTrainer,
     "bce": MultiLabelTrainer,
     "mixup": MixupTrainer,
     "co-teaching": CoTeachingTrainer,
@@ -95,20 +91,15 @@ def trainer_for(
     """
     own = dict(method_args or {})
     check_method_args(method, own)
-    trainer = _trainer(method, args, own, **kwargs)
-    trainer.method_name = method
-    return trainer
-
-
-def _trainer(method: str, args: BalanceMixTrainingArguments, own: dict[str, Any], **kwargs: Any) -> MultiLabelTrainer:
     if method in _LOSSES:
         train = kwargs.get("train_dataset")
         labels = given_labels(train) if method == "db-loss" and train is not None else None
-        loss = _loss(method, own, labels, args.num_train_epochs, args.loss_reduction)
-        return (LargeLossTrainer if method == "ll-cp" else LossTrainer)(args=args, loss=loss, **kwargs)
-    if method in _SWITCHES:
+        own = {"loss": _loss(method, own, labels, args.num_train_epochs, args.loss_reduction)}
+    elif method in _SWITCHES:
         args = replace(args, **_SWITCHES[method])
-    return _TRAINERS.get(method, BalanceMixTrainer)(args=args, **own, **kwargs)
+    trainer = _TRAINERS[method](args=args, **own, **kwargs)
+    trainer.method_name = method
+    return trainer
 
 
 def _loss(
@@ -128,14 +119,11 @@ def _loss(
 
 
 def arguments_by_method(methods: Sequence[str], method_args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whose arguments are whose, checked before anything is loaded.
+    """The arguments of those methods that have some, checked before anything is loaded.
 
     Args:
         methods: A run's, names in `METHODS`.
         method_args: The arguments of the one method, or a mapping from the names of methods to theirs.
-
-    Returns:
-        The arguments of those methods that have some.
 
     Raises:
         ValueError: As :func:`trainer_for`, or it is not clear whose the arguments are.
@@ -157,15 +145,13 @@ def arguments_by_method(methods: Sequence[str], method_args: Mapping[str, Any]) 
 
 def check_method_args(method: str, own: Mapping[str, Any]) -> None:
     """Raise a ValueError where :func:`trainer_for` would, but for what depends on data and model."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    check_choice("method", method, METHODS)
     known = _arguments_of(method)
     for name, value in own.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}."
-            if not known:
-                advice = "it takes none; leave out method_args."
+            choice = f"it must be one of {', '.join(known)}." if known else "it takes none; leave out method_args."
+            advice = f"did you mean {near[0]}?" if near else choice
             raise ValueError(f"{name} is not an argument of {method}; {advice}")
         if not _is_one_of(value, known[name]):
             wanted = " or ".join(_KINDS.get(kind) or repr(kind) for kind in known[name])

@@ -1,26 +1,22 @@
 """T-estimator (Li et al., NeurIPS 2022; arXiv 2309.12706): a noise transition matrix for each class.
 
-T_k[i, j] = P(given label of class k is j | its clean label is i). The matrices are estimated after a warm-up, from
-labels that a mixture on the losses calls clean and from how the labels of different classes go together; training then
-goes on with importance reweighting.
+T_k[i, j] = P(given label of class k is j | its clean label is i).
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_balancemix.core import LossMixtures, label_losses
+from hf_balancemix.core import label_losses
+from hf_balancemix.core.checks import check_same_shape
 from hf_balancemix.core.distributed import broadcast
-from hf_balancemix.core.losses import LOSS_REDUCTIONS
-from hf_balancemix.methods.co_teaching import min_max
+from hf_balancemix.core.losses._base import prepare, reduce
+from hf_balancemix.methods.co_teaching import min_max, select_clean_labels
 from hf_balancemix.trainer.mixup import MixupTrainer
-
-logger = logging.getLogger(__name__)
 
 _SOURCES = ("identity", "dual_t", "correlation")
 _RECORDED_EPOCHS = 5  # of the warm-up, its last: losses are averaged over them
@@ -60,9 +56,7 @@ def estimate_transition_matrices(
     Raises:
         ValueError: Shapes differ or a label is none of 0, 1 and -1.
     """
-    shapes = {tuple(x.shape) for x in (labels, selected, probabilities) if x is not None}
-    if len(shapes) > 1 or labels.ndim != 2:
-        raise ValueError(f"labels, selected and probabilities have the shapes {sorted(shapes)}; all must be (N, K).")
+    check_same_shape(labels=labels, selected=selected, **({} if probabilities is None else {"p": probabilities}))
     if not bool(((labels == 0) | (labels == 1) | (labels == -1)).all()):
         raise ValueError(
             "labels hold values other than 0, 1 and -1; they must be given labels, -1 where unknown; pass those, not "
@@ -89,15 +83,13 @@ def _estimate(
     matrices = torch.eye(2, dtype=torch.float64).repeat(num_classes, 1, 1)
     source = torch.zeros(num_classes, dtype=torch.int64)
     for i in range(num_classes):
-        rates = _by_correlation(joint[i], conditional[i], i) if enough[i] else None
-        if rates is not None:
-            source[i] = _SOURCES.index("correlation")
-        elif probabilities is not None:
-            rates = _by_dual_t(labels[:, i], probabilities[:, i].cpu().double())
-            source[i] = 0 if rates is None else _SOURCES.index("dual_t")
+        rates, name = _by_correlation(joint[i], conditional[i], i) if enough[i] else None, "correlation"
+        if rates is None and probabilities is not None:
+            rates, name = _by_dual_t(labels[:, i], probabilities[:, i].cpu().double()), "dual_t"
         if rates is not None:
             up, down = rates
             matrices[i] = torch.tensor([[1 - up, up], [down, 1 - down]], dtype=torch.float64)
+            source[i] = _SOURCES.index(name)
     return matrices, source
 
 
@@ -149,56 +141,21 @@ def importance_reweighted_bce(
     A soft target y (Mixup) is y times the loss of a positive label plus 1 - y times that of a negative one.
 
     Args:
-        logits: `(B, K)`, any float dtype.
-        targets: `(B, K)` in [0, 1]; -1 where unknown: such a label has the weight 0.
+        logits, targets, reduction: As :func:`~hf_balancemix.core.binary_cross_entropy`, which also says what is
+            returned and raised; always computed in float32.
         matrices: `(K, 2, 2)`, T[k, i, j] = P(given j | clean i), rows sum to 1.
         max_weight: Larger weights are cut to this.
-        reduction: `"sum"` over the K classes, or `"mean"`; either way the mean over B.
-
-    Returns:
-        float32 scalar.
-
-    Raises:
-        ValueError: Shapes do not fit or the reduction is unknown.
-
-    Example:
-        >>> identity = torch.eye(2).repeat(3, 1, 1)
-        >>> round(importance_reweighted_bce(torch.zeros(4, 3), torch.ones(4, 3), identity).item(), 4)
-        2.0794
     """
-    if logits.shape != targets.shape or matrices.shape != (logits.shape[1], 2, 2):
-        raise ValueError(
-            f"the shapes are logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and matrices "
-            f"{tuple(matrices.shape)}; they must be (B, K), (B, K) and (K, 2, 2)."
-        )
-    if reduction not in LOSS_REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(LOSS_REDUCTIONS)}.")
-    x, y = logits.float(), targets.float()
+    x, y, known = prepare(logits.float(), targets)
+    if matrices.shape != (x.shape[1], 2, 2):
+        raise ValueError(f"the shape of matrices {tuple(matrices.shape)} must be (K, 2, 2), with K = {x.shape[1]}.")
     with torch.no_grad():
         t = matrices.to(x.device, torch.float32)
         odds = x.clamp(-30, 30).exp()  # of a clean positive label; finite, so that nothing below is 0 / 0
         positive = (1 / (t[:, 1, 1] + t[:, 0, 1] / odds)).clamp(max=max_weight)
         negative = (1 / (t[:, 0, 0] + t[:, 1, 0] * odds)).clamp(max=max_weight)
-    losses = y.clamp(min=0) * positive * F.softplus(-x) + (1 - y) * negative * F.softplus(x)
-    losses = losses.masked_fill(y < 0, 0.0)
-    return (losses.sum(1) if reduction == "sum" else losses.mean(1)).mean()
-
-
-def select_clean_labels(losses: Tensor, labels: Tensor, monotone: bool = True) -> Tensor:
-    """Given labels that are clean (posterior over 0.5) by one mixture a class and given value, DivideMix's settings.
-
-    Args:
-        losses: `(N, K)` in [0, 1], averages of scaled losses; see :func:`scaled_losses`. Where those of a set are all
-            but equal, all its labels are clean.
-        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
-        monotone: Never let a larger loss be cleaner; False is the raw posterior.
-
-    Returns:
-        `(N, K)` bool; unknown labels are not selected.
-    """
-    losses, labels = losses.masked_fill(labels < 0, float("nan")), labels.clamp(min=0)
-    mixtures = LossMixtures.fit(losses, labels, "dividemix")
-    return mixtures.clean_probability(losses, labels, monotone=monotone) > 0.5
+    losses = y * positive * F.softplus(-x) + (1 - y) * negative * F.softplus(x)
+    return reduce(losses, known, reduction)
 
 
 def scaled_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -209,8 +166,7 @@ def scaled_losses(logits: Tensor, labels: Tensor) -> Tensor:
         labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
 
     Returns:
-        `(N, K)` float32; 0 where the label is unknown, and for all labels of a set whose losses are all but equal;
-        see :func:`~hf_balancemix.methods.co_teaching.min_max`.
+        `(N, K)` float32, each set's of :func:`~hf_balancemix.methods.co_teaching.min_max`; 0 where unknown.
     """
     losses, scaled = label_losses(logits, labels.clamp(min=0)), torch.zeros(logits.shape)
     for value in (0, 1):
@@ -227,11 +183,10 @@ class TEstimatorTrainer(MixupTrainer):
     are selected and the matrices estimated, once. From then on: :func:`importance_reweighted_bce`.
 
     The reference holds 10 % of the training data out, only to find the epoch whose predictions Dual-T is to use. Here
-    it is the last warm-up epoch, and every method trains on all data. No matrix is given any of its true zeros.
+    it is the last of the warm-up, and nothing is held out. No matrix is given any of its true zeros.
 
     Args:
-        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which `label_warmup_epochs`,
-            `monotone`, `mixup_alpha` and `lambda_per_batch` are used.
+        As :class:`MixupTrainer`; of `args`, `label_warmup_epochs` and `monotone` are used, too.
 
     Attributes:
         matrices: `(K, 2, 2)` float64; identities until the warm-up is over.
@@ -261,10 +216,8 @@ class TEstimatorTrainer(MixupTrainer):
             return
         logits = self._scan_table(lambda logits, labels: logits, self._training_labels.shape[1])
         self._recorded += scaled_losses(logits, self._training_labels)
-        if epoch == self.warmup_epochs:
-            self._end_warmup(logits)
-
-    def _end_warmup(self, logits: Tensor) -> None:
+        if epoch < self.warmup_epochs:
+            return
         labels, mean = self._training_labels, self._recorded / min(_RECORDED_EPOCHS, self.warmup_epochs)
         selected = select_clean_labels(mean, labels, self.args.monotone)
         matrices, source = _estimate(labels, selected, logits.double().sigmoid(), self.min_selected)
