@@ -171,11 +171,15 @@ class Description:
 
     def _summary(self) -> list[str]:
         sizes = self.group_sizes
+        some = [(n, number) for n, number in enumerate(self.labels_per_instance.tolist()) if number]
+        counts = [f"{n}: {number:,}" for n, number in some[:8]]
+        if some[8:]:
+            counts.append(f"more: {sum(number for _, number in some[8:]):,}")
         lines = [
             f"{sizes['many']} many-shot (more than {self.many:,}), {sizes['medium']} medium-shot and "
             f"{sizes['few']} few-shot classes (fewer than {self.few:,} "
             f"{'' if self.noise is None else 'clean '}positive labels)",
-            f"instances by number of positive labels: {self._histogram_text()}",
+            f"instances by number of positive labels: {'  '.join(counts)}",
         ]
         if self.empty_classes:
             shown = ", ".join(self.empty_classes[:5]) + (", ..." if len(self.empty_classes) > 5 else "")
@@ -184,44 +188,32 @@ class Description:
             share = self.num_unknown / (self.num_instances * self.num_classes)
             lines.append(f"unknown labels: {self.num_unknown:,} ({share:.1%}), neither positive nor negative")
         if self.noise is not None:
-            overall = self.noise.overall
-            lines.append(
-                f"wrong labels: {per_cent(overall['all'])}; positive to negative "
-                f"{per_cent(overall['positive_to_negative'])}, negative to positive "
-                f"{per_cent(overall['negative_to_positive'])}"
-            )
+            wrong, lost, gained = map(per_cent, self.noise.overall.values())
+            lines.append(f"wrong labels: {wrong}; positive to negative {lost}, negative to positive {gained}")
         return lines
-
-    def _histogram_text(self) -> str:
-        some = [(n, number) for n, number in enumerate(self.labels_per_instance.tolist()) if number]
-        parts = [f"{n}: {number:,}" for n, number in some[:8]]
-        more = sum(number for _, number in some[8:])
-        return "  ".join(parts + [f"more: {more:,}"] * bool(more))
 
     def _class_table(self) -> list[str]:
         order = self.order.tolist()
         cut = len(order) > _SHOWN
         shown = order[: _SHOWN // 2] + order[-_SHOWN // 2 :] if cut else order
-        rows = [["class", "group", "positives", "share"]]
-        rows += [
-            [
-                self.names[k],
-                next(group for group, mask in self.groups.items() if mask[k]),
-                f"{self.positives[k]:,}",
-                per_cent(float(_ratio(self.positives[k], self.num_instances))),
-            ]
-            for k in shown
+        share = _ratio(self.positives, np.full(len(order), self.num_instances))
+        columns = [
+            ["class", *(self.names[k] for k in shown)],
+            ["group", *(next(group for group, mask in self.groups.items() if mask[k]) for k in shown)],
+            ["positives", *(f"{self.positives[k]:,}" for k in shown)],
+            ["share", *(per_cent(share[k]) for k in shown)],
         ]
         if self.noise is not None:
-            rows[0] += ["clean", "pos -> neg", "neg -> pos"]
             lost, gained = self.noise.positive_to_negative, self.noise.negative_to_positive
-            for row, k in zip(rows[1:], shown, strict=True):
-                row += [f"{self.noise.clean_positives[k]:,}", per_cent(lost[k]), per_cent(gained[k])]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-            for row in rows
-        ]
+            columns += [
+                ["clean", *(f"{self.noise.clean_positives[k]:,}" for k in shown)],
+                ["pos -> neg", *(per_cent(lost[k]) for k in shown)],
+                ["neg -> pos", *(per_cent(gained[k]) for k in shown)],
+            ]
+        for i, column in enumerate(columns):
+            width = max(map(len, column))
+            columns[i] = [cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column]
+        lines = ["  ".join(row) for row in zip(*columns, strict=True)]
         if cut:
             lines.insert(1 + _SHOWN // 2, f"... {len(order) - len(shown):,} more")
         return lines

@@ -22,11 +22,8 @@ def column_feature(dataset: Any, column: str, fix: str) -> Any:
     """The feature of a column; TypeError where `dataset` is no `datasets.Dataset`, ValueError (which ends in `fix`)
     where it has no such column."""
     if not isinstance(dataset, datasets.Dataset):
-        hint = "pass one of its splits" if isinstance(dataset, dict) else "load it with streaming=False"
-        raise TypeError(
-            f"the data set is a {type(dataset).__name__}; it must be a datasets.Dataset, whose rows have numbers; "
-            f"{hint}."
-        )
+        fix_type = "pass one of its splits" if isinstance(dataset, dict) else "load it with streaming=False"
+        raise TypeError(f"the data set is a {type(dataset).__name__}; it must be a datasets.Dataset; {fix_type}.")
     if column not in dataset.features:
         raise ValueError(f"the data set's columns are {dataset.column_names}; '{column}' must be among them; {fix}.")
     return dataset.features[column]
@@ -40,11 +37,7 @@ def is_class_list(feature: Any) -> bool:
 
 
 def class_names(dataset: datasets.Dataset, column: str = "labels") -> list[str]:
-    """Names of the K classes, in the order of their ids.
-
-    Args:
-        dataset: A `datasets.Dataset`.
-        column: Name of the label column.
+    """Names of the K classes of a label column, in the order of their ids.
 
     Returns:
         The K names of the column's ClassLabel; `"LABEL_0"`, `"LABEL_1"`, ... for a multi-hot column.
@@ -72,15 +65,14 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
         (N, K) uint8 tensor of 0 and 1, rows in the order of the data set.
 
     Raises:
-        TypeError: As `class_names`.
-        ValueError: As `class_names`; a row is not a valid label list (see `multi_hot`); or `labels` is there, too,
-            and has other classes.
+        TypeError, ValueError: As `class_names`; a row is not a valid label list (see `multi_hot`); or `labels` is
+            there, too, and has other classes.
     """
     feature, names = _label_feature(dataset, column), class_names(dataset, column)
     if column != "labels" and "labels" in dataset.features and names != class_names(dataset):
         raise ValueError(
-            f"column '{column}' has other classes than 'labels'; both must have the same, in the same order; give "
-            f"them the same feature with dataset.cast_column('{column}', dataset.features['labels'])."
+            f"column '{column}' has other classes than 'labels'; both must have the same, in the same order; use "
+            f"dataset.cast_column('{column}', dataset.features['labels'])."
         )
     lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
     if lists.null_count:
@@ -96,11 +88,7 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
 
 
 def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
-    """The `labels` column with what `unknown_labels` says of it.
-
-    Args:
-        dataset: A `datasets.Dataset` with `labels`, and optionally `unknown_labels`: the classes of which it is not
-            known whether they are present.
+    """The `labels` column, where `unknown_labels` may list the classes of which it is not known if they are present.
 
     Returns:
         (N, K) int8 tensor of 0, 1 and -1 (unknown).
@@ -108,11 +96,11 @@ def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
     Raises:
         TypeError, ValueError: As `label_matrix`; or a class is both present and unknown in an instance.
     """
-    labels = label_matrix(dataset).numpy()
+    labels = label_matrix(dataset)
     if "unknown_labels" not in dataset.features:
-        return torch.from_numpy(labels.astype(np.int8))
+        return labels.to(torch.int8)
     unknown = label_matrix(dataset, "unknown_labels").numpy()
-    return torch.from_numpy(mark_unknown(labels, unknown, class_names(dataset)))
+    return torch.from_numpy(mark_unknown(labels.numpy(), unknown, class_names(dataset)))
 
 
 def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
@@ -121,16 +109,10 @@ def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] |
     ValueError where the shapes differ or a label is both present and unknown; the message has the class from `names`.
     """
     if unknown.shape != labels.shape:
-        raise ValueError(
-            f"unknown has the shape {unknown.shape}; it must be {labels.shape}, one value for each label."
-        )
-    both = np.argwhere((unknown != 0) & (labels == 1))
-    if len(both):
-        row, k = both[0]
-        raise ValueError(
-            f"row {row}: class '{names[k] if names else k}' is in 'labels' and in 'unknown_labels'; a label must be "
-            "present or unknown, not both; remove it from one."
-        )
+        raise ValueError(f"unknown has the shape {unknown.shape}; it must be {labels.shape}; give each label a value.")
+    for row, k in np.argwhere((unknown != 0) & (labels == 1)):
+        name = f"class '{names[k] if names else k}'"
+        raise ValueError(f"row {row}: {name} is in 'labels' and in 'unknown_labels'; it must be in one; remove it.")
     return np.where(unknown != 0, -1, labels).astype(np.int8)
 
 
@@ -140,19 +122,17 @@ def multi_hot(
     """Label lists as a matrix.
 
     Args:
-        rows: N lists (or 1-D arrays or tensors): the ids of the present classes, or K zeros and ones each where
-            `one_hot_input` is true.
+        rows: N lists (or 1-D arrays or tensors) of the ids of the present classes.
         num_classes: K.
         column: Name of the label column, for messages.
-        one_hot_input: The rows are multi-hot already and are only checked.
+        one_hot_input: The rows are K zeros and ones each, and are only checked.
 
     Returns:
         (N, K) uint8 tensor of 0 and 1.
 
     Raises:
-        ValueError: A row is not a list, holds None, NaN or something that is not a whole number, a class id outside
-            `[0, K)` or one twice, a multi-hot value other than 0 and 1, or not K of them. The message names the
-            column, the row and the value.
+        ValueError: A row is not a list, holds anything but integers, a class id outside `[0, K)` or one twice, a
+            multi-hot value other than 0 and 1, or not K of them. The message names column, row and value.
 
     Example:
         >>> multi_hot([[2, 0], []], num_classes=3)
@@ -181,9 +161,8 @@ def _label_feature(dataset: datasets.Dataset, column: str) -> Any:
         storage = inner.pa_type if isinstance(inner, datasets.Value) else pa.null()
         if not (pa.types.is_integer(storage) or pa.types.is_floating(storage) or pa.types.is_boolean(storage)):
             raise TypeError(
-                f"column '{column}' is {feature}; it must be List(ClassLabel(names=[...])) with the classes that are "
-                f"present, or a list of K numbers 0 or 1; ids or names of classes become the first with "
-                f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
+                f"column '{column}' is {feature}; it must be List(ClassLabel(names=[...])) or a list of K numbers 0 "
+                f"or 1; make it the first: dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
             )
     return feature
 
@@ -194,7 +173,7 @@ def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> i
         if len(dataset) == 0:
             raise ValueError(
                 f"column '{column}' is {feature} in a data set without rows; its number of classes must be known; "
-                f"give the feature a length, or use List(ClassLabel(names=[...]))."
+                "use List(ClassLabel(names=[...]))."
             )
         first = dataset.select_columns([column]).with_format("arrow")[0:1][column][0]
         if not first.is_valid:
@@ -213,18 +192,16 @@ def _row_of(lengths: np.ndarray, position: int) -> int:
 def _raise_not_a_list(column: str, row: int, value: Any) -> None:
     raise ValueError(
         f"column '{column}', row {row} is {value!r}; it must be a list, empty (or K zeros) for an instance without "
-        f"labels; drop or repair the row."
+        "labels; drop the row."
     )
 
 
 def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> None:
-    expected = "class ids (whole numbers from 0)" if class_list else "0 and 1"
-    fix = (
-        "if the rows are multi-hot, pass one_hot_input=True or store them as lists of numbers, not as ClassLabel"
-        if class_list
-        else f"a list of class ids needs names: dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
-    )
-    raise ValueError(f"column '{column}', row {row} has {value!r}; it must be of {expected}; repair the row; {fix}.")
+    if class_list:
+        needed = "class ids (whole numbers from 0); if the rows are multi-hot, pass one_hot_input=True"
+    else:
+        needed = f"0 and 1; if they are class ids, dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
+    raise ValueError(f"column '{column}', row {row} has {value!r}; it must be of {needed}.")
 
 
 def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
@@ -232,8 +209,7 @@ def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, colu
     if len(outside):
         raise ValueError(
             f"column '{column}', row {_row_of(lengths, outside[0])} has the class id {int(ids[outside[0]])}; it must "
-            f"be in 0..{num_classes - 1} for K = {num_classes} classes; correct the id or add the class to "
-            f"ClassLabel(names)."
+            f"be in 0..{num_classes - 1} for K = {num_classes} classes; correct the id."
         )
     rows = np.repeat(np.arange(len(lengths)), lengths)
     matrix = np.zeros((len(lengths), num_classes), dtype=np.uint8)
@@ -241,8 +217,8 @@ def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, colu
     if int(matrix.sum(dtype=np.int64)) != len(ids):
         row, twice = Counter(zip(rows.tolist(), ids.tolist(), strict=True)).most_common(1)[0][0]
         raise ValueError(
-            f"column '{column}', row {row} lists the class id {twice} more than once; it must be there once; take for "
-            f"instance sorted(set(ids))."
+            f"column '{column}', row {row} lists the class id {twice} more than once; it must be there once; use "
+            "sorted(set(ids))."
         )
     return matrix
 
@@ -252,8 +228,8 @@ def _from_zeros_and_ones(values: np.ndarray, lengths: np.ndarray, num_classes: i
     if len(wrong):
         raise ValueError(
             f"column '{column}', row {int(wrong[0])} has {int(lengths[wrong[0]])} values; there must be one for each "
-            f"of the K = {num_classes} classes; repair the row, or if the values are class ids, use "
-            f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
+            f"of the K = {num_classes} classes; if they are class ids, dataset.cast_column('{column}', "
+            "List(ClassLabel(names=[...])))."
         )
     bad = np.flatnonzero(~((values == 0) | (values == 1)))  # NaN is neither
     if len(bad):
