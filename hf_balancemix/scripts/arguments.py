@@ -217,12 +217,7 @@ class SampleArguments(ExperimentArguments):
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets("sample")
-    PRESETS["default"] |= {
-        "optim": "adamw_torch_fused",
-        "optim_args": None,
-        "learning_rate": 4e-3,
-        "mixup_alpha": 0.2,
-    }
+    PRESETS["default"] |= {"optim": "adamw_torch_fused", "optim_args": None, "learning_rate": 4e-3, "mixup_alpha": 0.2}
 
     output_dir: str = flag("outputs/sample", "Where models and checkpoints go.")
     image_size: int | None = flag(48, "Side in pixels that images are squashed to.")
@@ -281,13 +276,12 @@ def parse_script(
     Raises:
         FileNotFoundError, ValueError: As `parse_arguments`, or arguments that exclude each other.
     """
-    types: list[type] = []
+    types: list[type] = [] if data_format else [FormatArguments]
     given = given_values(("data_format", "data_dir", "dataset_name", "train_dir"), argv)
-    if data_format is None:
-        types.append(FormatArguments)
-        data_format = given["data_format"] or ("any" if given["dataset_name"] or given["train_dir"] else "coco")
-        if data_format not in FORMATS:
-            raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}.")
+    default = "any" if given["dataset_name"] or given["train_dir"] else "coco"
+    data_format = data_format or given["data_format"] or default
+    if data_format not in FORMATS:
+        raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}.")
     data_type, args_type = FORMATS[data_format]
     use_sample = data_format == "coco" and given["data_dir"] is None
     types += [data_type, NoiseArguments, ModelArguments, SampleArguments if use_sample else args_type]

@@ -90,10 +90,9 @@ class DeepFashionData(DataArguments):
         _check_folder(self.data_dir, "Anno_fine/ and Img/")
 
     def load(self, seed: int) -> Pair:
-        return (
-            load_deepfashion(self.data_dir, split=self.train_split, on_bad_image=self.on_bad_image),
-            load_deepfashion(self.data_dir, split=self.eval_split, on_bad_image=self.on_bad_image),
-        )
+        splits = (self.train_split, self.eval_split)
+        train, test = (load_deepfashion(self.data_dir, split, on_bad_image=self.on_bad_image) for split in splits)
+        return train, test
 
 
 def _check_folder(data_dir: str | None, holds: str) -> None:

@@ -9,7 +9,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,14 +28,12 @@ _GROUP_OF_CLASS = {
     MultiLabelTrainingArguments: "training",
     TrainingArguments: _INHERITED,
 }
-# Of the arguments of transformers, those that `--help` shows; `--help-all` shows them all.
+# Of the arguments of transformers, those that `--help` shows, in this order; `--help-all` shows them all.
 _INHERITED_IN_HELP = {
-    "max_steps": "training", "per_device_eval_batch_size": "training", "gradient_accumulation_steps": "training",
-    "lr_scheduler_kwargs": "training", "bf16": "training", "seed": "training", "use_cpu": "training",
-    "dataloader_num_workers": "training", "dataloader_persistent_workers": "training", "ddp_backend": "training",
-    "save_steps": "output", "eval_steps": "output", "run_name": "output", "disable_tqdm": "output",
-    "push_to_hub": "output", "hub_model_id": "output", "hub_strategy": "output",
-}  # fmt: skip
+    "training": "max_steps per_device_eval_batch_size gradient_accumulation_steps lr_scheduler_kwargs bf16 seed "
+    "use_cpu dataloader_num_workers dataloader_persistent_workers ddp_backend",
+    "output": "save_steps eval_steps run_name disable_tqdm push_to_hub hub_model_id hub_strategy",
+}
 _METAVARS = {int: "INT", float: "NUMBER", dict: "JSON", string_to_bool: "true|false"}
 
 
@@ -55,26 +54,24 @@ def parse_arguments(
 
     Raises:
         FileNotFoundError: The config file does not exist.
-        ValueError: The config file cannot be read, is no mapping or has a key that is no flag; a flag is not known; or
-            a value that the dataclasses refuse.
+        ValueError: The config file is no readable mapping of flags; a flag is not known; or the dataclasses refuse.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(types, description, prog, everything="--help-all" in argv)
-    file, rest = _without_config(argv)
+    file = given_values(["config"], argv)["config"]
     if file is not None:
         # Through text, so that a value from a file is converted and checked as the flag's would be.
-        rest = [*_as_flags(_read(file), parser, file), *rest]
-    _, unknown = parser.parse_known_args(rest)
+        argv = [*_as_flags(_read(file), parser, file), *argv]
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
+        hint = _hint(unknown[0].split("=")[0], names)
         raise ValueError(f"not understood on the command line: {' '.join(unknown)}. {hint}")
     try:
-        parsed = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, TypeError) as error:  # what the dataclasses' own checks say
         raise ValueError(str(error)) from error
-    return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))
+    return tuple(parsed[: len(types)])  # what follows is --config
 
 
 def given_values(names: Sequence[str], argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -90,12 +87,11 @@ def given_values(names: Sequence[str], argv: Sequence[str] | None = None) -> dic
     Raises:
         FileNotFoundError, ValueError: The config file does not exist, or cannot be read.
     """
-    file, rest = _without_config(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
+    for name in {"config", *names}:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
-    flags = vars(parser.parse_known_args(rest)[0])
-    in_file = {} if file is None else _read(file)
+    flags = vars(parser.parse_known_args(argv)[0])
+    in_file = {} if flags["config"] is None else _read(flags["config"])
     return {name: in_file.get(name) if flags[name] is None else flags[name] for name in names}
 
 
@@ -172,8 +168,9 @@ class _Parser(HfArgumentParser):
 
 def _place_in_help(cls: type, name: str) -> tuple[str, int, int]:
     """The group of the class that brings a field in, and the field's place there: those of a subclass come first."""
-    if issubclass(cls, TrainingArguments) and name in _INHERITED_IN_HELP:
-        return _INHERITED_IN_HELP[name], len(cls.__mro__), [*_INHERITED_IN_HELP].index(name)
+    for group, names in _INHERITED_IN_HELP.items() if issubclass(cls, TrainingArguments) else ():
+        if name in names.split():
+            return group, len(cls.__mro__), names.split().index(name)
     owners = [owner for owner in reversed(cls.__mro__) if name in inspect.get_annotations(owner)]
     owner = next((owner for owner in owners if owner is not TrainingArguments), TrainingArguments)
     group = _GROUP_OF_CLASS.get(owner) or getattr(owner, "help_group", _OTHER)
@@ -191,16 +188,8 @@ def _default(action: argparse.Action, presets: Mapping[str, Mapping[str, Any]]) 
 
 def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))  # of an Enum
-
-
-def _without_config(argv: Sequence[str] | None) -> tuple[Path | None, list[str]]:
-    """The config file that a command line names, and the rest of it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    known, rest = parser.parse_known_args(argv)
-    return known.config, rest
 
 
 def run(main: Callable[[], None]) -> None:
@@ -227,10 +216,8 @@ def _own_message(error: Exception, script: str) -> str | None:
         trace, _, text = text.rpartition(f"\n{type(error).__name__}: ")
         file = Path(trace.rpartition('File "')[2].partition('"')[0])
         return text if Path(__file__).parents[1] in file.parents else None
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "").split(".")[0]
     return text if module in (__name__.split(".")[0], script.split(".")[0], "__main__") else None
 
 
@@ -246,7 +233,8 @@ class _Yaml(yaml.SafeLoader):
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(config: str) -> dict[str, Any]:
+    file = Path(config)
     if not file.is_file():
         raise FileNotFoundError(f"config is {file}; it must be a YAML or JSON file; check the path.")
     try:
@@ -261,20 +249,22 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: Path) -> list[str]:
+def _hint(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"Did you mean {near[0]}?" if near else "See --help for the names."
+
+
+def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: str) -> list[str]:
     """The command line that says the same; an empty value or list leaves the default."""
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name, not its --no_ form
     unknown = sorted(str(name) for name in values if name not in actions or name in ("help", "help_all", "config"))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], actions, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
-        raise ValueError(f"{file} has keys that are no flags: {', '.join(unknown)}. {hint}")
+        raise ValueError(f"{file} has keys that are no flags: {', '.join(unknown)}. {_hint(unknown[0], actions)}")
     flags: list[str] = []
     for name, value in values.items():
-        many = actions[name].nargs == "+"
         if value is None or value == []:
             continue
-        if many:
+        if actions[name].nargs == "+":
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         elif isinstance(value, list):
             raise ValueError(f"{name} is {value} in {file}; it must be one value.")

@@ -68,25 +68,19 @@ def write_probabilities(
     files: Sequence[Path],
     *,
     root: str | os.PathLike[str],
-    batch_size: int = 32,
-    on_bad_image: str = "error",
+    **options: Any,
 ) -> int:
     """Write a CSV that appears only when it is whole, with a row an image.
 
     Args:
         output: The file.
-        model: A multi-label image classifier. If it has thresholds, a column says the labels, too.
-        processor: Its image processor.
+        model, processor, options: As for :func:`~hf_balancemix.iter_probabilities`, which also says what is refused.
+            If the model has thresholds, a column says the labels, too.
         files: The images.
         root: The folder that all of them are in; they are named by their place in it.
-        batch_size: Images at a time.
-        on_bad_image: `"error"`, or `"skip"`, which leaves out those that cannot be decoded.
 
     Returns:
         How many images were written.
-
-    Raises:
-        ValueError: An image cannot be decoded, or the model's outputs are no independent probabilities.
     """
     thresholds = class_thresholds(model.config)
     has_labels = getattr(model.config, "thresholds", None) is not None
@@ -94,8 +88,7 @@ def write_probabilities(
     with whole_file(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["file", *(["labels"] if has_labels else []), *thresholds])
-        batches = iter_probabilities(model, files, processor, batch_size=batch_size, on_bad_image=on_bad_image)
-        for indices, probabilities in batches:
+        for indices, probabilities in iter_probabilities(model, files, processor, **options):
             for index, row in zip(indices, probabilities.tolist(), strict=True):
                 above = [name for (name, t), p in zip(thresholds.items(), row, strict=True) if p > t]
                 labels = [";".join(above)] if has_labels else []

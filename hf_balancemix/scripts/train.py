@@ -101,13 +101,10 @@ def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Datase
     """`train` with noisy `labels` and `clean_labels` beside, or as it was."""
     if noise.noise_map is not None:
         return load_noise_map(noise.noise_map).apply(train)
-    if noise.noise == "mislabel":
-        return Mislabel(rate=noise.noise_rate, seed=noise.noise_seed).add_to(train)
-    if noise.noise == "flip":
-        return RandomFlip(rate=noise.noise_rate, seed=noise.noise_seed).add_to(train)
     if noise.noise == "single_positive":
         return SinglePositive(seed=noise.noise_seed).add_to(train)
-    return train
+    model = {"mislabel": Mislabel, "flip": RandomFlip}.get(noise.noise)
+    return train if model is None else model(rate=noise.noise_rate, seed=noise.noise_seed).add_to(train)
 
 
 def load_model_from(flags: ModelArguments, names: Sequence[str], image_size: int | None) -> tuple[Any, Any]:
@@ -145,30 +142,21 @@ def draw_model(
 
 
 def freeze_backbone(
-    model_args: ModelArguments,
-    train: datasets.Dataset,
-    evaluation: datasets.Dataset,
-    args: BalanceMixTrainingArguments,
+    flags: ModelArguments, train: datasets.Dataset, evaluation: datasets.Dataset, args: BalanceMixTrainingArguments
 ) -> FrozenBackbone | None:
     """The backbone with the features of both data sets, as `--frozen_backbone` asks for it; None without.
 
     Raises:
         ValueError: The model has no pooled features, or could not be saved with a trained head.
     """
-    if not model_args.frozen_backbone:
+    if not flags.frozen_backbone:
         return None
-    if model_args.from_scratch:
+    if flags.from_scratch:
         logger.warning("--from_scratch draws the frozen backbone's weights too: its features mean little.")
     set_seed(args.seed)
-    frozen = FrozenBackbone(
-        *load_model_from(model_args, class_names(train), args.image_size),
-        train,
-        evaluation,
-        args,
-        model_args.features_folder,
-        num_views=model_args.num_views,
-        hidden_size=model_args.hidden_size,
-    )
+    model, processor = load_model_from(flags, class_names(train), args.image_size)
+    sizes = {"num_views": flags.num_views, "hidden_size": flags.hidden_size}
+    frozen = FrozenBackbone(model, processor, train, evaluation, args, flags.features_folder, **sizes)
     frozen.image_model(frozen.draw(args)["model"])  # what cannot be saved is to be refused before the training
     return frozen
 
@@ -197,6 +185,18 @@ def figures_of(trainer: MultiLabelTrainer, output: TrainOutput, metrics: Mapping
     return {"seconds": output.metrics["train_runtime"]} | dict(metrics) | labels
 
 
+_MAPS = {"eval_mAP": "all", "eval_mAP_many": "many", "eval_mAP_medium": "medium", "eval_mAP_few": "few"}
+_OF_LABELS = {
+    "label_clean_precision": "clean precision", "label_clean_recall": "clean recall",
+    "label_relabel_proportion": "re-labelled", "label_relabel_accuracy": "re-labelling right",
+}  # fmt: skip
+_OF_POSITIVES = {f"{name}_positives": heading for name, heading in _OF_LABELS.items()}
+_QUALITY = {
+    "Label quality in per cent over the last epoch (Eq. 14, 15)": _OF_LABELS,
+    "The same for labels that were given as positive": _OF_POSITIVES | {"label_noise_rate_positives": "given wrong"},
+}
+
+
 def print_results(
     results: Mapping[str, Mapping[str, float]], args: BalanceMixTrainingArguments, left_out: tuple[int, int] = (0, 0)
 ) -> None:
@@ -210,26 +210,14 @@ def print_results(
     if args.process_index != 0:
         return
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(
-        f"\nEvaluation mAP in per cent after the last epoch (many-shot: more than {args.many_shot:,} clean positive "
-        f"training labels, few-shot: fewer than {args.few_shot:,})\n"
+    title = (
+        f"Evaluation mAP in per cent after the last epoch (many-shot: more than {args.many_shot:,} clean positive "
+        f"training labels, few-shot: fewer than {args.few_shot:,})"
     )
-    columns = {"eval_mAP": "all", "eval_mAP_many": "many", "eval_mAP_medium": "medium", "eval_mAP_few": "few"}
-    print(results_table(results, columns, percent=True, extra={"seconds": "training seconds"}))
-    quality = {name: figures for name, figures in results.items() if "label_clean_precision" in figures}
-    if quality:
-        print("\nLabel quality in per cent over the last epoch (Eq. 14, 15)\n")
-        columns = {
-            "label_clean_precision": "clean precision",
-            "label_clean_recall": "clean recall",
-            "label_relabel_proportion": "re-labelled",
-            "label_relabel_accuracy": "re-labelling right",
-        }
-        print(results_table(quality, columns, percent=True))
-        print("\nThe same for labels that were given as positive\n")
-        columns = {f"{name}_positives": heading for name, heading in columns.items()}
-        columns["label_noise_rate_positives"] = "given wrong"
-        print(results_table(quality, columns, percent=True))
+    print(f"\n{title}\n\n{results_table(results, _MAPS, percent=True, extra={'seconds': 'training seconds'})}")
+    with_quality = {name: figures for name, figures in results.items() if "label_clean_precision" in figures}
+    for title, columns in _QUALITY.items() if with_quality else ():
+        print(f"\n{title}\n\n{results_table(with_quality, columns, percent=True)}")
     best = Path(args.output_dir, "balancemix" if "balancemix" in results else next(iter(results)))
     installed = Path(sys.executable).with_name("balancemix")  # it need not be on the PATH
     command = installed if installed.exists() and not shutil.which("balancemix") else "balancemix"
