@@ -11,53 +11,21 @@ from typing import Any
 
 __version__ = "0.1.0.dev0"
 
-_HOME = {
-    "AsymmetricLoss": "core.losses",
-    "BalanceMixConfig": "models",
-    "BalanceMixForImageClassification": "models",
-    "BalanceMixTrainer": "trainer",
-    "BalanceMixTrainingArguments": "trainer",
-    "ClassConditional": "data",
-    "Compose": "data",
-    "DBLoss": "core.losses",
-    "FocalLoss": "core.losses",
-    "HillLoss": "core.losses",
-    "LargeLoss": "core.losses",
-    "LossTrainer": "methods",
-    "METHODS": "methods",
-    "MLDecoderHead": "models",
-    "Mislabel": "data",
-    "MultiLabelLoss": "core.losses",
-    "MultiLabelTrainer": "trainer",
-    "MultiLabelTrainingArguments": "trainer",
-    "NoiseMap": "data",
-    "Query2LabelHead": "models",
-    "RandomFlip": "data",
-    "SPLCLoss": "core.losses",
-    "SinglePositive": "data",
-    "describe": "report.description",
-    "drop_bad_images": "data",
-    "evaluate_path": "metrics",
-    "export_onnx": "models",
-    "from_csv": "data",
-    "from_detection": "data",
-    "from_tags": "data",
-    "iterative_split": "data",
-    "load_coco": "data",
-    "load_deepfashion": "data",
-    "load_model": "models",
-    "load_noise_map": "data",
-    "load_trained": "models",
-    "load_voc": "data",
-    "make_scenes": "data",
-    "mean_average_precision": "metrics",
-    "model_from_backbone": "models",
-    "pipeline_labels": "models",
-    "predict_labels": "models",
-    "squash_processor": "models",
-    "trainer_for": "methods",
-    "tune_thresholds": "models",
+# Public names by the room that they live in.
+_ROOMS = {
+    "core.losses": "AsymmetricLoss DBLoss FocalLoss HillLoss LargeLoss MultiLabelLoss SPLCLoss",
+    "data": "ClassConditional Compose Mislabel NoiseMap RandomFlip SinglePositive drop_bad_images from_csv "
+    "from_detection from_tags iterative_split load_coco load_deepfashion load_noise_map load_voc "
+    "make_scenes",
+    "methods": "LossTrainer METHODS trainer_for",
+    "metrics": "evaluate_path mean_average_precision",
+    "models": "BalanceMixConfig BalanceMixForImageClassification MLDecoderHead Query2LabelHead export_onnx "
+    "load_model load_trained model_from_backbone pipeline_labels predict_labels squash_processor "
+    "tune_thresholds",
+    "report.description": "describe",
+    "trainer": "BalanceMixTrainer BalanceMixTrainingArguments MultiLabelTrainer MultiLabelTrainingArguments",
 }
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
 
