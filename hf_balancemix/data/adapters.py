@@ -28,7 +28,6 @@ from hf_balancemix.data.files import (
     first_few,
     first_repeat,
     image_dataset,
-    present_files,
 )
 from hf_balancemix.data.labels import column_feature
 from hf_balancemix.data.noise import read_ids
@@ -210,20 +209,19 @@ def from_csv(
             logger.info("%s: %d of %d labels are unknown and become negative.", file.name, number, codes.size)
 
     try:
-        present = present_files(image_dir, files, file, on_bad_image)
+        return image_dataset(
+            [(image_dir, files, file)],
+            lists,
+            image_ids,
+            names,
+            on_bad_image=on_bad_image,
+            unknown_labels=unknown_lists,
+            name=file.stem,
+            source=file.name,
+        )
     except FileNotFoundError as error:
-        absent = next(i for i, name in enumerate(files) if not os.path.isfile(os.path.join(image_dir, name)))
-        raise FileNotFoundError(f"{error} The first is in line {table.lines[absent]}.") from None
-    return image_dataset(
-        [os.path.join(image_dir, name) for name in files],
-        lists,
-        image_ids,
-        names,
-        unknown_labels=unknown_lists,
-        present=present,
-        name=file.stem,
-        source=file.name,
-    )
+        line = next(line for line, name in zip(table.lines, files, strict=True) if not (image_dir / name).is_file())
+        raise FileNotFoundError(f"{error} The first is in line {line}.") from None
 
 
 def _labelled(

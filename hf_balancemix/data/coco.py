@@ -17,13 +17,9 @@ from hf_balancemix.data.files import (
     check_plain_path,
     first_repeat,
     image_dataset,
-    present_files,
 )
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "val")
-YEARS = (2014, 2017)
 
 
 def load_coco(
@@ -55,8 +51,8 @@ def load_coco(
             left.
         FileNotFoundError: The root, the annotation file, the image folder or an image is absent.
     """
-    check_choice("split", split, SPLITS)
-    check_choice("year", year, YEARS)
+    check_choice("split", split, ("train", "val"))
+    check_choice("year", year, (2014, 2017))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     root = absolute(root)
     annotation_file = root / "annotations" / f"instances_{split}{year}.json"
@@ -92,11 +88,11 @@ def load_coco(
     if len(kept) < len(files):
         logger.info("%s: dropped %d images without an annotation.", annotation_file.name, len(files) - len(kept))
     return image_dataset(
-        [os.path.join(image_dir, files[image_id]) for image_id in kept],
+        [(image_dir, [files[image_id] for image_id in kept], annotation_file)],
         [sorted(present[image_id]) for image_id in kept],
         kept,
         names,
-        present=present_files(image_dir, [files[image_id] for image_id in kept], annotation_file, on_bad_image),
+        on_bad_image=on_bad_image,
         name="coco",
         source=f"{root.name}/{split}{year} in COCO layout",
     )

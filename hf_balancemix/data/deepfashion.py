@@ -15,11 +15,8 @@ from hf_balancemix.data.files import (
     check_lines_differ,
     check_plain_path,
     image_dataset,
-    present_files,
     read_lines,
 )
-
-SPLITS = ("train", "val", "test", "train+val")
 
 
 def load_deepfashion(
@@ -47,7 +44,7 @@ def load_deepfashion(
         ValueError: An argument is none of its choices, or a file is malformed or contradicts another.
         FileNotFoundError: A folder, a file of the split or an image is absent.
     """
-    check_choice("split", split, SPLITS)
+    check_choice("split", split, ("train", "val", "test", "train+val"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     root = absolute(root)
     annotations = root / "Anno_fine"
@@ -72,7 +69,7 @@ def load_deepfashion(
     names = _read_attributes(annotations / "list_attr_cloth.txt")
     image_ids: list[str] = []
     labels: list[list[int]] = []
-    present: list[bool] = []
+    sources: list[tuple[Path, list[str], Path]] = []
     listed: dict[str, str] = {}
     for part in parts:
         file = annotations / f"{part}.txt"
@@ -82,13 +79,13 @@ def load_deepfashion(
         check_lines_differ(paths, file, "image", listed=listed)
         image_ids += paths
         labels += _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
-        present += present_files(image_dir, paths, file, on_bad_image)
+        sources.append((image_dir, paths, file))
     return image_dataset(
-        [os.path.join(image_dir, path) for path in image_ids],
+        sources,
         labels,
         image_ids,
         names,
-        present=present,
+        on_bad_image=on_bad_image,
         name="deepfashion",
         source=f"DeepFashion {split}, fine-grained attributes, for non-commercial research only, not to be passed on",
     )

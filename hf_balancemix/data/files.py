@@ -120,27 +120,29 @@ def present_files(folder: Path, names: Sequence[str], listed_in: Path, on_bad_im
 
 
 def image_dataset(
-    images: Sequence[str],
+    sources: Sequence[tuple[Path, Sequence[str], Path]],
     labels: Sequence[list[int]],
     image_ids: Sequence[int | str],
     class_names: Sequence[str],
     *,
+    on_bad_image: str,
     unknown_labels: Sequence[list[int]] | None = None,
-    present: Sequence[bool],
     name: str,
     source: str,
 ) -> datasets.Dataset:
     """The data set that a loader returns; its fingerprint follows from the values, so a changed label is seen.
 
     Args:
-        images: N absolute paths, decoded on access as RGB.
+        sources: Of the N images, one part after the other: the folder, the paths in it, and the file that lists them.
         labels, unknown_labels: N lists of classes in ascending order: List(ClassLabel); without the latter all labels
             are known, and the column is left out.
         image_ids: N ids, all integers (int64) or all strings.
         class_names: The K class names.
-        present: N booleans of `present_files`; images that are absent are left out.
+        on_bad_image: "error" or, to leave out images that are absent, "skip".
         name, source: Name of the data set, and where it comes from, for its description.
     """
+    images = [os.path.join(folder, path) for folder, paths, _ in sources for path in paths]
+    present = [found for part in sources for found in present_files(*part, on_bad_image)]
     classes = datasets.List(datasets.ClassLabel(names=list(class_names)))
     id_feature = datasets.Value("string" if isinstance(image_ids[0], str) else "int64")
     columns = {"image": images, "labels": labels, "image_id": image_ids, "unknown_labels": unknown_labels}

@@ -83,14 +83,13 @@ class NoiseMap:
         *,
         noise: LabelNoise | Mapping[str, Any] | None = None,
     ) -> Self:
-        """Compare the labels of two data sets, row by image_id.
+        """Compare the labels of two data sets by image_id.
 
         Args:
             clean: The data set before the noise, with `labels` and `image_id`. By default `noisy`, with its
                 `clean_labels`.
             noisy: The same images in any order, with noisy `labels`.
-            noise: The noise that was applied, or its name and parameters as a dictionary that JSON can hold, to be
-                kept with the map.
+            noise: The noise that was applied, or its name and parameters, which JSON can hold; kept with the map.
 
         Raises:
             ValueError: The images, the class names or the unknown labels of the two differ, an image_id occurs twice,
@@ -123,15 +122,15 @@ class NoiseMap:
         image, classes = np.nonzero(np.hstack([changed, ~changed.any(axis=1, keepdims=True)]))
         none = classes == len(names)
         classes[none] = 0
-        prints = _fingerprints(ids, before)
+        digest, checks = _fingerprints(ids, before)
         columns = {
             "image_id": pa.array(ids, pa.int64() if ids and isinstance(ids[0], int) else pa.string()).take(image),
             "class": pa.array(names, pa.string()).take(pa.array(classes, mask=none)),
             "given": pa.array(after[image, classes].astype(np.uint8), mask=none),
             "clean": pa.array(before[image, classes].astype(np.uint8), mask=none),
-            "check": pa.array(_checks(prints)[image]),
+            "check": pa.array(checks[image]),
         }
-        return cls(pa.table(columns), names, parameters, _digest(prints))
+        return cls(pa.table(columns), names, parameters, digest)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -180,10 +179,10 @@ class NoiseMap:
         commit_message: str = "Upload noise map",
         token: str | None = None,
     ) -> str:
-        """Upload the noise map to a data set repository on the Hub, in one commit.
+        """Upload the noise map to a data set repository on the Hub, new or not, in one commit.
 
-        The repository is made where it does not exist. It holds `noise_map.parquet` and a README.md with the figures;
-        a README.md that is there already without a noise map beside it stays as it is.
+        It writes `noise_map.parquet` and a README.md with the figures; a README.md that is there already without a
+        noise map beside it stays as it is.
 
         Args:
             repo_id: "user/name".
@@ -213,8 +212,7 @@ class NoiseMap:
         """Give a data set the noisy labels of this map.
 
         Args:
-            dataset: The images and labels that the map was made from, rows and classes in any order. No image is
-                read.
+            dataset: The images and labels that the map was made from, rows and classes in any order.
 
         Returns:
             The data set with noisy `labels`, and the clean ones as `clean_labels`; those stay where they exist.
@@ -279,10 +277,10 @@ class NoiseMap:
     def _check_clean(self, labels: np.ndarray, has_clean_labels: bool) -> None:
         """Raises ValueError where (N, K) labels are not those that the map was made from."""
         ids, image, classes = self._index
-        prints = _fingerprints(ids, labels)
-        if _digest(prints) == self.clean_digest:
+        digest, checks = _fingerprints(ids, labels)
+        if digest == self.clean_digest:
             return
-        rows = np.flatnonzero(self.table["check"].to_numpy() != _checks(prints)[image])
+        rows = np.flatnonzero(self.table["check"].to_numpy() != checks[image])
         other = np.unique(image[rows])
         message = f"the labels of {len(other)} of {len(ids)} images differ from those that the noise map was made from"
         if len(other):  # in theory a check may be the same by chance
@@ -372,21 +370,14 @@ def _cells_of(
     return np.ix_([row_of[row] for row in rows], [column_of[name] for name in names])
 
 
-def _fingerprints(ids: Sequence[int | str], labels: np.ndarray) -> list[bytes]:
-    """16 bytes for each image, of its id and its (K,) int8 labels."""
-    rows = np.ascontiguousarray(labels, dtype=np.int8)
-    return [
+def _fingerprints(ids: Sequence[int | str], labels: np.ndarray) -> tuple[str, np.ndarray]:
+    """A digest of the ids and (N, K) labels of all images in any order, and N checksums (uint32), one for each."""
+    prints = [
         hashlib.blake2b(f"{image_id}\0".encode() + row.tobytes(), digest_size=16).digest()
-        for image_id, row in zip(ids, rows, strict=True)
+        for image_id, row in zip(ids, np.ascontiguousarray(labels, dtype=np.int8), strict=True)
     ]
-
-
-def _digest(prints: list[bytes]) -> str:
-    return hashlib.sha256(b"".join(sorted(prints))).hexdigest()
-
-
-def _checks(prints: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(value[:4] for value in prints), dtype="<u4").astype(np.uint32)
+    checks = np.frombuffer(b"".join(value[:4] for value in prints), dtype="<u4").astype(np.uint32)
+    return hashlib.sha256(b"".join(sorted(prints))).hexdigest(), checks
 
 
 def _with_labels(dataset: datasets.Dataset, labels: np.ndarray) -> datasets.Dataset:

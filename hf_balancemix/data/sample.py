@@ -51,9 +51,6 @@ _VAL_FIRST_ID = 500_000
 _INK: Colour = (38, 30, 36)
 
 
-# ------------------------------------------------------------------------------------------------ objects
-
-
 def _near(rng: Rng, hue: float) -> float:
     """A hue around the usual one of a class."""
     return hue + _HUE_SPREAD * rng.standard_normal()
@@ -272,8 +269,6 @@ def _sprite(kind: _ObjectClass, rng: Rng, size: int) -> Image.Image:
     return turned.resize(shape, Image.Resampling.BICUBIC)
 
 
-# ------------------------------------------------------------------------------------------------ grounds
-
 _GROUND_COLOURS = {
     "grass": (0.24, 0.34, 0.2, 0.4),  # hue from, hue to, saturation from, to
     "sand": (0.09, 0.13, 0.12, 0.3),
@@ -338,9 +333,6 @@ def _scatter_marks(image: Image.Image, theme: str, rng: Rng) -> None:
         x, y = rng.uniform(0, size, 2)
         green = (*_colour(rng, rng.uniform(0.2, 0.36), (0.2, 0.5)), 110)
         draw.line([(x, y), (x + rng.uniform(-3, 3), y - size * rng.uniform(0.04, 0.1))], fill=green)
-
-
-# ------------------------------------------------------------------------------------------------ one scene
 
 
 @dataclass(frozen=True)
@@ -409,9 +401,6 @@ def draw_scene(seed: int, split: str, index: int, image_size: int) -> tuple[Imag
     pixels = np.asarray(image, dtype=np.float32) * rng.uniform(0.96, 1.04, 3) * rng.uniform(0.85, 1.15)
     pixels += rng.uniform(1, 5) * rng.standard_normal(pixels.shape, dtype=np.float32)
     return _image(pixels), [SceneObject(category, mask) for category, mask in zip(categories, masks, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------ the data set
 
 
 def make_scenes(
@@ -497,31 +486,27 @@ def _is_whole(root: Path, settings: dict[str, int]) -> bool:
 
 
 def _build(root: Path, settings: dict[str, int]) -> None:
-    """Write the whole set into the new folder `root`; the marker comes last."""
+    """Write the whole set in COCO's format into the new folder `root`; the marker comes last."""
     (root / "annotations").mkdir(parents=True)
-    bar = tqdm(total=settings["num_train"] + settings["num_val"], desc="Drawing the built-in sample", unit="image")
-    with bar:
-        for split, first_id in (("train", 1), ("val", _VAL_FIRST_ID + 1)):
-            content = _build_split(root / f"{split}2017", split, first_id, settings, bar)
-            (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-    (root / _MARKER).write_text(json.dumps(settings))
-
-
-def _build_split(folder: Path, split: str, first_id: int, settings: dict[str, int], bar: tqdm) -> dict[str, Any]:
-    """Draw one split into `folder`; returns its annotations in COCO's instances format."""
-    folder.mkdir()
-    size = settings["image_size"]
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id in range(first_id, first_id + settings[f"num_{split}"]):
-        image, objects = draw_scene(settings["seed"], split, image_id - first_id, size)
-        file_name = f"{image_id:012d}.jpg"
-        image.save(folder / file_name, quality=92, subsampling=0)
-        images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
-        for drawn in objects:
-            ids = {"id": first_id * 10 + len(annotations), "image_id": image_id, "category_id": drawn.category_id}
-            annotations.append(ids | {"bbox": drawn.bbox, "area": drawn.area, "iscrowd": 0})
-        bar.update()
+    size, total = settings["image_size"], settings["num_train"] + settings["num_val"]
     categories = [{"id": i, "name": c.name, "supercategory": c.supercategory} for i, c in enumerate(_CLASSES, start=1)]
     info = {"description": "hf_balancemix built-in scenes", "version": str(settings["version"]), "year": 2017}
-    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    bar = tqdm(total=total, desc="Drawing the built-in sample", unit="image")
+    for split, first_id in (("train", 1), ("val", _VAL_FIRST_ID + 1)):
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        folder = root / f"{split}2017"
+        folder.mkdir()
+        for index in range(settings[f"num_{split}"]):
+            image, objects = draw_scene(settings["seed"], split, index, size)
+            image_id, file_name = first_id + index, f"{first_id + index:012d}.jpg"
+            image.save(folder / file_name, quality=92, subsampling=0)
+            images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
+            for drawn in objects:
+                ids = {"id": first_id * 10 + len(annotations), "image_id": image_id, "category_id": drawn.category_id}
+                annotations.append(ids | {"bbox": drawn.bbox, "area": drawn.area, "iscrowd": 0})
+            bar.update()
+        content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    bar.close()
+    (root / _MARKER).write_text(json.dumps(settings))

@@ -21,16 +21,14 @@ BILINEAR = int(Image.Resampling.BILINEAR)
 
 
 def decode(image: Any) -> Image.Image:
-    """An RGB image, turned upright by its EXIF tag, from whatever a data set's `image` column holds.
+    """An RGB image, turned upright by its EXIF tag; transparency is dropped, 16-bit grey is scaled to 8 bits.
 
     Args:
         image: A dict with `path` and `bytes` (an undecoded `datasets.Image`), a path, bytes, or a PIL image.
 
-    Transparency is dropped, 16-bit grey is scaled to 8 bits.
-
     Raises:
         ValueError: The file is no image, is cut off, is empty, has 32-bit pixels (of unknown range) or so many that it
-            may be a decompression bomb; names the file.
+            may be a decompression bomb.
         FileNotFoundError: The file is gone.
         TypeError: `image` is something else.
     """
@@ -84,10 +82,8 @@ def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
     """
     feature = column_feature(dataset, "image", "rename the one that holds images: rename_column(..., 'image')")
     if not isinstance(feature, datasets.Image):
-        raise ValueError(
-            f"column 'image' is {feature}; it must be a datasets.Image; use "
-            "dataset.cast_column('image', datasets.Image())."
-        )
+        fix = "dataset.cast_column('image', datasets.Image())"
+        raise ValueError(f"column 'image' is {feature}; it must be a datasets.Image; use {fix}.")
     return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
@@ -147,22 +143,14 @@ class ViewMaker:
                 "magnitude of 0 to 30; change randaugment_num_ops or randaugment_magnitude."
             )
         if not 0 <= cutout <= 1:
-            raise ValueError(
-                f"cutout is {cutout}; it must be a share of the image's side, in [0, 1]; pass 0 for none."
-            )
+            raise ValueError(f"cutout is {cutout}; it must be a share of the image's side in [0, 1]; 0 is none.")
         self.image_size, self.seed, self.resample, self.cutout = image_size, seed, resample, cutout
         # On PIL images: several times faster on a CPU than on tensors. It draws from torch's global generator only.
         self.augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
 
     @classmethod
     def from_arguments(cls, args: Any, processor: Any, seed: int) -> Self:
-        """Views of the size that an image processor asks for, with the augmentation of training arguments.
-
-        Args:
-            args: What has `randaugment_num_ops`, `randaugment_magnitude` and `cutout`.
-            processor: What has `size`, a dict with `height`, and `resample`.
-            seed: Seed of the augmentation.
-        """
+        """Views of the size and by the filter of an image processor, with the augmentation of training arguments."""
         return cls(
             processor.size["height"],
             seed,

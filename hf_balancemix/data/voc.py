@@ -18,7 +18,6 @@ from hf_balancemix.data.files import (
     check_lines_differ,
     image_dataset,
     is_plain_path,
-    present_files,
     read_lines,
 )
 
@@ -28,10 +27,6 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-YEARS = ("2007", "2012", "2007+2012")
-SPLITS = ("train", "val", "trainval", "test")
-DIFFICULT = ("positive", "ignore", "negative")
-
 Classes = list[list[int]]  # of each image, ascending
 
 
@@ -56,10 +51,9 @@ def load_voc(
         root: The folder that holds `VOCdevkit/`, or `VOCdevkit` itself, which holds `VOC2007/` and `VOC2012/`.
         year: "2007", "2012" or "2007+2012".
         split: "train", "val", "trainval" or "test". The labels of VOC2012's test set were never published.
-        difficult: What becomes of a class in an image where all of its objects are marked as difficult: "positive",
-            "negative", or "ignore" (VOC's own evaluation rule): it is listed in the column `unknown_labels`. The
-            BalanceMix paper's ratios (Eq. 12 and 13: 14 and 13) fit "negative" on "2007+2012" (14.5 and 12.8;
-            "positive" gives 15.3 and 11.9).
+        difficult: What a class is in an image where all of its objects are marked as difficult: "positive",
+            "negative" or "ignore" (VOC's evaluation rule): listed in the column `unknown_labels`. The paper's ratios
+            (Eq. 12 and 13: 14 and 13) fit "negative" on "2007+2012" (14.5 and 12.8; "positive" gives 15.3 and 11.9).
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
 
     Returns:
@@ -73,9 +67,9 @@ def load_voc(
         FileNotFoundError: A folder, the list of the split, the labels, an annotation or an image is absent.
     """
     year = str(year)
-    check_choice("year", year, YEARS)
-    check_choice("split", split, SPLITS)
-    check_choice("difficult", difficult, DIFFICULT)
+    check_choice("year", year, ("2007", "2012", "2007+2012"))
+    check_choice("split", split, ("train", "val", "trainval", "test"))
+    check_choice("difficult", difficult, ("positive", "ignore", "negative"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     if split == "test" and year != "2007":
         raise ValueError(
@@ -83,9 +77,8 @@ def load_voc(
             "published; pass year='2007', or split='val'."
         )
     root = absolute(root)
-    images: list[str] = []
+    sources: list[tuple[Path, list[str], Path]] = []
     image_ids: list[str] = []
-    present: list[bool] = []
     certain: Classes = []
     doubtful: Classes = []
     for one_year in year.split("+"):
@@ -97,8 +90,7 @@ def load_voc(
                 f"{ids_file}: the id {min(twice)!r} is also in the split of the other year; ids must be unique; "
                 "restore the official lists, or load one year."
             )
-        files = [f"{image_id}.jpg" for image_id in ids]
-        present += present_files(folder / "JPEGImages", files, ids_file, on_bad_image)
+        sources.append((folder / "JPEGImages", [f"{image_id}.jpg" for image_id in ids], ids_file))
         if absent:
             logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, absent[0])
             found = _from_annotations(folder / "Annotations", ids)
@@ -106,19 +98,18 @@ def load_voc(
             found = _from_class_files(folder / "ImageSets" / "Main", split, ids)
         certain += found[0]
         doubtful += found[1]
-        images += [os.path.join(folder, "JPEGImages", file) for file in files]
         image_ids += ids
 
     labels = certain
     if difficult == "positive":
         labels = [sorted(a + b) for a, b in zip(certain, doubtful, strict=True)]
     return image_dataset(
-        images,
+        sources,
         labels,
         image_ids,
         VOC_CLASSES,
         unknown_labels=doubtful if difficult == "ignore" else None,
-        present=present,
+        on_bad_image=on_bad_image,
         name="voc",
         source=f"PASCAL VOC {year} {split}, difficult={difficult!r}",
     )

@@ -407,7 +407,7 @@ def real_root(tmp_path_factory) -> Path:
 @pytest.fixture
 def without_images(monkeypatch) -> None:
     """As if every image existed: 16,551 files are slow to make."""
-    monkeypatch.setattr("hf_balancemix.data.voc.present_files", lambda folder, names, *_: [True] * len(names))
+    monkeypatch.setattr("hf_balancemix.data.files.present_files", lambda folder, names, *_: [True] * len(names))
 
 
 def imbalance(matrix: np.ndarray) -> tuple[float, float]:

@@ -79,11 +79,7 @@ class RandomFlip(LabelNoise):
     """Random flips: every label, positive or negative, is inverted with probability `rate`, each on its own.
 
     Args:
-        rate: Probability of a flip, in [0, 1).
-        seed: Seed of the draws, at least 0.
-
-    Raises:
-        ValueError: `rate` or `seed` is out of range.
+        rate, seed: As those of :class:`Mislabel`; ValueError where one is out of range.
     """
 
     def __init__(self, rate: float, seed: int = 0) -> None:
@@ -101,10 +97,7 @@ class SinglePositive(LabelNoise):
     Instances without a positive label stay as they are.
 
     Args:
-        seed: Seed of the draws, at least 0.
-
-    Raises:
-        ValueError: `seed` is out of range.
+        seed: Seed of the draws; ValueError unless it is at least 0.
     """
 
     def _disturb(self, given: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -126,13 +119,13 @@ class ClassConditional(LabelNoise):
     Args:
         matrix: (K, K) probabilities, from the class of the row to the class of the column, both in the order of the
             data set's classes. By default no label moves.
-        missing: Probability that a positive label is lost (1 to 0), in [0, 1]: one number, or one for each class.
-        added: Probability that a negative label is added (0 to 1), in [0, 1]: one number, or one for each class.
+        missing, added: Probability that a positive label is lost (1 to 0), and that a negative one is added (0 to 1),
+            in [0, 1]: one number, or one for each class.
         seed: Seed of the draws, at least 0.
 
     Raises:
         ValueError: A probability is outside [0, 1], a row of the matrix and its `missing` sum to more than 1, or the
-            shapes do not fit one another; `fit` is given a data set with another number of classes.
+            shapes do not fit one another, or in `fit` the data set.
 
     Example:
         >>> ClassConditional([[0.9, 0.1], [0.0, 1.0]], added=[0.0, 0.05])
