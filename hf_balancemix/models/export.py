@@ -61,8 +61,19 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
     logits = _Logits(model).float().cpu().eval()
     with whole_file(path) as temporary:
         for dynamic in (True, False):
+            dynamic_axes = {0: "batch"} | ({2: "height", 3: "width"} if dynamic else {})
             try:
-                _export(logits, image_size, dynamic).save(temporary, external_data=False)
+                with torch.no_grad():
+                    program = torch.onnx.export(
+                        logits,
+                        (torch.zeros(2, 3, image_size, image_size),),  # a batch of 1 would be taken for a constant
+                        dynamo=True,
+                        input_names=["pixel_values"],
+                        output_names=["logits"],
+                        dynamic_shapes=(dynamic_axes,),
+                        verbose=False,
+                    )
+                program.save(temporary, external_data=False)
                 _compare(temporary, logits, image_size + 40 if dynamic else image_size)
                 break
             except Exception as error:  # torch, onnxscript and onnxruntime raise what they like
@@ -76,20 +87,6 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
             ) from problem
     logger.info("Wrote %s, for %s.", path, "any image size" if dynamic else f"images of {image_size} x {image_size}")
     return Path(path)
-
-
-def _export(logits: _Logits, image_size: int, dynamic: bool) -> torch.onnx.ONNXProgram:
-    sizes = {2: "height", 3: "width"} if dynamic else {}
-    with torch.no_grad():
-        return torch.onnx.export(
-            logits,
-            (torch.zeros(2, 3, image_size, image_size),),  # a batch of 1 would be taken for a constant
-            dynamo=True,
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            dynamic_shapes=({0: "batch"} | sizes,),
-            verbose=False,
-        )
 
 
 def _compare(file: Path, logits: _Logits, image_size: int) -> None:

@@ -133,30 +133,17 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
     timm_model = getattr(backbone, "timm_model", None)
     if features.ndim == 4 and getattr(timm_model, "output_fmt", None) == "NHWC":
         return features.permute(0, 3, 1, 2)
-    if features.ndim == 3 and head == "q2l":
-        height, width = pixel_values.shape[-2:]
-        h, w = grid(backbone, height, width)
-        prefix = features.shape[1] - h * w
-        if prefix < 0:
-            raise ValueError(
-                f"the backbone gives {features.shape[1]} tokens for {height} x {width} pixels, which are no map of "
-                f"{h} x {w}; use the head ml_decoder, which needs no map."
-            )
-        return features[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
-    return features
-
-
-def grid(backbone: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the patches that a backbone's sequence is made of."""
-    depths = getattr(backbone.config, "depths", None)
-    stages = getattr(getattr(backbone, "timm_model", None), "feature_info", None)
+    if features.ndim == 4 or head != "q2l":
+        return features
+    stages, depths = getattr(timm_model, "feature_info", None), getattr(backbone.config, "depths", None)
     stride = stages[-1]["reduction"] if stages else getattr(backbone.config, "patch_size", None)
-    if not isinstance(stride, int):
-        raise ValueError(
-            f"{backbone.config.model_type} gives a sequence, and its patches' size is not known; use the head "
-            "ml_decoder."
-        )
-    if depths:  # hierarchical ones pad, the others leave out what is over
-        stride *= 2 ** (len(depths) - 1)
-        return -(-height // stride), -(-width // stride)
-    return height // stride, width // stride
+    if isinstance(stride, int):
+        if depths:  # hierarchical ones merge patches and pad, the others leave out what is over
+            stride *= 2 ** (len(depths) - 1)
+        h, w = (-(-side // stride) if depths else side // stride for side in pixel_values.shape[-2:])
+        if h * w <= features.shape[1]:  # class tokens come first
+            return features[:, features.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
+    raise ValueError(
+        f"{backbone.config.model_type} gives {features.shape[1]} tokens for {tuple(pixel_values.shape[-2:])} pixels, "
+        "of which no map can be made; use the head ml_decoder, which needs none."
+    )
