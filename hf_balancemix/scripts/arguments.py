@@ -261,7 +261,7 @@ class FormatArguments:
 def parse_script(
     data_format: str | None, argv: Sequence[str] | None, description: str, prog: str | None = None
 ) -> tuple[Any, NoiseArguments, ModelArguments, ExperimentArguments]:
-    """The arguments of a script that trains, from its flags and config file; it logs on rank 0 from then on.
+    """Data, noise, model and training arguments of a script, which logs on rank 0 from then on.
 
     What the user has left open is as it suits the built-in sample, if there is no other data, and single-positive
     labels, if these are the noise.
@@ -269,9 +269,6 @@ def parse_script(
     Args:
         data_format: One of `FORMATS`, or None: --data_format says it.
         argv, description, prog: As for :func:`~hf_balancemix.scripts.parser.parse_arguments`.
-
-    Returns:
-        Data, noise, model and training arguments.
 
     Raises:
         FileNotFoundError, ValueError: As `parse_arguments`, or arguments that exclude each other.

@@ -77,15 +77,8 @@ def parse_arguments(
 def given_values(names: Sequence[str], argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What a command line, or else its config file, says of a few flags: for what must be known to parse the others.
 
-    Args:
-        names: Flags without their dashes.
-        argv: As for :func:`parse_arguments`.
-
-    Returns:
-        A value for each name; None where neither says anything.
-
-    Raises:
-        FileNotFoundError, ValueError: The config file does not exist, or cannot be read.
+    Each of `names`, flags without dashes, has a value, None where neither says anything. `argv` and errors are as for
+    :func:`parse_arguments`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in {"config", *names}:
@@ -129,11 +122,8 @@ class _Parser(HfArgumentParser):
             allow_abbrev=False,  # one letter less must not set something else
         )
         self.everything = everything
-        presets: dict[str, dict[str, Any]] = {}
-        self._places: dict[str, tuple[str, int, int]] = {}
-        for cls in types:
-            presets |= getattr(cls, "PRESETS", {})
-            self._places |= {f.name: _place_in_help(cls, f.name) for f in dataclasses.fields(cls)}
+        presets = {name: values for cls in types for name, values in getattr(cls, "PRESETS", {}).items()}
+        self._places = {f.name: _place_in_help(cls, f.name) for cls in types for f in dataclasses.fields(cls)}
         negations = {a.dest: a for a in self._actions if a.nargs == 0 and a.const is False}  # --no_FLAG
         for action in self._actions:
             if action.type is string_to_bool:  # also those whose default a preset sets: --flag alone means true

@@ -83,11 +83,7 @@ def say(args: BalanceMixTrainingArguments, text: str) -> None:
 def usable(
     train: datasets.Dataset, evaluation: datasets.Dataset, data: DataArguments, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset, tuple[int, int]]:
-    """Both data sets, in a seeded order where they are limited, without undecodable images if these are to be skipped.
-
-    Returns:
-        The data sets, and how many instances of each were left out because they cannot be decoded.
-    """
+    """Both data sets, limited and without undecodable images as the flags ask, and how many of these each had."""
     kept, left_out = [], []
     for dataset, limit in ((train, data.max_train_samples), (evaluation, data.max_eval_samples)):
         if limit is not None:
@@ -202,10 +198,8 @@ def print_results(
 ) -> None:
     """Print the tables and write `output_dir/results.json`, on one of the ranks.
 
-    Args:
-        results: Figures by method, as :func:`figures_of` gives them.
-        args: Of the whole experiment: `output_dir` holds a folder a method.
-        left_out: Training and evaluation images that could not be read.
+    `results` has the figures of :func:`figures_of` by method, `left_out` the numbers of training and evaluation images
+    that could not be read.
     """
     if args.process_index != 0:
         return
