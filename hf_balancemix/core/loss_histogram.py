@@ -43,10 +43,6 @@ def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: `logits` are not floating point, the shapes differ, or a label is neither 0 nor 1.
-
-    Example:
-        >>> label_losses(torch.tensor([[0.0, 100.0]]), torch.tensor([[1, 0]]))
-        tensor([[  0.6931, 100.0000]])
     """
     positive = checked_positive(labels, logits, "logits")
     # Rounded from float64: the last bit of a float32 softplus depends on where in a batch the value stands.

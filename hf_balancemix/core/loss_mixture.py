@@ -33,12 +33,9 @@ class MixtureSettings:
     """When EM stops, and the floor of the variances. They are part of the method: they move the clean set.
 
     Args:
-        max_iter: Largest number of EM iterations, at least 1.
-        tol: EM of a set stops when its mean log-likelihood changes by less than this; 0 runs all iterations.
+        max_iter: Largest number of EM iterations, at least 1; this and the others are a ValueError out of their range.
+        tol: EM of a set stops when its mean log-likelihood changes by less than this, >= 0; 0 runs all iterations.
         reg_covar: Added to every variance, at least 1e-12 (the square of the histogram's resolution).
-
-    Raises:
-        ValueError: A value is out of its range.
     """
 
     max_iter: int

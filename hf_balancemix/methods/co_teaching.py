@@ -51,16 +51,10 @@ def instance_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def min_max(values: Tensor) -> Tensor:
-    """Each column scaled to [0, 1], as DivideMix scales losses before the fit.
+    """Each column of `(N, C)` losses scaled to [0, 1], as DivideMix scales losses before the fit.
 
     A column whose values are all but equal, none more than 0.001 from another, becomes 0: its rounding errors are not
-    to be parted into clean and noisy ones.
-
-    Args:
-        values: `(N, C)` losses; those that are not finite stay as they are and count for nothing.
-
-    Returns:
-        `(N, C)` of the same dtype.
+    to be parted into clean and noisy ones. Values that are not finite stay as they are and count for nothing.
     """
     finite = torch.isfinite(values)
     low = values.masked_fill(~finite, torch.inf).amin(0)
@@ -71,7 +65,7 @@ def min_max(values: Tensor) -> Tensor:
 
 
 def select_clean_labels(losses: Tensor, labels: Tensor, monotone: bool = True) -> Tensor:
-    """Given labels that are clean (posterior over 0.5) by one mixture a class and given value, DivideMix's settings.
+    """Clean labels (posterior over 0.5), `(N, K)` bool, by a mixture of each class and given value; as DivideMix.
 
     Where two components mean nothing (see :class:`~hf_balancemix.core.LossMixtures`), all labels are clean.
 
@@ -79,9 +73,6 @@ def select_clean_labels(losses: Tensor, labels: Tensor, monotone: bool = True) -
         losses: `(N, K)` in [0, 1], scaled as by :func:`min_max`; those that are not finite are not clean.
         labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: these are not clean.
         monotone: Never let a larger loss be cleaner; False is the raw posterior.
-
-    Returns:
-        `(N, K)` bool.
     """
     losses, labels = losses.masked_fill(labels < 0, float("nan")), labels.clamp(min=0)
     mixtures = LossMixtures.fit(losses, labels, "dividemix")

@@ -58,10 +58,6 @@ class MultiLabelLoss(nn.Module):
             if name in defaults and name != "reduction" and value != defaults[name]
         }
 
-    def forward(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
-        """The loss; see the class."""
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
