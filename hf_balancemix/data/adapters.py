@@ -1,8 +1,7 @@
 """Any tagged or detection data set, or a CSV file beside a folder of images, as `image`, `labels` and `image_id`.
 
 The result has the columns of this package's loaders: `image` (datasets.Image, not decoded here), `labels`
-(List(ClassLabel), the present classes in ascending order), `image_id` (unique) and, from a CSV file with labels that
-are not known, optionally `unknown_labels` of the type of `labels`.
+(List(ClassLabel), the present classes in ascending order), `image_id` (unique) and, from a CSV file, `unknown_labels`.
 """
 
 from __future__ import annotations
@@ -21,14 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_balancemix.data.files import (
-    absolute,
-    check_choice,
-    check_plain_path,
-    first_few,
-    first_repeat,
-    image_dataset,
-)
+from hf_balancemix.data.files import absolute, check_choice, check_plain_path, first_few, first_repeat, image_dataset
 from hf_balancemix.data.labels import column_feature
 from hf_balancemix.data.noise import read_ids
 from hf_balancemix.data.views import undecoded_images
@@ -237,10 +229,8 @@ def _labelled(
             raise ValueError(f"{what}: the classes are {feature.dtype} ids; they must have names; pass names=[...].")
         name_of = dict(enumerate(names))
     elif not _is_string(feature):
-        raise TypeError(
-            f"{what}: a class is of the type {feature}; it must be a string, a ClassLabel or an integer id; convert "
-            "the column."
-        )
+        needed = "it must be a string, a ClassLabel or an integer id; convert the column"
+        raise TypeError(f"{what}: a class is of the type {feature}; {needed}.")
     names, labels = _class_lists(tags, names, lambda row: f"{what}, row {row}", name_of)
 
     image_ids = _image_ids(dataset)
@@ -262,9 +252,7 @@ def _image_ids(dataset: datasets.Dataset) -> list[str] | list[int] | None:
     if parts.data["image.bytes"].null_count:  # else every row has its bytes, and there is no need to read any
         for row in np.flatnonzero(paths.is_null()):
             if parts[int(row)]["image.bytes"] is None:
-                raise ValueError(
-                    f"column 'image', row {row} is None; it must be an image; drop it: dataset.filter(...)."
-                )
+                raise ValueError(f"column 'image', row {row} is None; it must be an image; drop the row.")
     if "image_id" in dataset.column_names:
         read_ids(dataset, unique=True)
         return None
@@ -292,10 +280,9 @@ class _Table:
                 start = reader.line_num + 1
                 for row in reader:
                     if row and len(row) != len(self.header):
-                        raise ValueError(
-                            f"{file}, line {start}: {len(row)} cells, but the header has {len(self.header)}; it must "
-                            f"be as many; put cells that hold the delimiter {delimiter!r} in quotes."
-                        )
+                        problem = f"{len(row)} cells, but the header has {len(self.header)}; it must be as many"
+                        fix = f"put cells that hold the delimiter {delimiter!r} in quotes"
+                        raise ValueError(f"{file}, line {start}: {problem}; {fix}.")
                     if row:  # a blank line has no cells
                         self.lines.append(start)
                         self.rows.append(row)
@@ -324,10 +311,8 @@ class _Table:
             raise ValueError(f"{self.file}, line {line}: column '{column}' is empty; fill it in or drop the row.")
         if repeat := first_repeat(cells):
             first, second = (self.lines[row] for row in repeat)
-            raise ValueError(
-                f"{self.file}, line {second}: {cells[repeat[1]]!r} in column '{column}' a second time, first in line "
-                f"{first}; each image must be in one row; remove the other."
-            )
+            problem = f"{cells[repeat[1]]!r} in column '{column}' a second time, first in line {first}"
+            raise ValueError(f"{self.file}, line {second}: {problem}; each must be in one row; remove the other.")
 
 
 def _label_column(
@@ -361,10 +346,9 @@ def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[
             codes.append(np.fromiter(map(_CODES.__getitem__, cells), dtype=np.uint8, count=len(cells)))
         except KeyError as error:
             line = table.lines[cells.index(error.args[0])]
-            raise ValueError(
-                f"{table.file}, line {line}, column '{name}' is {error.args[0]!r}; it must be 0, 1 or unknown (empty, "
-                f"-1 or ?); correct it, or if '{name}' is no class, list the class columns in names."
-            ) from None
+            found = f"{table.file}, line {line}, column '{name}' is {error.args[0]!r}"
+            needed = f"0, 1 or unknown (empty, -1 or ?); if '{name}' is no class, list the class columns in names"
+            raise ValueError(f"{found}; it must be {needed}.") from None
     return names, np.stack(codes, axis=1)
 
 
@@ -376,11 +360,7 @@ def _class_lists(
 ) -> tuple[list[str], list[list[int]]]:
     """Names of the K classes (those that occur, sorted, unless they are given), and each row's in ascending order.
 
-    Args:
-        tags: The classes of each row, as names, or as ids in `name_of`.
-        names: The K classes, if they are given.
-        where: Names a row, for messages.
-        name_of: Id to name; None: the tags are names.
+    The tags are names, or ids if there is a `name_of` to look them up in; `where` names a row, for messages.
     """
     rows: list[set[str]] = []
     for row, classes in enumerate(tags):

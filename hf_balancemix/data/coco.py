@@ -81,10 +81,8 @@ def load_coco(
 
     kept = [image_id for image_id in files if keep_unlabelled or present[image_id]]
     if not kept:
-        raise ValueError(
-            f"{annotation_file}: none of the {len(files)} images has an annotation; one must have; pass "
-            "keep_unlabelled=True to keep images without labels."
-        )
+        problem = f"none of the {len(files)} images has an annotation; one must have"
+        raise ValueError(f"{annotation_file}: {problem}; pass keep_unlabelled=True to keep images without labels.")
     if len(kept) < len(files):
         logger.info("%s: dropped %d images without an annotation.", annotation_file.name, len(files) - len(kept))
     return image_dataset(
@@ -104,10 +102,8 @@ def _read_json(file: Path) -> dict[str, list[Any]]:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream, object_hook=_without_outline)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); it may be cut off; "
-            "copy it again."
-        ) from error
+        problem = f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg})"
+        raise ValueError(f"{file} is {problem}; it may be cut off; copy it again.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}); copy it again.") from error
     for key in ("images", "annotations", "categories"):
@@ -140,10 +136,8 @@ def _ids(content: dict[str, list[Any]], part: str, file: Path) -> list[int | str
     ids = _values(content, part, "id", (int, str), file)
     for index, value in enumerate(ids):
         if type(value) is not type(ids[0]):
-            raise ValueError(
-                f"{file}: {part}[0] has the id {ids[0]!r} and {part}[{index}] {value!r}; they must be all integers or "
-                "all strings; convert one kind."
-            )
+            both = f"{part}[0] has the id {ids[0]!r} and {part}[{index}] {value!r}"
+            raise ValueError(f"{file}: {both}; they must be all integers or all strings; convert one kind.")
     if repeat := first_repeat(ids):
         record = f"{part}[{repeat[1]}]"
         raise ValueError(
@@ -178,9 +172,8 @@ def _present_classes(
                 f"{file}: annotations[{index}] has the image_id {image_id!r}; it must be in 'images'; list the image."
             )
         if category_id not in class_of:
-            raise ValueError(
-                f"{file}: annotations[{index}] has the category_id {category_id!r}; it must be in 'categories' "
-                f"({len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}); list the category."
-            )
+            found = f"{file}: annotations[{index}] has the category_id {category_id!r}"
+            known = f"{len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}"
+            raise ValueError(f"{found}; it must be in 'categories' ({known}); list the category.")
         present[image_id].add(class_of[category_id])
     return present

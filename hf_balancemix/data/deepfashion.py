@@ -103,10 +103,8 @@ def _read_attributes(file: Path) -> list[str]:
         check_line(len(kind) == 1 and kind[0].isdecimal(), file, number, line, needed)
         names.append(name)
     if len(names) != int(lines[0]) or not names:
-        raise ValueError(
-            f"{file}: line 1 announces {lines[0]} attributes, {len(names)} follow from line 3 on; it may be cut off: "
-            "copy or download it again."
-        )
+        problem = f"line 1 announces {lines[0]} attributes, {len(names)} follow from line 3 on"
+        raise ValueError(f"{file}: {problem}; it may be cut off; copy it again.")
     check_lines_differ(names, file, "attribute", first_line=3)
     return names
 
@@ -115,23 +113,17 @@ def _read_rows(file: Path, names: list[str], num_images: int, images_file: Path)
     """The present attributes of each image."""
     lines = read_lines(file)
     if len(lines) != num_images:
-        raise ValueError(
-            f"{file} has {len(lines)} rows and {images_file.name} {num_images} images; there must be one row an "
-            "image, in the same order; copy or download both again."
-        )
+        both = f"{file} has {len(lines)} rows and {images_file.name} {num_images} images"
+        raise ValueError(f"{both}; there must be one row an image, in the same order; copy both again.")
     rows = []
     for number, line in enumerate(lines, start=1):
         values = line.split()
         if len(values) != len(names):
-            raise ValueError(
-                f"{file}, line {number} has {len(values)} values; there must be one for each of the {len(names)} "
-                "attributes; correct the row."
-            )
+            needed = f"there must be one for each of the {len(names)} attributes"
+            raise ValueError(f"{file}, line {number} has {len(values)} values; {needed}; correct the row.")
         for k, value in enumerate(values):
             if value not in ("0", "1"):
-                raise ValueError(
-                    f"{file}, line {number} has {value!r} for the attribute {names[k]!r} (value {k + 1}); it must be "
-                    "0 or 1; correct it."
-                )
+                found = f"{file}, line {number} has {value!r} for the attribute {names[k]!r} (value {k + 1})"
+                raise ValueError(f"{found}; it must be 0 or 1; correct it.")
         rows.append([k for k, value in enumerate(values) if value == "1"])
     return rows

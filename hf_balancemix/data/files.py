@@ -47,18 +47,14 @@ def check_layout(parts: Iterable[tuple[str, Path, bool]], layout: str) -> None:
             raise FileNotFoundError(f"no {what} {path}. {layout}")
 
 
-def is_plain_path(name: str) -> bool:
-    """Tell whether a file name is a relative path with '/' that stays inside its folder."""
-    return not ("\\" in name or "\0" in name or os.path.isabs(name) or not {"", "..", "."}.isdisjoint(name.split("/")))
-
-
 def check_plain_path(name: str, where: str) -> None:
-    """Raise a ValueError unless `is_plain_path`; `where` says what the name is and where it stands."""
-    if not is_plain_path(name):
-        raise ValueError(
-            f"{where} is {name!r}; it must be a plain path inside the image folder, relative, with '/' and without "
-            "'..'; use for instance 'images/0001.jpg'."
-        )
+    """Raise a ValueError unless a file name is a relative path with '/' that stays inside its folder.
+
+    `where` says what the name is and where it stands.
+    """
+    if "\\" in name or "\0" in name or os.path.isabs(name) or not {"", "..", "."}.isdisjoint(name.split("/")):
+        needed = "it must be a plain path inside the image folder, relative, with '/' and without '..'"
+        raise ValueError(f"{where} is {name!r}; {needed}; use for instance 'images/0001.jpg'.")
 
 
 def read_lines(file: Path) -> list[str]:
@@ -91,10 +87,8 @@ def check_lines_differ(
     listed = {} if listed is None else listed
     for line, value in enumerate(values, start=first_line):
         if value in listed:
-            raise ValueError(
-                f"{file}, line {line}: the {what} {value!r} was listed in {listed[value]}; it must be there once; "
-                "remove one."
-            )
+            twice = f"the {what} {value!r} was listed in {listed[value]}"
+            raise ValueError(f"{file}, line {line}: {twice}; it must be there once; remove one.")
         listed[value] = f"{prefix}line {line}"
 
 

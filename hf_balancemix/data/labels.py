@@ -160,10 +160,9 @@ def _label_feature(dataset: datasets.Dataset, column: str) -> Any:
         inner = getattr(feature, "feature", None)
         storage = inner.pa_type if isinstance(inner, datasets.Value) else pa.null()
         if not (pa.types.is_integer(storage) or pa.types.is_floating(storage) or pa.types.is_boolean(storage)):
-            raise TypeError(
-                f"column '{column}' is {feature}; it must be List(ClassLabel(names=[...])) or a list of K numbers 0 "
-                f"or 1; make it the first: dataset.cast_column('{column}', List(ClassLabel(names=[...])))."
-            )
+            needed = "it must be List(ClassLabel(names=[...])) or a list of K numbers 0 or 1"
+            fix = f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
+            raise TypeError(f"column '{column}' is {feature}; {needed}; use {fix}.")
     return feature
 
 
@@ -171,10 +170,8 @@ def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> i
     length = getattr(feature, "length", -1)
     if length < 0:
         if len(dataset) == 0:
-            raise ValueError(
-                f"column '{column}' is {feature} in a data set without rows; its number of classes must be known; "
-                "use List(ClassLabel(names=[...]))."
-            )
+            problem = f"column '{column}' is {feature} in a data set without rows"
+            raise ValueError(f"{problem}; its number of classes must be known; use List(ClassLabel(names=[...])).")
         first = dataset.select_columns([column]).with_format("arrow")[0:1][column][0]
         if not first.is_valid:
             _raise_not_a_list(column, 0, None)
@@ -190,10 +187,8 @@ def _row_of(lengths: np.ndarray, position: int) -> int:
 
 
 def _raise_not_a_list(column: str, row: int, value: Any) -> None:
-    raise ValueError(
-        f"column '{column}', row {row} is {value!r}; it must be a list, empty (or K zeros) for an instance without "
-        "labels; drop the row."
-    )
+    needed = "it must be a list, empty (or K zeros) for an instance without labels"
+    raise ValueError(f"column '{column}', row {row} is {value!r}; {needed}; drop the row.")
 
 
 def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> None:
@@ -207,30 +202,24 @@ def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> Non
 def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
     outside = np.flatnonzero((ids < 0) | (ids >= num_classes))
     if len(outside):
-        raise ValueError(
-            f"column '{column}', row {_row_of(lengths, outside[0])} has the class id {int(ids[outside[0]])}; it must "
-            f"be in 0..{num_classes - 1} for K = {num_classes} classes; correct the id."
-        )
+        found = f"column '{column}', row {_row_of(lengths, outside[0])} has the class id {int(ids[outside[0]])}"
+        raise ValueError(f"{found}; it must be in 0..{num_classes - 1} for K = {num_classes} classes; correct the id.")
     rows = np.repeat(np.arange(len(lengths)), lengths)
     matrix = np.zeros((len(lengths), num_classes), dtype=np.uint8)
     matrix[rows, ids] = 1
     if int(matrix.sum(dtype=np.int64)) != len(ids):
         row, twice = Counter(zip(rows.tolist(), ids.tolist(), strict=True)).most_common(1)[0][0]
-        raise ValueError(
-            f"column '{column}', row {row} lists the class id {twice} more than once; it must be there once; use "
-            "sorted(set(ids))."
-        )
+        found = f"column '{column}', row {row} lists the class id {twice} more than once"
+        raise ValueError(f"{found}; it must be there once; use sorted(set(ids)).")
     return matrix
 
 
 def _from_zeros_and_ones(values: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
     wrong = np.flatnonzero(lengths != num_classes)
     if len(wrong):
-        raise ValueError(
-            f"column '{column}', row {int(wrong[0])} has {int(lengths[wrong[0]])} values; there must be one for each "
-            f"of the K = {num_classes} classes; if they are class ids, dataset.cast_column('{column}', "
-            "List(ClassLabel(names=[...])))."
-        )
+        found = f"column '{column}', row {int(wrong[0])} has {int(lengths[wrong[0]])} values"
+        fix = f"if they are class ids, dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
+        raise ValueError(f"{found}; there must be one for each of the K = {num_classes} classes; {fix}.")
     bad = np.flatnonzero(~((values == 0) | (values == 1)))  # NaN is neither
     if len(bad):
         _raise_bad_value(column, _row_of(lengths, bad[0]), values[bad[0]].item(), class_list=False)

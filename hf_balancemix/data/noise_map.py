@@ -100,9 +100,8 @@ class NoiseMap:
             raise TypeError("noisy is None; it must be the data set with noise; NoiseMap.from_datasets(clean, noisy).")
         if clean is None:
             if "clean_labels" not in getattr(noisy, "features", {}):
-                raise ValueError(
-                    "clean is None; noisy must have the column 'clean_labels' then; pass the clean data set, too."
-                )
+                needed = "noisy must have the column 'clean_labels' then; pass the clean data set, too"
+                raise ValueError(f"clean is None; {needed}.")
             clean = noisy.remove_columns("labels").rename_column("clean_labels", "labels")
         parameters = noise.parameters if isinstance(noise, LabelNoise) else dict(noise or {})
         json.dumps(parameters)  # TypeError where it cannot be saved
@@ -113,10 +112,8 @@ class NoiseMap:
         before = given_labels(clean).numpy()[order]
         after = given_labels(noisy).numpy()[_cells_of(noisy, ids, names, "the noisy data set", "the clean one")]
         for row, k in np.argwhere((before < 0) != (after < 0)):
-            raise ValueError(
-                f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only; it must be "
-                "in both or in none; give both the same column 'unknown_labels'."
-            )
+            found = f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only"
+            raise ValueError(f"{found}; it must be in both or in none; give both the same 'unknown_labels'.")
         changed = before != after
         # One column more, true for an image without a changed label: it has a row of its own, without a class.
         image, classes = np.nonzero(np.hstack([changed, ~changed.any(axis=1, keepdims=True)]))
@@ -154,10 +151,8 @@ class NoiseMap:
             if found.num_instances != content["num_instances"]:
                 raise ValueError(f"{found.num_instances} images instead of {content['num_instances']}")
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged or not a noise map ({type(error).__name__}: {error}); it must be what "
-                "NoiseMap.save wrote; copy it again."
-            ) from error
+            problem = f"{path} is damaged or not a noise map ({type(error).__name__}: {error})"
+            raise ValueError(f"{problem}; it must be what NoiseMap.save wrote; copy it again.") from error
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -179,10 +174,9 @@ class NoiseMap:
         commit_message: str = "Upload noise map",
         token: str | None = None,
     ) -> str:
-        """Upload the noise map to a data set repository on the Hub, new or not, in one commit.
+        """Upload `noise_map.parquet` and a README.md to a data set repository on the Hub, new or not, in one commit.
 
-        It writes `noise_map.parquet` and a README.md with the figures; a README.md that is there already without a
-        noise map beside it stays as it is.
+        A README.md that is there already without a noise map beside it stays as it is.
 
         Args:
             repo_id: "user/name".
@@ -363,9 +357,9 @@ def _cells_of(
             if missing := [value for value in some if value not in rest]:
                 differences.append(f"it {verb} {len(missing)}, first {what} {missing[0]!r}")
         if differences:
+            problem = f"{this} has other {kind} than {other} ({' and '.join(differences)})"
             raise ValueError(
-                f"{this} has other {kind} than {other} ({' and '.join(differences)}); they must be the same; use the "
-                "same data set and split, loaded in the same way."
+                f"{problem}; they must be the same; use the same data set and split, loaded in the same way."
             )
     return np.ix_([row_of[row] for row in rows], [column_of[name] for name in names])
 

@@ -410,10 +410,8 @@ def make_scenes(
 
     The folder has the official COCO layout and loads with `load_coco(root, split, year=2017)`:
 
-        root/train2017/*.jpg
-        root/val2017/*.jpg
-        root/annotations/instances_train2017.json
-        root/annotations/instances_val2017.json
+        root/train2017/*.jpg, root/annotations/instances_train2017.json
+        root/val2017/*.jpg, root/annotations/instances_val2017.json
 
     Every image is a pure function of (seed, split, index, image_size). The set is built in a temporary folder beside
     `root` and renamed when whole; of two processes that build at the same time one wins, the other discards its own. A
@@ -439,10 +437,8 @@ def make_scenes(
     if _is_whole(root, settings):
         return root
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ValueError(
-            f"root is {root}, which exists and is not a whole scene set made with these settings; it must be a new or "
-            "empty folder; delete it or pass another root."
-        )
+        problem = f"root is {root}, which exists and is not a whole scene set made with these settings"
+        raise ValueError(f"{problem}; it must be a new or empty folder; delete it or pass another root.")
     root.parent.mkdir(parents=True, exist_ok=True)
     logger.info("Drawing the built-in sample into %s", root)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
@@ -465,10 +461,8 @@ def _check_settings(settings: dict[str, int]) -> None:
         if value < minimum:
             raise ValueError(f"{name} is {value}; it must be at least {minimum}; pass a larger number.")
     if settings["num_train"] >= _VAL_FIRST_ID:
-        raise ValueError(
-            f"num_train is {settings['num_train']}; it must be below {_VAL_FIRST_ID}, where the ids of the validation "
-            "images begin; pass a smaller number."
-        )
+        needed = f"it must be below {_VAL_FIRST_ID}, where the ids of the validation images begin"
+        raise ValueError(f"num_train is {settings['num_train']}; {needed}; pass a smaller number.")
 
 
 def _is_whole(root: Path, settings: dict[str, int]) -> bool:

@@ -57,13 +57,9 @@ def iterative_split(
 
 
 def _deal(columns: np.ndarray, num_classes: int, sizes: list[int], tie_breaks: list[float]) -> np.ndarray:
-    """`(N,)` int64: the part of each instance.
+    """`(N,)` int64: the part of each instance; the `sizes` of the parts sum to N, `tie_breaks` are N draws in [0, 1).
 
-    Args:
-        columns: `(N, L)` bool, what to stratify: `num_classes` columns of positive labels, then those of unknown ones.
-        num_classes: K.
-        sizes: Sizes of the parts, which sum to N.
-        tie_breaks: N draws in [0, 1).
+    `columns`, `(N, L)` bool, are what to stratify: `num_classes` of positive labels, then those of unknown ones.
     """
     left = columns.sum(axis=0, dtype=np.int64)
     wanted = np.outer(sizes, left)  # in units of 1 / N, so that all of it is exact

@@ -38,14 +38,8 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
         return {"good": True}
 
     images = undecoded_images(dataset)
-    good = images.map(
-        check,
-        remove_columns=["image"],
-        num_proc=num_proc,
-        load_from_cache_file=False,
-        desc="Checking images",
-    )
-    kept = np.asarray(good["good"], dtype=bool)
+    options = {"num_proc": num_proc, "load_from_cache_file": False, "desc": "Checking images"}
+    kept = np.asarray(images.map(check, remove_columns=["image"], **options)["good"], dtype=bool)
     if kept.all():
         return dataset
     bad = np.flatnonzero(~kept)

@@ -118,8 +118,7 @@ class ViewMaker:
         image_size: S in pixels.
         seed: Seed of the augmentation.
         resample: PIL resampling filter, as the image processor names it.
-        num_ops: RandAugment operations a view.
-        magnitude: RandAugment magnitude, 0 to 30.
+        num_ops, magnitude: RandAugment operations a view, and their magnitude, 0 to 30.
         cutout: Side of the square that is cut out before RandAugment, as a share of S in [0, 1]; see :func:`cut_out`.
     """
 
@@ -138,10 +137,8 @@ class ViewMaker:
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel; pass for instance 448.")
         if not 0 <= magnitude <= 30 or num_ops < 0:
-            raise ValueError(
-                f"num_ops is {num_ops} and magnitude {magnitude}; RandAugment must have 0 or more operations of a "
-                "magnitude of 0 to 30; change randaugment_num_ops or randaugment_magnitude."
-            )
+            needed = "RandAugment must have 0 or more operations of a magnitude of 0 to 30"
+            raise ValueError(f"num_ops is {num_ops} and magnitude {magnitude}; {needed}; change one.")
         if not 0 <= cutout <= 1:
             raise ValueError(f"cutout is {cutout}; it must be a share of the image's side in [0, 1]; 0 is none.")
         self.image_size, self.seed, self.resample, self.cutout = image_size, seed, resample, cutout

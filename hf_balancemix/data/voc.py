@@ -17,7 +17,6 @@ from hf_balancemix.data.files import (
     check_line,
     check_lines_differ,
     image_dataset,
-    is_plain_path,
     read_lines,
 )
 
@@ -86,10 +85,8 @@ def load_voc(
         ids_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         ids = _read_ids(ids_file)
         if twice := set(image_ids).intersection(ids):
-            raise ValueError(
-                f"{ids_file}: the id {min(twice)!r} is also in the split of the other year; ids must be unique; "
-                "restore the official lists, or load one year."
-            )
+            problem = f"the id {min(twice)!r} is also in the split of the other year; ids must be unique"
+            raise ValueError(f"{ids_file}: {problem}; restore the official lists, or load one year.")
         sources.append((folder / "JPEGImages", [f"{image_id}.jpg" for image_id in ids], ids_file))
         if absent:
             logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, absent[0])
@@ -150,7 +147,7 @@ def _year_folder(root: Path, year: str, split: str) -> tuple[Path, list[str]]:
 def _read_ids(file: Path) -> list[str]:
     ids = read_lines(file)
     for number, image_id in enumerate(ids, start=1):
-        good = is_plain_path(image_id) and "/" not in image_id and len(image_id.split()) == 1
+        good = len(image_id.split()) == 1 and set(image_id).isdisjoint("/\\\0") and image_id not in (".", "..")
         check_line(good, file, number, image_id, "an image id, such as '000005' of JPEGImages/000005.jpg")
     check_lines_differ(ids, file, "id")
     return ids
@@ -175,10 +172,8 @@ def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, 
             if values != ["-1"]:
                 (certain if values == ["1"] else doubtful)[row].append(k)
         if unread:
-            raise ValueError(
-                f"{file}: {len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as "
-                f"{next(iter(unread))!r}; each must have one; copy the file again."
-            )
+            problem = f"{len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as {min(unread)!r}"
+            raise ValueError(f"{file}: {problem}; each must have one; copy the file again.")
     return certain, doubtful
 
 
@@ -186,10 +181,8 @@ def _from_annotations(folder: Path, ids: list[str]) -> tuple[Classes, Classes]:
     """The same as :func:`_from_class_files`, from the objects of each image."""
     files = set(os.listdir(folder))
     if missing := [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent; copy all "
-            "there, or the 20 class files into ImageSets/Main."
-        )
+        problem = f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent"
+        raise FileNotFoundError(f"{problem}; copy all there, or the 20 class files into ImageSets/Main.")
     certain: Classes = []
     doubtful: Classes = []
     for image_id in ids:
@@ -209,10 +202,8 @@ def _objects(file: Path) -> list[tuple[int, bool]]:
     for index, element in enumerate(root.findall("object")):  # not the parts inside, which have names too
         name = element.findtext("name", "").strip()
         if name not in VOC_CLASSES:
-            raise ValueError(
-                f"{file}: object[{index}] is named {name!r}; it must be one of the 20 classes of VOC "
-                f"({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]}); correct the name."
-            )
+            needed = f"one of the 20 classes of VOC ({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]})"
+            raise ValueError(f"{file}: object[{index}] is named {name!r}; it must be {needed}; correct the name.")
         flag = element.findtext("difficult", "0").strip()
         if flag not in ("0", "1"):
             raise ValueError(f"{file}: object[{index}] has difficult={flag!r}; it must be 0 or 1; correct it.")
@@ -224,10 +215,8 @@ def _parse_xml(file: Path) -> ElementTree.Element:
     """The outer element of a UTF-8 XML file, which may not declare a DTD: so no entity is expanded or fetched."""
 
     def refuse(*_: object) -> None:
-        raise ValueError(
-            f"{file}, line {parser.CurrentLineNumber}: the XML declares a DTD, which can define entities; it must "
-            "not; remove the DOCTYPE."
-        )
+        problem = "the XML declares a DTD, which can define entities; it must not; remove the DOCTYPE"
+        raise ValueError(f"{file}, line {parser.CurrentLineNumber}: {problem}.")
 
     content = file.read_bytes()
     # Before ElementTree, whose own parser would go on to expand entities after a doctype handler has raised.
@@ -236,8 +225,6 @@ def _parse_xml(file: Path) -> ElementTree.Element:
     try:
         parser.Parse(content, True)
     except expat.ExpatError as error:
-        raise ValueError(
-            f"{file}, line {error.lineno}: not well-formed UTF-8 XML ({expat.ErrorString(error.code)}); it may be cut "
-            "off; copy it again."
-        ) from error
+        problem = f"not well-formed UTF-8 XML ({expat.ErrorString(error.code)}); it may be cut off"
+        raise ValueError(f"{file}, line {error.lineno}: {problem}; copy it again.") from error
     return ElementTree.fromstring(content, ElementTree.XMLParser(encoding="UTF-8"))

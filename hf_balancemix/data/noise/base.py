@@ -22,11 +22,9 @@ _NOISE_PREFIX = "Noise: "  # of a line of a data set's description: the noise's 
 
 
 def record_noise(dataset: datasets.Dataset, parameters: Mapping[str, Any]) -> datasets.Dataset:
-    """`dataset`, whose description now says which noise its labels have; model cards read it there.
+    """`dataset`, whose description now says, for model cards, which noise its labels have; it is changed in place.
 
-    Args:
-        dataset: As `map` or `NoiseMap.apply` returned it. It is changed in place.
-        parameters: Name and arguments of the noise, of what JSON can hold.
+    The `parameters` are the name and the arguments of the noise, of what JSON can hold.
     """
     lines = without_recorded_noise(dataset.info.description).splitlines()
     dataset.info.description = "\n".join([*lines, _NOISE_PREFIX + json.dumps(dict(parameters))])

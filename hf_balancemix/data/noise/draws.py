@@ -38,10 +38,8 @@ def read_ids(
     if unique and ids:
         image_id, times = Counter(map(str, ids)).most_common(1)[0]
         if times > 1:
-            raise ValueError(
-                f"image_id {image_id!r} occurs {times} times in {dataset_name}; it must be unique; "
-                f"dataset.remove_columns('image_id') and {NUMBER_ROWS}."
-            )
+            problem = f"image_id {image_id!r} occurs {times} times in {dataset_name}; it must be unique"
+            raise ValueError(f"{problem}; dataset.remove_columns('image_id') and {NUMBER_ROWS}.")
     return ids
 
 

@@ -53,10 +53,8 @@ class Mislabel(LabelNoise):
 
     def _fit(self, given: np.ndarray, ids: list[int | str]) -> None:
         if given.shape[1] < 2:
-            raise ValueError(
-                f"{self!r} is fitted on {given.shape[1]} class; it must be at least 2, as a label moves to another; "
-                "use RandomFlip for a single class."
-            )
+            needed = "it must be at least 2, as a label moves to another; use RandomFlip for a single class"
+            raise ValueError(f"{self!r} is fitted on {given.shape[1]} class; {needed}.")
         super()._fit(given, ids)
 
     def _disturb(self, given: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -163,10 +161,8 @@ class ClassConditional(LabelNoise):
 
     def _fit(self, given: np.ndarray, ids: list[int | str]) -> None:
         if self._num_classes not in (None, given.shape[1]):
-            raise ValueError(
-                f"{self!r} is for {self._num_classes} classes; it must be for the {given.shape[1]} of the data set; "
-                "give one row and one column for each."
-            )
+            needed = f"it must be for the {given.shape[1]} of the data set; give one row and one column for each"
+            raise ValueError(f"{self!r} is for {self._num_classes} classes; {needed}.")
         super()._fit(given, ids)
 
     def _disturb(self, given: np.ndarray, words: np.ndarray) -> np.ndarray:
