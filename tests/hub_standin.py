@@ -138,7 +138,7 @@ class Hold:
     def wait(self) -> bool:
         """For the server: whether to go on."""
         self.reached.set()
-        return self._decided.wait(120) and not self._dropped
+        return self._decided.wait(600) and not self._dropped
 
 
 class _RefusedError(Exception):
