@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+import threading
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -54,10 +59,20 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def leave_process_group() -> None:
-    """The last thing a rank of several does; without it the process may abort at its exit.
+    """The last thing a process does; a rank of several does not return from it. Not to be called after an exception,
+    when the other ranks wait elsewhere.
 
-    Gloo's threads may still hold tensors then, and cannot release them once the interpreter is being taken down
-    (https://github.com/pytorch/pytorch/pull/179291). Not after an exception: the other ranks are waiting elsewhere.
+    Such a rank may abort when it is taken down, after its work is done: threads of Gloo and of DDP still hold tensors
+    then (https://github.com/pytorch/pytorch/pull/179291). So it waits for the others, runs what was registered for the
+    end, and ends without being taken down.
     """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    if world()[1] == 1:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    else:
+        dist.barrier()
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -12,19 +12,18 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import re
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, hf_hub_url
@@ -108,7 +107,8 @@ class HubRepository:
     def __post_init__(self) -> None:
         self.workdir = Path(self.args.output_dir or ".", "_push")  # may hold remains of an earlier run
         self.patience = self.args.ddp_timeout / 2  # the other ranks would take a rank 0 that waits longer for dead
-        atexit.register(self.finish)
+        # Not atexit, which is too late: uploads of huggingface_hub schedule futures, which Python refuses by then.
+        threading._register_atexit(self.finish)  # type: ignore[attr-defined]
 
     @contextmanager
     def reported(self, what: str) -> Iterator[None]:
@@ -121,7 +121,9 @@ class HubRepository:
 
     def create(self) -> None:
         """Make the repository on the Hub if it is not there; after `CREATION` seconds in the background."""
-        thread = Thread(target=self.reported("Creating the repository on the Hub")(self._create), daemon=True)
+        thread = threading.Thread(
+            target=self.reported("Creating the repository on the Hub")(self._create), daemon=True
+        )
         thread.start()
         thread.join(min(CREATION, self.patience))
 
@@ -160,7 +162,7 @@ class HubRepository:
             future.set_result(info)
 
         # Not HfApi.run_as_future: when Python ends, it waits for that, for ever where a request is never answered.
-        Thread(target=run, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()
 
     def _commit(self, push: Push) -> CommitInfo:
         paths = [path for path in sorted(push.folder.rglob("*")) if path.is_file()]
