@@ -1,7 +1,8 @@
 """Data sets as `datasets.Dataset` with `image`, `labels` and `image_id`; noise maps; views and collators."""
 
-from hf_balancemix.data.adapters import from_csv, from_detection, from_tags
+from hf_balancemix.data.adapters import from_detection, from_tags
 from hf_balancemix.data.coco import load_coco
+from hf_balancemix.data.csv_file import from_csv
 from hf_balancemix.data.deepfashion import load_deepfashion
 from hf_balancemix.data.describe import Description, RealisedNoise
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix, multi_hot

@@ -14,9 +14,9 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
-    check_plain_path,
     first_repeat,
     image_dataset,
+    plain_path,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def load_coco(
     file_names = _values(content, "images", "file_name", (str,), annotation_file)
     files = dict(zip(image_ids, file_names, strict=True))
     for index, name in enumerate(files.values()):
-        check_plain_path(name, f"{annotation_file}: images[{index}]: the file_name")
+        plain_path(name, f"{annotation_file}: images[{index}]: the file_name")
     present = _present_classes(content, files, class_of, annotation_file)
 
     kept = [image_id for image_id in files if keep_unlabelled or present[image_id]]

@@ -13,8 +13,8 @@ from hf_balancemix.data.files import (
     check_layout,
     check_line,
     check_lines_differ,
-    check_plain_path,
     image_dataset,
+    plain_path,
     read_lines,
 )
 
@@ -73,9 +73,8 @@ def load_deepfashion(
     listed: dict[str, str] = {}
     for part in parts:
         file = annotations / f"{part}.txt"
-        paths = read_lines(file)
-        for number, path in enumerate(paths, start=1):
-            check_plain_path(path, f"{file}, line {number}: the image")
+        lines = enumerate(read_lines(file), start=1)
+        paths = [plain_path(path, f"{file}, line {number}: the image") for number, path in lines]
         check_lines_differ(paths, file, "image", listed=listed)
         image_ids += paths
         labels += _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)

@@ -47,14 +47,18 @@ def check_layout(parts: Iterable[tuple[str, Path, bool]], layout: str) -> None:
             raise FileNotFoundError(f"no {what} {path}. {layout}")
 
 
-def check_plain_path(name: str, where: str) -> None:
-    """Raise a ValueError unless a file name is a relative path with '/' that stays inside its folder.
+def plain_path(name: str, where: str) -> str:
+    """A file name as a relative path with '/' that stays inside its folder; Windows' '\\' and a first './' are taken.
 
-    `where` says what the name is and where it stands.
+    `where` says what the name is and where it stands, for the ValueError that any other gets.
     """
-    if "\\" in name or "\0" in name or os.path.isabs(name) or not {"", "..", "."}.isdisjoint(name.split("/")):
-        needed = "it must be a plain path inside the image folder, relative, with '/' and without '..'"
+    path = name.replace("\\", "/")
+    path = path.removeprefix("./")
+    drive = len(path) > 1 and path[1] == ":" and path[0].isalpha()
+    if "\0" in path or drive or path.startswith("/") or not {"", "..", "."}.isdisjoint(path.split("/")):
+        needed = "it must be a plain path inside the image folder, relative and without '..'"
         raise ValueError(f"{where} is {name!r}; {needed}; use for instance 'images/0001.jpg'.")
+    return path
 
 
 def read_lines(file: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 Two forms are understood. A *class list* is `List(ClassLabel(names=...))`, the ids of the classes that are present in
 an instance; it is what this package's loaders make, because the class names travel with the data. A *multi-hot*
-column is a list of K zeros and ones (integers, floats or booleans) for each instance.
+column is a list of K zeros and ones (integers, floats or booleans) for each instance; in `labels`, -1, NaN and None
+in it are unknown labels.
 """
 
 from __future__ import annotations
@@ -68,6 +69,37 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
         TypeError, ValueError: As `class_names`; a row is not a valid label list (see `multi_hot`); or `labels` is
             there, too, and has other classes.
     """
+    return torch.from_numpy(_read(dataset, column, unknown=False).astype(np.uint8))
+
+
+def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
+    """The `labels` column with what is unknown: -1, NaN and None of a multi-hot column, and of either form the classes
+    that a column `unknown_labels` lists.
+
+    Returns:
+        (N, K) int8 tensor of 0, 1 and -1 (unknown).
+
+    Raises:
+        TypeError, ValueError: As `label_matrix`; or a class is both present and unknown in an instance.
+    """
+    labels = _read(dataset, "labels", unknown=True)
+    if "unknown_labels" in dataset.features:
+        unknown = label_matrix(dataset, "unknown_labels").numpy()
+        labels = mark_unknown(labels, unknown, class_names(dataset))
+    return torch.from_numpy(labels)
+
+
+def check_unknown_column(dataset: datasets.Dataset) -> None:
+    """Raise a ValueError where unknown labels stand in `labels` itself, which noise would write over as 0."""
+    if (_read(dataset, "labels", unknown=True) < 0).any():
+        raise ValueError(
+            "column 'labels' has -1, NaN or None for unknown labels; with noise it must have 0 there, and 1 in a "
+            "column 'unknown_labels' of the same form; move them with dataset.map."
+        )
+
+
+def _read(dataset: datasets.Dataset, column: str, unknown: bool) -> np.ndarray:
+    """(N, K) int8 of 0, 1 and, where `unknown` allows it, -1."""
     feature, names = _label_feature(dataset, column), class_names(dataset, column)
     if column != "labels" and "labels" in dataset.features and names != class_names(dataset):
         raise ValueError(
@@ -79,28 +111,18 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
         _raise_not_a_list(column, int(np.flatnonzero(lists.is_null())[0]), None)
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     values = lists.flatten()  # respects the offset of a sliced array, which `.values` does not
-    if values.null_count:
-        position = int(np.flatnonzero(values.is_null())[0])
-        _raise_bad_value(column, _row_of(lengths, position), None, is_class_list(feature))
-    values = values.to_numpy(zero_copy_only=False)
+    if is_class_list(feature):
+        unknown = False  # what is not known of class ids stands in `unknown_labels`
+    absent = np.asarray(values.is_null()) if values.null_count else np.zeros(len(values), dtype=bool)
+    if absent.any() and not unknown:
+        _raise_bad_value(column, _row_of(lengths, int(absent.argmax())), None, is_class_list(feature))
+    values = values.fill_null(False if pa.types.is_boolean(values.type) else 0).to_numpy(zero_copy_only=False)
+    if unknown:
+        absent |= (values == -1) | (values != values)  # NaN is unlike itself
+        values = np.where(absent, 0, values)
     fill = _from_class_ids if is_class_list(feature) else _from_zeros_and_ones
-    return torch.from_numpy(fill(values, lengths, len(names), column))
-
-
-def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
-    """The `labels` column, where `unknown_labels` may list the classes of which it is not known if they are present.
-
-    Returns:
-        (N, K) int8 tensor of 0, 1 and -1 (unknown).
-
-    Raises:
-        TypeError, ValueError: As `label_matrix`; or a class is both present and unknown in an instance.
-    """
-    labels = label_matrix(dataset)
-    if "unknown_labels" not in dataset.features:
-        return labels.to(torch.int8)
-    unknown = label_matrix(dataset, "unknown_labels").numpy()
-    return torch.from_numpy(mark_unknown(labels.numpy(), unknown, class_names(dataset)))
+    matrix = fill(values, lengths, len(names), column).astype(np.int8)
+    return np.where(absent.reshape(matrix.shape), -1, matrix).astype(np.int8) if unknown else matrix
 
 
 def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
@@ -195,7 +217,8 @@ def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> Non
     if class_list:
         needed = "class ids (whole numbers from 0); if the rows are multi-hot, pass one_hot_input=True"
     else:
-        needed = f"0 and 1; if they are class ids, dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
+        reading = "in the column 'labels' also -1, NaN or None for unknown; " if column == "labels" else ""
+        needed = f"0 and 1; {reading}if they are class ids, cast_column('{column}', List(ClassLabel(names=[...])))"
     raise ValueError(f"column '{column}', row {row} has {value!r}; it must be of {needed}.")
 
 

@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from hf_balancemix.data.labels import class_names, given_labels, is_class_list
+from hf_balancemix.data.labels import check_unknown_column, class_names, given_labels, is_class_list
 from hf_balancemix.data.noise import LabelNoise, read_ids, record_noise
 from hf_balancemix.files import whole_file
 
@@ -218,6 +218,7 @@ class NoiseMap:
         ids, image, classes = self._index
         cells = _cells_of(dataset, ids, self.class_names, "the data set", "the noise map")
         stored = given_labels(dataset).numpy()
+        check_unknown_column(dataset)
         labels = stored[cells]
         self._check_clean(labels, "clean_labels" in dataset.features)
         changed = classes >= 0

@@ -1,23 +1,20 @@
-"""Detection sets, tags and CSV files to the package's columns; what can be wrong with each."""
+"""Detection sets and tags to the package's columns; what can be wrong with each."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from hf_balancemix import describe
-from hf_balancemix.data.adapters import from_csv, from_detection, from_tags
+from hf_balancemix.data.adapters import from_detection, from_tags
 from hf_balancemix.data.coco import load_coco
-from hf_balancemix.data.labels import class_names, label_matrix
+from hf_balancemix.data.labels import class_names
 
 DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))
 STRINGS = List(Value("string"))
@@ -144,6 +141,8 @@ def test_tags_as_lists_of_strings_class_labels_ids_and_split_strings(images):
         (List(Value("int32")), [[1, 0], [], [2]], {"names": ["dog", "cat", "ant"]}),
         (Value("string"), ["dog, cat,", "", " ant "], {"separator": ","}),
         (Value("large_string"), ["dog cat", " ", "ant"], {"separator": " "}),
+        (Value("string"), ["['dog', 'cat']", "[]", '["ant"]'], {}),
+        (List(Value("int32")), [[1, 1, 0], [0, 0, 0], [0, 0, 1]], {"names": ["dog", "cat", "ant"]}),
     ):
         found = from_tags(make(images, feature, values), **arguments)
         assert named_labels(found) == expected
@@ -185,10 +184,24 @@ def test_names_fix_the_order_and_what_is_outside_is_an_error(images):
             [["a"], [], []],
             {"separator": ","},
             ValueError,
-            r"separator is ',' .*; it must be .* None for lists",
+            r"separator is ',' .*; it must be None for lists",
         ),
         (Value("string"), ["a", "b", None], {"separator": ","}, ValueError, "row 2 is None; it must be a list"),
-        (Value("string"), ["a", "b", "c"], {}, ValueError, r"separator is None .*pass separator=','"),
+        (Value("string"), ["a", "b", "c"], {}, ValueError, r"separator is None and .*row 0 is 'a'; pass"),
+        (
+            Value("string"),
+            ["['a'", "b", "c"],
+            {"separator": ","},
+            ValueError,
+            r"row 0 is .* it must be a list such as",
+        ),
+        (
+            List(Value("int8")),
+            [[0, 1], [0, 0], [1]],
+            {"names": ["x", "y"]},
+            ValueError,
+            r"row 1 is \[0, 0\].*for each of the 2",
+        ),
         (
             Value("int64"),
             [1, 2, 3],
@@ -254,193 +267,7 @@ def test_images_are_not_decoded(tmp_path):
     assert found["labels"][:] == [[0]]
 
 
-# from_csv
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    draw(tmp_path, "a.png", "b.png", "c.png", "sub/a.png")
-    return tmp_path
-
-
-def write(folder: Path, text: str) -> Path:
-    (folder / "labels.csv").write_bytes(text.encode())
-    return folder / "labels.csv"
-
-
-def test_multi_hot_columns(folder):
-    found = from_csv(write(folder, "file_name,dog,cat\nb.png,1,0\nsub/a.png,0,0\na.png,1.0, 1\n"))
-    assert found.features == {
-        "image": Image(mode="RGB"),
-        "labels": List(ClassLabel(names=["dog", "cat"])),
-        "image_id": Value("string"),
-    }
-    assert found["labels"][:] == [[0], [], [0, 1]]
-    assert found["image_id"][:] == ["b.png", "sub/a.png", "a.png"]
-    assert found[0]["image"].getpixel((0, 0)) == (40, 0, 0)
-    assert found.info.dataset_name == "labels"
-
-
-def test_unknown_labels_are_negative_or_masked(folder, caplog):
-    file = write(folder, "file_name,dog,cat\na.png,1,\nb.png,?,0\nc.png,-1,1\nsub/a.png,0,-1.0\n")
-    with caplog.at_level(logging.INFO, logger="hf_balancemix"):
-        found = from_csv(file)
-    assert found["labels"][:] == [[0], [], [1], []]
-    assert "unknown_labels" not in found.column_names
-    assert "4 of 8 labels are unknown and become negative" in caplog.text
-    masked = from_csv(file, unknown="masked")
-    assert masked["labels"][:] == found["labels"][:]
-    assert masked.features["unknown_labels"] == masked.features["labels"]
-    assert label_matrix(masked, "unknown_labels").tolist() == [[0, 1], [1, 0], [1, 0], [0, 1]]
-    assert (describe(masked).num_unknown, describe(masked).negatives.tolist()) == (4, [1, 1])
-    known = from_csv(write(folder, "file_name,dog\na.png,1\n"), unknown="masked")
-    assert known["unknown_labels"][:] == [[]]
-
-
-def test_names_choose_and_order_the_columns(folder):
-    file = write(folder, "file_name,split,dog,cat,ant\na.png,train,1,0,1\nb.png,val,0,0,0\n")
-    assert from_csv(file, names=["ant", "dog"])["labels"][:] == [[0, 1], []]
-    with pytest.raises(
-        ValueError, match=r"line 2, column 'split' is 'train'; it must be 0, 1 or unknown.*is no class, list"
-    ):
-        from_csv(file)
-    with pytest.raises(ValueError, match=r"line 1: no column 'emu' in the header .*correct names"):
-        from_csv(file, names=["emu"])
-
-
-def test_label_column_with_names(folder):
-    file = write(folder, 'file_name,tags\na.png,dog | cat\nb.png,\nc.png,"cat|ant, big|cat"\n')
-    found = from_csv(file, label_column="tags", separator="|")
-    assert class_names(found) == ["ant, big", "cat", "dog"]
-    assert found["labels"][:] == [[1, 2], [], [0, 1]]
-    found = from_csv(file, label_column="tags", separator="|", names=["dog", "cat", "ant, big", "emu"])
-    assert found["labels"][:] == [[0, 1], [], [1, 2]]
-    with pytest.raises(
-        ValueError, match=r"labels.csv, line 4, column 'tags' has 'ant, big'; it must be one of the 2 classes"
-    ):
-        from_csv(file, label_column="tags", separator="|", names=["dog", "cat"])
-
-
-def test_label_column_with_ids(folder):
-    file = write(folder, "file_name,ids\na.png,2 0\nb.png,\nc.png,1\n")
-    found = from_csv(file, label_column="ids", separator=" ", class_ids=True, names=["x", "y", "z"])
-    assert named_labels(found) == [{"x", "z"}, set(), {"y"}]
-    with pytest.raises(
-        ValueError, match="line 2, column 'ids' has '2'; it must be a class id, a whole number from 0 to 1"
-    ):
-        from_csv(file, label_column="ids", separator=" ", class_ids=True, names=["x", "y"])
-    with pytest.raises(ValueError, match="names is None; with class_ids it must be the class names"):
-        from_csv(file, label_column="ids", separator=" ", class_ids=True)
-
-
-def test_other_folder_columns_suffix_delimiter_ids_and_byte_order_mark(folder, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("lists")
-    file = write(elsewhere, "\ufeffphoto;image_id;dog\r\nb;77;1\r\n\r\nsub/a;3;0\r\n")
-    found = from_csv(file, folder, image_column="photo", suffix=".png", delimiter=";")
-    assert found["image_id"][:] == ["77", "3"]
-    assert found["labels"][:] == [[0], []]
-    assert found[0]["image"].size == (6, 5)
-
-
-def test_relative_paths_survive_a_change_of_folder(folder, monkeypatch, tmp_path_factory):
-    write(folder, "file_name,dog\na.png,1\n")
-    monkeypatch.chdir(folder)
-    found = from_csv("labels.csv", ".")
-    monkeypatch.chdir(tmp_path_factory.mktemp("else"))
-    assert found[0]["image"].size == (6, 5)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no rows below its header"),
-        ("file_name,dog\n", "no rows below its header"),
-        ("file_name,dog\na.png,1\nb.png\n", r"labels\.csv, line 3: 1 cells, but the header has 2"),
-        ("file_name,dog\na.png,1\nb.png,1,0\n", r"line 3: 3 cells, but the header has 2"),
-        ('file_name,dog\na.png,1\nb.png,"1\nc.png,0\n', "line 3: malformed CSV"),
-        ('file_name,dog\n"a"x.png,1\n', "line 2: malformed CSV"),
-        ("file_name,dog,cat,dog\na.png,1,0,1\n", "line 1: the header names 'dog' more than once"),
-        ("file_name,dog,\na.png,1,0\n", "line 1: column 3 of the header has no name"),
-        ("file_name\na.png\n", "line 1: no class among the columns 'file_name'"),
-        ("name,dog\na.png,1\n", "line 1: no column 'file_name' in the header 'name', 'dog'; correct image_column"),
-        ("file_name,dog\na.png,1\nb.png,2\n", "line 3, column 'dog' is '2'; it must be 0, 1 or unknown"),
-        ("file_name,dog\na.png,nan\n", "line 2, column 'dog' is 'nan'; it must be"),
-        ("file_name,dog\na.png,1\nb.png,1\na.png,0\n", "line 4: 'a.png' in column .* first in line 2"),
-        ("file_name,image_id,dog\na.png,7,1\nb.png,7,1\n", "line 3: '7' in column 'image_id' a second time"),
-        ("file_name,image_id,dog\na.png,7,1\n,8,1\n", "line 3: column 'file_name' is empty"),
-        ("file_name,image_id,dog\na.png,,1\n", "line 2: column 'image_id' is empty"),
-        ("file_name,dog\n../a.png,1\n", r"line 2: the file name is '\.\./a\.png'; it must be a plain path"),
-        ("file_name,dog\nsub/../a.png,1\n", "line 2: the file name"),
-        ("file_name,dog\n/etc/passwd,1\n", "line 2: the file name"),
-        ("file_name,dog\nsub\\a.png,1\n", "line 2: the file name"),
-        ('file_name,dog\n"a.png\nb",0\na.png,9\n', "line 4, column 'dog' is '9'"),
-    ],
-)  # fmt: skip
-def test_hostile_files(folder, text, message):
-    with pytest.raises(ValueError, match=message):
-        from_csv(write(folder, text))
-
-
-def test_not_utf8(folder):
-    (folder / "labels.csv").write_bytes("file_name,löwe\na.png,1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"labels\.csv is not UTF-8 text"):
-        from_csv(folder / "labels.csv")
-
-
-def test_absent_files(folder, caplog):
-    file = write(folder, "file_name,dog\na.png,1\nno.png,1\nsub/b.png,0\nc.png,0\n")
-    with pytest.raises(FileNotFoundError, match=r"2 of 4 images .*: no\.png, sub/b\.png\..* The first is in line 3\."):
-        from_csv(file)
-    with caplog.at_level(logging.WARNING):
-        found = from_csv(file, on_bad_image="skip")
-    assert (found["image_id"][:], found["labels"][:]) == (["a.png", "c.png"], [[0], []])
-    assert "2 of 4 images" in caplog.text
-    with pytest.raises(FileNotFoundError, match="no CSV file"):
-        from_csv(folder / "none.csv")
-    with pytest.raises(FileNotFoundError, match="no image folder"):
-        from_csv(file, folder / "none")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"unknown": "zero"}, "unknown is 'zero'; it must be one of 'negative', 'masked'"),
-        ({"on_bad_image": "drop"}, "on_bad_image is 'drop'; it must be one of"),
-        ({"separator": ","}, "pass label_column"),
-        ({"class_ids": True, "names": ["a"]}, "pass label_column"),
-        ({"label_column": "tags"}, "separator is None; it must be what stands between classes"),
-        (
-            {"label_column": "tags", "separator": "|", "unknown": "masked"},
-            "unknown is 'masked'; it must be 'negative' with label_column",
-        ),
-        ({"label_column": "none", "separator": "|"}, "no column 'none' in the header .*; correct label_column"),
-    ],
-)
-def test_hostile_arguments(folder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        from_csv(write(folder, "file_name,tags\na.png,x\n"), **arguments)
-
-
-def test_a_changed_label_changes_the_fingerprint(folder):
-    first = from_csv(write(folder, "file_name,dog\na.png,1\n"))._fingerprint
-    assert from_csv(write(folder, "file_name,dog\na.png,0\n"))._fingerprint != first
-
-
 # Real data
-
-
-@pytest.mark.skipif(not (DATA / "voc2012_small").is_dir(), reason="BALANCEMIX_DATA has no voc2012_small")
-def test_real_voc_labels():
-    file = DATA / "voc2012_small" / "labels.csv"
-    with open(file, newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    names = [name for name in rows[0] if name not in ("image_id", "split")]
-    images = DATA / "voc2012_small" / "VOCdevkit" / "VOC2012" / "JPEGImages"
-    found = from_csv(file, images, image_column="image_id", suffix=".jpg", names=names)
-    assert len(found) == 3_426
-    assert found["image_id"][:] == [row["image_id"] for row in rows]
-    assert np.array_equal(label_matrix(found), [[int(row[name]) for name in names] for row in rows])
-    assert found[0]["image"].mode == "RGB"
 
 
 @pytest.mark.skipif(not (DATA / "coco_sample").is_dir(), reason="BALANCEMIX_DATA has no coco_sample")

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Valu
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from hf_balancemix.data.labels import class_names, given_labels, is_class_list, label_matrix, mark_unknown, multi_hot
+from hf_balancemix.data.noise import Mislabel
 
 NAMES = ["cat", "dog", "car", "tree"]
 ROWS = [[0, 2], [], [3], [3, 1, 0], [2]]
@@ -239,3 +240,22 @@ def test_columns_of_other_classes_than_labels(column, names):
     dataset = class_list().add_column(column, [[]] * 5, feature=List(ClassLabel(names=names)))
     with pytest.raises(ValueError, match=f"column '{column}' has other classes than 'labels'.*cast_column"):
         given_labels(dataset) if column == "unknown_labels" else label_matrix(dataset, column)
+
+
+@pytest.mark.parametrize("absent", [-1.0, float("nan"), None])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int8"])
+def test_unknown_labels_in_a_multi_hot_column(absent, dtype):
+    if dtype == "int8" and absent != absent:
+        return
+    rows = [[1, absent, 0], [0, 1, absent], [1, 0, 0]]
+    dataset = multi_hot_column(rows, dtype)
+    assert given_labels(dataset).tolist() == [[1, -1, 0], [0, 1, -1], [1, 0, 0]]
+    assert given_labels(dataset.select([1])).tolist() == [[0, 1, -1]]
+    with pytest.raises(ValueError, match=r"row 0 has .*it must be of 0 and 1; in the column 'labels' also -1, NaN"):
+        label_matrix(dataset)
+    numbered = dataset.add_column("image_id", [0, 1, 2])
+    with pytest.raises(ValueError, match="with noise it must have 0 there, and 1 in a column 'unknown_labels'"):
+        Mislabel(rate=0.2, seed=0).add_to(numbered)
+    marks = Features({"unknown_labels": List(Value("int64"))})["unknown_labels"]
+    both = dataset.add_column("unknown_labels", [[0, 0, 1], [0, 0, 0], [0, 0, 0]], feature=marks)
+    assert given_labels(both).tolist() == [[1, -1, -1], [0, 1, -1], [1, 0, 0]]

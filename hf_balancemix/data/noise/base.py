@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 
-from hf_balancemix.data.labels import given_labels, is_class_list, mark_unknown, multi_hot
+from hf_balancemix.data.labels import check_unknown_column, given_labels, is_class_list, mark_unknown, multi_hot
 from hf_balancemix.data.noise.draws import NUMBER_ROWS, checked_seed, hashed, id_words, plain_ids, read_ids, uniform
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,9 @@ class LabelNoise:
         if (unique := len(set(map(str, ids)))) < len(ids):
             message = "image_id is not unique (%d values in %d rows): rows with the same image_id get the same draws."
             logger.warning(message, unique, len(ids))
-        self._fit(given_labels(dataset).numpy(), ids)
+        given = given_labels(dataset).numpy()
+        check_unknown_column(dataset)
+        self._fit(given, ids)
         features = dataset.features.copy()
         features.setdefault("clean_labels", features["labels"])
         self._features = json.dumps(features.to_dict())

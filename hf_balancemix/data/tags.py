@@ -1,0 +1,133 @@
+"""Tags of instances, as people's files have them, to class ids."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import tokenize
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_balancemix.data.files import first_few, first_repeat
+
+_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+
+
+def split_tags(text: str, separator: str | None, where: Callable[[], str]) -> list[str]:
+    """The tags in a string: the values of a list that Python, NumPy or JSON wrote, else what `separator` stands
+    between.
+
+    Spaces around a tag and empty tags are dropped. `where` names the string, for the ValueError that is raised where
+    it begins like a list and is none, or is no list and there is no separator.
+    """
+    text = text.strip()
+    if _BRACKETS.get(text[:1]) == text[-1:] and (values := _written_list(text)) is not None:
+        return [tag for tag in map(str.strip, map(_as_text, values)) if tag]
+    if text.startswith("["):
+        needed = "it must be a list such as ['a', 'b'] or plain tags"
+        raise ValueError(f"{where()} is {text!r}; {needed}; correct the list.")
+    if separator:
+        return [tag for tag in map(str.strip, text.split(separator)) if tag]
+    if text:
+        raise ValueError(f"separator is {separator!r} and {where()} is {text!r}; pass what stands between its tags.")
+    return []
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The values of a written list, tuple or set of texts and numbers; None where it is something else."""
+    try:
+        values = json.loads(text)
+        plain = isinstance(values, list) and all(isinstance(value, str | int | float) for value in values)
+        return values if plain else None
+    except (ValueError, RecursionError):
+        pass
+    # By tokens, not by literal_eval, to which NumPy's ['a' 'b'], without commas, would be the one text 'ab'.
+    values = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in ("True", "False"):
+                values.append(ast.literal_eval(token.string))
+            elif token.string not in [*"[](){},"] and token.string.strip():
+                return None
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return None
+    return values
+
+
+def _as_text(value: Any) -> str:
+    """A number as its shortest text, so that 1, 1.0 and True are the same tag."""
+    return str(int(value)) if isinstance(value, int | float) and value == int(value) else str(value)
+
+
+def class_lists(
+    tags: Sequence[Sequence[Any] | None],
+    names: list[str] | None,
+    where: Callable[[int], str],
+    name_of: dict[Any, str] | None = None,
+) -> tuple[list[str], list[list[int]]]:
+    """Names of the K classes (those that occur, sorted, unless they are given), and each row's in ascending order.
+
+    The tags are names, or ids if there is a `name_of` to look them up in; `where` names a row, for messages. Rows of
+    K zeros and ones are read as multi-hot ones.
+    """
+    if is_multi_hot(tags, names, where):
+        names = names or []
+        return names, [[k for k, value in enumerate(row or ()) if str(value) == "1"] for row in tags]
+    rows: list[set[str]] = []
+    for row, classes in enumerate(tags):
+        if classes is None or (name_of is None and not all(classes)):
+            needed = "it must be a list of class names, empty where there is none"
+            raise ValueError(f"{where(row)} is {classes!r}; {needed}; drop the row.")
+        try:
+            rows.append(set(classes) if name_of is None else {name_of[value] for value in classes})
+        except KeyError as error:
+            needed = f"it must be a class id, a whole number from 0 to {len(name_of or ()) - 1}"
+            raise ValueError(f"{where(row)} has {error.args[0]!r}; {needed}; correct it.") from None
+    names = sorted(set().union(*rows)) if names is None else names
+    if not names:
+        raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
+    index = {name: k for k, name in enumerate(names)}
+    for row, found in enumerate(rows):
+        if other := found - index.keys():
+            needed = f"it must be one of the {len(names)} classes {first_few(names)}"
+            raise ValueError(f"{where(row)} has {min(other)!r}; {needed}; add it to names.")
+    return names, [sorted(index[name] for name in found) for found in rows]
+
+
+def is_multi_hot(tags: Sequence[Sequence[Any] | None], names: list[str] | None, where: Callable[[int], str]) -> bool:
+    """Whether each row has a 0 or 1 for each of the K classes, rather than ids or names of classes.
+
+    No class is listed twice by ids: where nothing but 0 and 1 occurs and a row repeats one, the rows are multi-hot.
+
+    Raises:
+        ValueError: Nothing but 0 and 1 occurs, and it cannot be told what they are; the message names the row.
+    """
+    values = {str(value) for row in tags if row is not None for value in row}
+    if not values or not values <= {"0", "1"} or not values.isdisjoint(names or ()):
+        return False
+    repeats = next((i for i, row in enumerate(tags) if row and len(set(map(str, row))) < len(row)), None)
+    full = names is not None and all(row is not None and len(row) == len(names) for row in tags)
+    if full and (repeats is not None or (len(names or ()) == 1 and "1" in values)):
+        return True
+    if repeats is None and not full:
+        return False  # ids, or classes whose names are numbers
+    row = repeats or 0
+    if names is None:
+        needed = "a class must be there once, or the K classes of a multi-hot row must have names; pass names=[...]"
+    elif full:
+        needed = "it must be clear whether they are ids or multi-hot; use a column for each class"
+    else:
+        needed = f"it must be a class once, or a 0 or 1 for each of the {len(names)} classes; correct the row"
+    raise ValueError(f"{where(row)} is {list(tags[row] or ())!r}, and so are all of 0 and 1; {needed}.")
+
+
+def checked_names(names: Sequence[str] | None) -> list[str] | None:
+    """`names` as a list; a TypeError or ValueError unless they are different class names."""
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names) or len(names) == 0:
+        raise TypeError(f"names is {names!r}; it must be a list of class names; pass for instance ['cat', 'dog'].")
+    if repeat := first_repeat(names):
+        raise ValueError(f"names has {names[repeat[0]]!r} more than once; each class must be there once; remove one.")
+    return list(names)
