@@ -36,6 +36,7 @@ def from_csv(
     positive_from: float = 0.5,
     unknown: str | None = None,
     blank: str | None = None,
+    group_column: str | None = None,
     delimiter: str = ",",
     on_bad_image: str = "error",
 ) -> datasets.Dataset:
@@ -77,6 +78,7 @@ def from_csv(
             not known are masked unless this is "negative".
         blank: What an empty cell or `nan` in a multi-hot column is: "negative" (not mentioned) or "masked".
             Default: as `unknown`.
+        group_column: Header of a column to keep beside, such as a patient's, for `iterative_split(groups=...)`.
         delimiter: Between the columns: ",", ";" or a tab.
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
 
@@ -92,6 +94,8 @@ def from_csv(
     for name, value in (("unknown", unknown), ("blank", blank)):
         check_choice(name, value, (None, "negative", "masked"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    if group_column in ("image", "labels", "image_id", "unknown_labels"):
+        raise ValueError(f"group_column is {group_column!r}, a column of the data set already; rename it in the file.")
     _check_arguments(label_column, separator, class_ids, confidence_column, positive_from, unknown, blank)
     names = checked_names(names)
     file = absolute(file)
@@ -104,15 +108,17 @@ def from_csv(
     table = _Table(file, delimiter)
     image_ids = cells = table.column(image_column, "image_column")
     unknown_lists: list[list[int]] | None = None
+    rows = list(range(len(cells)))
+    groups = [] if group_column is None else table.column(group_column, "group_column")
     if confidence_column is not None:
-        first_rows = sorted({cell: row for row, cell in reversed([*enumerate(cells)])}.values())
+        rows = sorted({cell: row for row, cell in reversed([*enumerate(cells)])}.values())
         names, lists, unknown_lists = _rows_of_labels(
             table, cells, table.column(label_column or "", "label_column"), confidence_column, positive_from, names
         )
         if unknown == "negative":
             unknown_lists = None
-        image_ids = cells = [cells[row] for row in first_rows]
-        lines = [table.lines[row] for row in first_rows]
+        image_ids = cells = [cells[row] for row in rows]
+        lines = [table.lines[row] for row in rows]
         if "" in cells:
             raise ValueError(f"{file}, line {lines[cells.index('')]}: column '{image_column}' is empty; fill it in.")
     else:
@@ -124,7 +130,7 @@ def from_csv(
         if label_column is not None:
             names, lists = _label_column(table, label_column, separator, class_ids, names)
         else:
-            names, codes = _multi_hot_columns(table, names, (image_column, "image_id"))
+            names, codes = _multi_hot_columns(table, names, (image_column, "image_id", group_column))
             lists = [np.flatnonzero(row).tolist() for row in codes == 1]
             masked = np.zeros_like(codes, dtype=bool)
             for code, choice in ((_UNKNOWN, unknown), (_BLANK, blank or unknown)):
@@ -150,6 +156,7 @@ def from_csv(
             names,
             on_bad_image=on_bad_image,
             unknown_labels=unknown_lists,
+            others=None if group_column is None else {group_column: [groups[row] for row in rows]},
             name=file.stem,
             source=file.name,
         )
@@ -276,7 +283,9 @@ def _rows_of_labels(
     return names, positive, [[k for k in every if known.get(k, -1) < 0] for known in labels.values()]
 
 
-def _multi_hot_columns(table: _Table, names: list[str] | None, others: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def _multi_hot_columns(
+    table: _Table, names: list[str] | None, others: Sequence[str | None]
+) -> tuple[list[str], np.ndarray]:
     """The class names and `(N, K)` uint8 codes 0, 1, _UNKNOWN and _BLANK."""
     if names is None:
         names = [name for name in table.header if name not in others]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ def image_dataset(
     *,
     on_bad_image: str,
     unknown_labels: Sequence[list[int]] | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
     name: str,
     source: str,
 ) -> datasets.Dataset:
@@ -136,6 +137,7 @@ def image_dataset(
             are known, and the column is left out.
         image_ids: N ids, all integers (int64) or all strings.
         class_names: The K class names.
+        others: More columns, of N strings each.
         on_bad_image: "error" or, to leave out images that are absent, "skip".
         name, source: Name of the data set, and where it comes from, for its description.
     """
@@ -144,6 +146,7 @@ def image_dataset(
     classes = datasets.List(datasets.ClassLabel(names=list(class_names)))
     id_feature = datasets.Value("string" if isinstance(image_ids[0], str) else "int64")
     columns = {"image": images, "labels": labels, "image_id": image_ids, "unknown_labels": unknown_labels}
+    columns |= others or {}
     features = {
         "image": datasets.Image(mode="RGB"),
         "labels": classes,
@@ -151,7 +154,7 @@ def image_dataset(
         "unknown_labels": classes,
     }
     rows = {column: list(compress(values, present)) for column, values in columns.items() if values is not None}
-    features = datasets.Features({column: features[column] for column in rows})
+    features = datasets.Features({column: features.get(column, datasets.Value("string")) for column in rows})
     dataset = datasets.Dataset.from_dict(rows, features=features)
     dataset.info.dataset_name = name
     dataset.info.description = f"{source}, {len(dataset)} images, {len(class_names)} classes"

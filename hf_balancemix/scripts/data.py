@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 
@@ -19,6 +20,7 @@ from hf_balancemix.data import (
     load_voc,
     make_scenes,
 )
+from hf_balancemix.data.files import first_few
 from hf_balancemix.scripts.parser import flag
 
 Pair = tuple[datasets.Dataset, datasets.Dataset]
@@ -104,6 +106,14 @@ def _check_folder(data_dir: str | None, holds: str) -> None:
 class AnyData(DataArguments):
     """A folder of images with a CSV, or a data set of the Hub."""
 
+    _WITHOUT_EFFECT: ClassVar = {  # with a folder or without
+        True: ("dataset_config", "eval_split", "objects_column"),
+        False: (
+            *("train_csv", "eval_dir", "eval_csv", "class_ids", "confidence_column", "positive_from"),
+            *("unknown", "blank", "delimiter", "suffix"),
+        ),
+    }
+
     dataset_name: str | None = flag(None, "Data set on the Hub, or a folder that save_to_disk of datasets wrote.")
     dataset_config: str | None = flag(None, "Its configuration.")
     train_split: str = flag("train", "Its training split.")
@@ -116,10 +126,28 @@ class AnyData(DataArguments):
         None, "Column with the images (Hub) or file names (CSV). Default: image, file_name."
     )
     label_column: str | None = flag(None, "Column with an image's labels. Default for a CSV: one 0/1 column a class.")
+    class_names: list[str] | None = flag(
+        None,
+        "The classes, in their order: the 0/1 columns of a CSV, or all that may occur in --label_column. Default: all "
+        "other columns, or what occurs.",
+    )
+    class_ids: bool = flag(False, "A CSV's --label_column has ids, which count through --class_names from 0.")
     objects_column: str | None = flag(None, "Column with the objects, for detection data.")
     category_field: str = flag("category", "Field of an object with its class.")
-    separator: str | None = flag(None, "What separates the labels in a text column.")
-    unknown: str = flag("negative", "Empty cells of 0/1 columns: negative, or no label.", ["negative", "masked"])
+    separator: str | None = flag(None, "What separates the labels in a text column; written lists need none.")
+    confidence_column: str | None = flag(
+        None, "A CSV with a row for each image and label, as Open Images: its column of confidences."
+    )
+    positive_from: float = flag(0.5, "The least confidence of a positive label; 0 is negative, the rest unknown.")
+    unknown: str | None = flag(
+        None, "Cells of -1 or ? in 0/1 columns: negative (default), or no label.", ["negative", "masked"]
+    )
+    blank: str | None = flag(None, "Empty cells: the same. Default: as --unknown.", ["negative", "masked"])
+    delimiter: str = flag(",", "What stands between the columns of a CSV.")
+    suffix: str = flag("", "Ending of the image files, where a CSV has names without one, such as .jpg.")
+    group_column: str | None = flag(
+        None, "Column of what must not be on both sides where evaluation data is held out, such as a patient's id."
+    )
     held_out: float = flag(0.1, "Share held out where there is no evaluation data.")
 
     def __post_init__(self) -> None:
@@ -128,6 +156,15 @@ class AnyData(DataArguments):
                 f"dataset_name is {self.dataset_name!r}, and train_dir is {self.train_dir!r}; it must be one of them; "
                 "pass either --dataset_name (Hub) or --train_dir (a folder of images with a CSV)."
             )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must be a share in (0, 1); leave it out for 0.1.")
+        for name in self._WITHOUT_EFFECT[self.train_dir is not None]:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                where = "a folder with a CSV" if self.train_dir is not None else "a data set by --dataset_name"
+                raise ValueError(f"{name} is {getattr(self, name)!r}; with {where} it has no effect; leave it out.")
+        if self.group_column is not None and (self.eval_split or self.eval_dir):
+            needed = "it must be left out where the evaluation data is given, as nothing is held out"
+            raise ValueError(f"group_column is {self.group_column!r}; {needed}; leave it out.")
 
     def load(self, seed: int) -> Pair:
         """Training and evaluation set; what is held out is stratified by labels."""
@@ -139,7 +176,8 @@ class AnyData(DataArguments):
             train = self._from_hub(self.train_split)
             if self.eval_split:
                 return train, self._from_hub(self.eval_split, class_names(train))
-        train, evaluation = iterative_split(train, [1 - self.held_out, self.held_out], seed=seed)
+        sizes = [1 - self.held_out, self.held_out]
+        train, evaluation = iterative_split(train, sizes, seed=seed, groups=self.group_column)
         return train, evaluation
 
     def _from_folder(self, folder: str, csv: str | None, names: Sequence[str] | None = None) -> datasets.Dataset:
@@ -149,20 +187,67 @@ class AnyData(DataArguments):
             image_column=self.image_column or "file_name",
             label_column=self.label_column,
             separator=self.separator,
-            names=names,
+            class_ids=self.class_ids,
+            names=names or self.class_names,
+            confidence_column=self.confidence_column,
+            positive_from=self.positive_from,
             unknown=self.unknown,
+            blank=self.blank,
+            group_column=self.group_column,
+            delimiter=self.delimiter.replace("\\t", "\t"),
+            suffix=self.suffix,
             on_bad_image=self.on_bad_image,
         )
 
     def _from_hub(self, split: str, names: Sequence[str] | None = None) -> datasets.Dataset:
-        if Path(self.dataset_name, "dataset_dict.json").exists():
-            dataset = datasets.load_from_disk(self.dataset_name)[split]
-        else:
-            dataset = datasets.load_dataset(self.dataset_name, self.dataset_config, split=split)
+        dataset = _load_split(self.dataset_name or "", self.dataset_config, split)
+        names = names or self.class_names
+        for flag_name in ("image_column", "label_column", "objects_column", "group_column"):
+            column = getattr(self, flag_name)
+            if column is not None and column not in dataset.column_names:
+                found = f"{flag_name} is {column!r}, and the columns of the data set are {dataset.column_names}"
+                raise ValueError(f"{found}; it must be one of these; correct --{flag_name}.")
+        groups = self.group_column and dataset.select_columns([self.group_column]).with_format(None)[:]
         if self.image_column not in (None, "image"):
             dataset = dataset.rename_column(self.image_column, "image")
         if self.objects_column is not None:
-            return from_detection(dataset, objects=self.objects_column, category=self.category_field, names=names)
-        if self.label_column is not None:
-            return from_tags(dataset, column=self.label_column, separator=self.separator, names=names)
-        return dataset  # with `labels` as this package makes them
+            dataset = from_detection(dataset, objects=self.objects_column, category=self.category_field, names=names)
+        elif self.label_column is not None:
+            dataset = from_tags(dataset, column=self.label_column, separator=self.separator, names=names)
+        elif names is not None and names != class_names(dataset):  # the data set's own `labels`
+            raise ValueError(
+                f"class_names are {first_few(names)} and the data set's classes {first_few(class_names(dataset))}; "
+                "they must be these; leave out --class_names, or name the column of tags with --label_column."
+            )
+        if groups and self.group_column not in dataset.column_names:
+            dataset = dataset.add_column(self.group_column, groups[self.group_column])
+        return dataset
+
+
+def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
+    """A split of a data set on the Hub, of a folder of images, or of what `save_to_disk` wrote.
+
+    Raises:
+        ValueError, FileNotFoundError: No such data set, configuration or split; the message says what there is.
+    """
+    for file in ("dataset_dict.json", "state.json"):
+        if not Path(name, file).exists():
+            continue
+        if config is not None:
+            raise ValueError(f"dataset_config is {config!r}; a folder of save_to_disk has none; leave it out.")
+        saved = datasets.load_from_disk(name)
+        if isinstance(saved, datasets.Dataset):
+            if split != "train":
+                needed = "a folder of one saved data set has no splits"
+                raise ValueError(f"the split is {split!r}; {needed}; leave out --train_split and --eval_split.")
+            return saved
+        if split not in saved:
+            raise ValueError(f"the split is {split!r}; {name} has {', '.join(saved)}; choose one of these.")
+        return saved[split]
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (ValueError, OSError) as error:  # OSError: files, and every kind of failed connection
+        said = str(error).splitlines()[0].rstrip(".")
+        fix = "correct --dataset_name, --dataset_config or the split"
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"the data set {name!r} (split {split!r}) cannot be loaded: {said}; {fix}.") from error

@@ -26,6 +26,7 @@ from transformers import set_seed
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from hf_balancemix.data import Mislabel, RandomFlip, SinglePositive, class_names, drop_bad_images, load_noise_map
+from hf_balancemix.data.split import warn_of_copies
 from hf_balancemix.frozen.backbone import FrozenBackbone
 from hf_balancemix.methods.registry import METHODS, trainer_for
 from hf_balancemix.models import load_model
@@ -90,6 +91,7 @@ def usable(
             dataset = dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
         kept.append(drop_bad_images(dataset) if data.on_bad_image == "skip" else dataset)
         left_out.append(len(dataset) - len(kept[-1]))
+    warn_of_copies(*kept)
     return kept[0], kept[1], (left_out[0], left_out[1])
 
 

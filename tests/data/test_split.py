@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import label_dataset, long_tailed_labels
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
 
 from hf_balancemix import describe
-from hf_balancemix.data.split import iterative_split
+from hf_balancemix.data.split import iterative_split, warn_of_copies
 
 DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))
 
@@ -135,3 +137,53 @@ def test_real_coco_split():
     found = share_deviations(labels, parts)
     assert (found.mean(1) < chance.mean(1) / 15).all()
     assert found.max() < 0.02
+
+
+def test_groups_stay_together_and_classes_keep_their_shares():
+    labels = long_tailed_labels(0, 1000, 8)
+    rng = np.random.default_rng(1)
+    patients = np.repeat(np.arange(1000), rng.integers(1, 9, 1000))[:1000]
+    dataset = label_dataset(labels).add_column("patient", [f"p{p}" for p in patients]).shuffle(seed=0)
+    parts = iterative_split(dataset, [0.8, 0.2], groups="patient")
+    of_part = [set(part["patient"]) for part in parts]
+    assert of_part[0].isdisjoint(of_part[1])
+    assert sorted(itertools.chain(*ids_of(parts))) == list(range(1000))
+    assert abs(len(parts[1]) - 200) <= 8  # the largest group
+    rows = [np.array(ids) for ids in ids_of(parts)]
+    assert share_deviations(labels, rows)[1].mean() < 0.15
+    # A split that draws whole patients and looks at no label is far from that.
+    drawn = rng.permutation(patients.max() + 1)
+    random_part = np.isin(patients, drawn[: len(drawn) // 5])
+    random_rows = [np.flatnonzero(~random_part), np.flatnonzero(random_part)]
+    assert share_deviations(labels, random_rows)[1].mean() > 2 * share_deviations(labels, rows)[1].mean()
+    same = iterative_split(dataset, [0.8, 0.2], groups=dataset["patient"][:])
+    assert ids_of(same) == ids_of(parts)
+
+
+def test_hostile_groups():
+    dataset = label_dataset(long_tailed_labels(0, 10, 3))
+    for groups, message in (
+        ("patient", "'patient' must be among them"),
+        ([1, 2], "groups has 2 values; it must have 10"),
+        ([1] * 9 + [None], "groups has None for row 9"),
+        ([""] + [1] * 9, "groups has '' for row 0"),
+        ([1] * 10, "groups leave part 1 of 2 empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iterative_split(dataset, [0.5, 0.5], groups=groups)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_copies_of_an_image_on_both_sides_are_warned_of(tmp_path, caplog, as_bytes):
+    def images(*shades: int) -> Dataset:
+        rows = []
+        for shade in shades:
+            file = tmp_path / f"{shade}_{len(list(tmp_path.iterdir()))}.png"
+            PILImage.new("RGB", (8, 8), (shade, 0, 0)).save(file)
+            rows.append({"path": None, "bytes": file.read_bytes()} if as_bytes else str(file))
+        return Dataset.from_dict({"image": rows}, features=Features({"image": Image()}))
+
+    assert warn_of_copies(images(1, 2, 3, 4), images(5, 6, 7)) == 0
+    assert not caplog.records
+    assert warn_of_copies(images(1, 2, 3, 4), images(5, 2, 7)) == 1
+    assert "1 of 3 evaluation images are in the training set, too (the same bytes), such as " in caplog.text
