@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +24,67 @@ from hf_balancemix.data.files import (
 logger = logging.getLogger(__name__)
 
 
+_SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
+_OTHER_TASKS = {"captions", "keypoints", "panoptic", "stuff", "info"}  # other files of COCO's
+_OFFICIAL = re.compile(r"instances_(train|val)(2014|2017)\.json")
+
+
 def load_coco(
     root: str | os.PathLike[str],
     split: str = "train",
     year: int = 2017,
     keep_unlabelled: bool = False,
     on_bad_image: str = "error",
+    annotations: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
 ) -> datasets.Dataset:
-    """Load one split of a data set in COCO's official layout as a multi-label data set.
+    """Load one split of a data set in COCO's format as a multi-label data set.
 
-    The layout is `root/annotations/instances_{split}{year}.json` and the images it lists under
-    `root/{split}{year}/`. A class is present in an image if at least one annotation says so; crowd annotations count.
-    The K classes are ordered by category id. The images keep the order of the JSON and are decoded on access.
+    The official layout is `root/annotations/instances_{split}{year}.json` and the images it lists under
+    `root/{split}{year}/`. Without it the file is looked for in `root`, `root/annotations` and the folder of the split
+    (Roboflow's `train/_annotations.coco.json`, CVAT's `annotations/instances_default.json`, Label Studio's
+    `result.json`, LVIS), and the images where the first of them are. A file that names no split is training data.
+
+    A class is present in an image if at least one annotation says so; crowd annotations count. The K classes are
+    ordered by category id. A category that no annotation uses and that is the supercategory of all others, as Roboflow
+    writes it, is no class. The images keep the order of the JSON and are decoded on access.
 
     Args:
-        root: The folder that holds `annotations/` and the image folders.
+        root: The folder that holds annotations and images.
         split: "train" or "val".
-        year: 2014 or 2017.
+        year: 2014 or 2017, of the official layout.
         keep_unlabelled: Keep the images without an annotation. By default they are dropped, as ASL and ML-Decoder do.
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
+        annotations: The JSON file, where it cannot be found; a path of its own or in `root`.
+        images: The folder that the file names start from, likewise.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
-        classes in ascending order) and `image_id` (int64, or string where the JSON has strings).
+        classes in ascending order), `image_id` (int64, or string where the JSON has strings) and, where the images
+        list the classes that were looked for in vain (LVIS's `neg_category_ids`), `unknown_labels`: all but these and
+        the present ones.
 
     Raises:
-        ValueError: An argument is none of its choices, the JSON is not valid or contradicts itself, or no image is
-            left.
+        ValueError: An argument is none of its choices, more than one file could be meant, the JSON is not valid or
+            contradicts itself, or no image is left.
         FileNotFoundError: The root, the annotation file, the image folder or an image is absent.
     """
     check_choice("split", split, ("train", "val"))
     check_choice("year", year, (2014, 2017))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     root = absolute(root)
-    annotation_file = root / "annotations" / f"instances_{split}{year}.json"
-    image_dir = root / f"{split}{year}"
-    check_layout(
-        (
-            ("folder", root, root.is_dir()),
-            ("annotation file", annotation_file, annotation_file.is_file()),
-            ("image folder", image_dir, image_dir.is_dir()),
-        ),
-        f"COCO's layout is expected:\n"
-        f"  {root}/\n"
-        f"    annotations/{annotation_file.name}\n"
-        f"    {image_dir.name}/  (the images that the annotation file lists)\n"
-        f"Point to the folder that holds both, or choose another split or year.",
-    )
-
+    annotation_file = _annotation_file(root, split, year, annotations)
     content = _read_json(annotation_file)
     class_of, names = _categories(content, annotation_file)
     image_ids = _ids(content, "images", annotation_file)
-    file_names = _values(content, "images", "file_name", (str,), annotation_file)
-    files = dict(zip(image_ids, file_names, strict=True))
-    for index, name in enumerate(files.values()):
+    file_names = [
         plain_path(name, f"{annotation_file}: images[{index}]: the file_name")
+        for index, name in enumerate(_file_names(content, annotation_file))
+    ]
+    files = dict(zip(image_ids, file_names, strict=True))
+    image_dir = _image_folder(root, split, year, annotation_file, images, file_names[:20])
     present = _present_classes(content, files, class_of, annotation_file)
+    unknown = _unknown_classes(content, present, class_of, annotation_file)
 
     kept = [image_id for image_id in files if keep_unlabelled or present[image_id]]
     if not kept:
@@ -91,21 +98,94 @@ def load_coco(
         kept,
         names,
         on_bad_image=on_bad_image,
+        unknown_labels=None if unknown is None else [unknown[image_id] for image_id in kept],
         name="coco",
-        source=f"{root.name}/{split}{year} in COCO layout",
+        source=f"{root.name}/{annotation_file.relative_to(root) if annotations is None else annotation_file.name}, "
+        "in COCO's format",
+    )
+
+
+def _annotation_file(root: Path, split: str, year: int, given: str | os.PathLike[str] | None) -> Path:
+    """The JSON file of a split."""
+    if given is not None:
+        file = root / given if (root / given).is_file() else absolute(given)
+        if not file.is_file():
+            raise FileNotFoundError(f"annotations is {file}; it must be a file in COCO's format; correct the path.")
+        return file
+    official = root / "annotations" / f"instances_{split}{year}.json"
+    if official.is_file():
+        return official
+    every_word = sorted(set().union(*_SPLIT_WORDS.values()))
+    folders = [root, root / "annotations", *(root / word for word in every_word)]
+    of_split, neutral, others = [], [], []
+    for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
+        words = set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower()))
+        if _OFFICIAL.fullmatch(file.name) or words & _OTHER_TASKS:
+            continue
+        if words & _SPLIT_WORDS[split]:
+            of_split.append(file)
+        elif any(words & named for named in _SPLIT_WORDS.values()):
+            others.append(file)
+        else:
+            neutral.append(file)
+    found = of_split or (neutral if split == "train" else [])
+    if len(found) > 1:
+        several = ", ".join(str(file.relative_to(root)) for file in found[:5])
+        raise ValueError(f"{root} has {len(found)} files that could be meant: {several}; pass one: annotations=...")
+    if found:
+        return found[0]
+    layout = _layout(root, split, year)
+    if others := [str(file.relative_to(root)) for file in others + neutral]:
+        layout = f"There is {', '.join(others[:5])}, not named after the split. {layout}"
+    check_layout((("folder", root, root.is_dir()), ("annotation file", official, False)), layout)
+    raise AssertionError  # check_layout raises
+
+
+def _image_folder(
+    root: Path, split: str, year: int, file: Path, given: str | os.PathLike[str] | None, names: Sequence[str]
+) -> Path:
+    """The folder that the file names start from: where one of these, the first ones, is."""
+    official = root / f"{split}{year}"
+    if given is not None:
+        folder = root / given if (root / given).is_dir() else absolute(given)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"images is {folder}; it must be the folder of the images; correct the path.")
+        return folder
+    if file == root / "annotations" / f"instances_{split}{year}.json" and official.is_dir():
+        return official
+    of_split = sorted(_SPLIT_WORDS[split])
+    tried = [file.parent, file.parent / "images", root / "images", *(root / "images" / word for word in of_split)]
+    tried += [root / "images" / file.stem.rpartition("_")[2], *(root / word for word in of_split), official, root]
+    for folder in tried:
+        if any((folder / name).is_file() for name in names):
+            return folder
+    if _OFFICIAL.fullmatch(file.name):
+        check_layout((("image folder", official, official.is_dir()),), _layout(root, split, year))
+    several = ", ".join(str(folder) for folder in dict.fromkeys(tried) if folder.is_dir())
+    first = repr(names[0]) if names else "no image"
+    raise FileNotFoundError(f"{file} lists {first}, which is in none of {several}; pass its folder: images=...")
+
+
+def _layout(root: Path, split: str, year: int) -> str:
+    return (
+        f"COCO's layout is expected:\n"
+        f"  {root}/\n"
+        f"    annotations/instances_{split}{year}.json\n"
+        f"    {split}{year}/  (the images that the annotation file lists)\n"
+        f"Point to the folder that holds both, choose another split or year, or pass annotations= and images= (flags "
+        f"--annotations, --images, and with eval_ before for the evaluation set)."
     )
 
 
 def _read_json(file: Path) -> dict[str, list[Any]]:
     """The parsed JSON: an object whose 'images', 'annotations' and 'categories' are lists."""
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream, object_hook=_without_outline)
+    try:  # of bytes json reads UTF-8, UTF-16 and UTF-32, with a byte order mark or without
+        content = json.loads(file.read_bytes(), object_hook=_without_outline)
     except json.JSONDecodeError as error:
         problem = f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg})"
         raise ValueError(f"{file} is {problem}; it may be cut off; copy it again.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); copy it again.") from error
+        raise ValueError(f"{file} is not Unicode text ({error}); copy it again.") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{file} has no list '{key}'; it must be in COCO's instances format; use such a file.")
@@ -146,17 +226,43 @@ def _ids(content: dict[str, list[Any]], part: str, file: Path) -> list[int | str
     return ids
 
 
+def _file_names(content: dict[str, list[Any]], file: Path) -> list[str]:
+    """Each image's `file_name`, or where none has one the end of its `coco_url`, folder and name, as LVIS has it."""
+    if any(isinstance(record, dict) and "file_name" in record for record in content["images"]):
+        return _values(content, "images", "file_name", (str,), file)
+    if not any(isinstance(record, dict) and "coco_url" in record for record in content["images"]):
+        return _values(content, "images", "file_name", (str,), file)
+    return ["/".join(url.split("/")[-2:]) for url in _values(content, "images", "coco_url", (str,), file)]
+
+
 def _categories(content: dict[str, list[Any]], file: Path) -> tuple[dict[int | str, int], list[str]]:
     """Category id to class index, and the class names; in the order of the ids."""
     ids, names = _ids(content, "categories", file), _values(content, "categories", "name", (str,), file)
     if not ids:
         raise ValueError(f"{file}: 'categories' is empty; it must have at least one class; list them.")
+    if (root := _root_category(content)) is not None:
+        logger.info(
+            "%s: category %r, %r, is the supercategory of all others and no annotation uses it: it is no class.",
+            *(file.name, ids[root], names[root]),
+        )
+        ids, names = ids[:root] + ids[root + 1 :], names[:root] + names[root + 1 :]
     if repeat := first_repeat(names):
         first, second = (ids[index] for index in repeat)
         named = f"are both named {names[repeat[0]]!r}"
         raise ValueError(f"{file}: categories {first!r} and {second!r} {named}; names must differ; rename one.")
     class_of = {category_id: k for k, category_id in enumerate(sorted(ids))}
     return class_of, [names[ids.index(category_id)] for category_id in class_of]
+
+
+def _root_category(content: dict[str, list[Any]]) -> int | None:
+    """The position of the category that is the supercategory of all others and that no annotation uses."""
+    used = {record.get("category_id") for record in content["annotations"] if isinstance(record, dict)}
+    records = content["categories"]
+    for index, record in enumerate(records):
+        others = {other.get("supercategory") for other in records[:index] + records[index + 1 :]}
+        if others == {record["name"]} and record["id"] not in used:
+            return index
+    return None
 
 
 def _present_classes(
@@ -177,3 +283,23 @@ def _present_classes(
             raise ValueError(f"{found}; it must be in 'categories' ({known}); list the category.")
         present[image_id].add(class_of[category_id])
     return present
+
+
+def _unknown_classes(
+    content: dict[str, list[Any]],
+    present: dict[int | str, set[int]],
+    class_of: dict[int | str, int],
+    file: Path,
+) -> dict[int | str, list[int]] | None:
+    """Image id to the classes of which nothing is known, where images list what they are without (LVIS); else None."""
+    if not any("neg_category_ids" in record for record in content["images"]):
+        return None
+    unknown = {}
+    for index, record in enumerate(content["images"]):
+        absent = record.get("neg_category_ids")
+        if not isinstance(absent, list) or not all(value in class_of for value in absent):
+            needed = "it must be a list of category ids; correct it"
+            raise ValueError(f"{file}: images[{index}] has the neg_category_ids {absent!r}; {needed}.")
+        known = present[record["id"]] | {class_of[value] for value in absent}
+        unknown[record["id"]] = [k for k in range(len(class_of)) if k not in known]
+    return unknown

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -19,6 +22,7 @@ from hf_balancemix.data.files import (
     image_dataset,
     read_lines,
 )
+from hf_balancemix.data.tags import checked_names
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,8 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+# Converters write all of these.
+_DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
 Classes = list[list[int]]  # of each image, ascending
 
 
@@ -35,8 +41,9 @@ def load_voc(
     split: str = "trainval",
     difficult: str = "positive",
     on_bad_image: str = "error",
+    names: Sequence[str] | None = None,
 ) -> datasets.Dataset:
-    """Load one split of PASCAL VOC as a multi-label data set, from the official VOCdevkit layout.
+    """Load one split of PASCAL VOC, or of another data set in the layout of its devkit, as a multi-label data set.
 
     The image ids come from `VOC{year}/ImageSets/Main/{split}.txt`, the images from `VOC{year}/JPEGImages/`. The labels
     come from `ImageSets/Main/{class}_{split}.txt` or, unless all 20 class files exist, from `Annotations/{id}.xml`;
@@ -47,13 +54,15 @@ def load_voc(
     "2008_000002" in 2012; one that occurs in both years is an error.
 
     Args:
-        root: The folder that holds `VOCdevkit/`, or `VOCdevkit` itself, which holds `VOC2007/` and `VOC2012/`.
+        root: The folder that holds `VOCdevkit/`, or `VOCdevkit` itself, which holds `VOC2007/` and `VOC2012/`. With
+            `names` also the folder that holds `ImageSets/`, `Annotations/` and `JPEGImages/` itself.
         year: "2007", "2012" or "2007+2012".
         split: "train", "val", "trainval" or "test". The labels of VOC2012's test set were never published.
         difficult: What a class is in an image where all of its objects are marked as difficult: "positive",
             "negative" or "ignore" (VOC's evaluation rule): listed in the column `unknown_labels`. The paper's ratios
             (Eq. 12 and 13: 14 and 13) fit "negative" on "2007+2012" (14.5 and 12.8; "positive" gives 15.3 and 11.9).
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
+        names: The classes, in their order, where they are not VOC's.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
@@ -70,7 +79,8 @@ def load_voc(
     check_choice("split", split, ("train", "val", "trainval", "test"))
     check_choice("difficult", difficult, ("positive", "ignore", "negative"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
-    if split == "test" and year != "2007":
+    classes = VOC_CLASSES if names is None else tuple(checked_names(names) or ())
+    if split == "test" and year != "2007" and names is None:
         raise ValueError(
             f"year is {year!r}; it must be '2007' with split='test', as the labels of VOC2012's test set were never "
             "published; pass year='2007', or split='val'."
@@ -81,18 +91,18 @@ def load_voc(
     certain: Classes = []
     doubtful: Classes = []
     for one_year in year.split("+"):
-        folder, absent = _year_folder(root, one_year, split)
+        folder, absent = _year_folder(root, one_year, split, classes)
         ids_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         ids = _read_ids(ids_file)
         if twice := set(image_ids).intersection(ids):
             problem = f"the id {min(twice)!r} is also in the split of the other year; ids must be unique"
             raise ValueError(f"{ids_file}: {problem}; restore the official lists, or load one year.")
-        sources.append((folder / "JPEGImages", [f"{image_id}.jpg" for image_id in ids], ids_file))
+        sources.append((folder / "JPEGImages", _image_files(folder / "JPEGImages", ids), ids_file))
         if absent:
             logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, absent[0])
-            found = _from_annotations(folder / "Annotations", ids)
+            found = _from_annotations(folder / "Annotations", ids, classes)
         else:
-            found = _from_class_files(folder / "ImageSets" / "Main", split, ids)
+            found = _from_class_files(folder / "ImageSets" / "Main", split, ids, classes)
         certain += found[0]
         doubtful += found[1]
         image_ids += ids
@@ -104,7 +114,7 @@ def load_voc(
         sources,
         labels,
         image_ids,
-        VOC_CLASSES,
+        classes,
         unknown_labels=doubtful if difficult == "ignore" else None,
         on_bad_image=on_bad_image,
         name="voc",
@@ -112,12 +122,14 @@ def load_voc(
     )
 
 
-def _year_folder(root: Path, year: str, split: str) -> tuple[Path, list[str]]:
+def _year_folder(root: Path, year: str, split: str, classes: Sequence[str]) -> tuple[Path, list[str]]:
     """The folder VOC{year}, in which all that the split needs exists, and the class files that are absent from it."""
     devkit = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     folder = devkit / f"VOC{year}"
+    if classes is not VOC_CLASSES and not folder.is_dir() and (root / "JPEGImages").is_dir():
+        folder = root
     main = folder / "ImageSets" / "Main"
-    class_files = [f"{name}_{split}.txt" for name in VOC_CLASSES]
+    class_files = [f"{name}_{split}.txt" for name in classes]
     absent = [name for name in class_files if not (main / name).is_file()]
     check_layout(
         (
@@ -126,7 +138,7 @@ def _year_folder(root: Path, year: str, split: str) -> tuple[Path, list[str]]:
             ("list of the split", main / f"{split}.txt", (main / f"{split}.txt").is_file()),
             ("image folder", folder / "JPEGImages", (folder / "JPEGImages").is_dir()),
             (
-                f"labels: {len(absent)} of the {len(VOC_CLASSES)} class files, such as {(absent or [''])[0]}, are "
+                f"labels: {len(absent)} of the {len(classes)} class files, such as {(absent or [''])[0]}, are "
                 f"absent from {main}, and so is the folder",
                 folder / "Annotations",
                 not absent or (folder / "Annotations").is_dir(),
@@ -153,12 +165,22 @@ def _read_ids(file: Path) -> list[str]:
     return ids
 
 
-def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, Classes]:
+def _image_files(folder: Path, ids: list[str]) -> list[str]:
+    """The file of each id, whatever its ending; `{id}.jpg` where that exists, or none does."""
+    others: dict[str, str] = {}
+    for file in sorted(os.listdir(folder)):
+        stem, ending = os.path.splitext(file)
+        if stem not in others or ending == ".jpg":
+            others[stem] = file
+    return [others.get(image_id, f"{image_id}.jpg") for image_id in ids]
+
+
+def _from_class_files(main: Path, split: str, ids: list[str], classes: Sequence[str]) -> tuple[Classes, Classes]:
     """For each image the classes that are present, and those of which it has difficult objects only."""
     row_of = {image_id: row for row, image_id in enumerate(ids)}
     certain: Classes = [[] for _ in ids]
     doubtful: Classes = [[] for _ in ids]
-    for k, name in enumerate(VOC_CLASSES):
+    for k, name in enumerate(classes):
         file = main / f"{name}_{split}.txt"
         unread = dict(row_of)
         for number, line in enumerate(read_lines(file), start=1):
@@ -177,23 +199,23 @@ def _from_class_files(main: Path, split: str, ids: list[str]) -> tuple[Classes, 
     return certain, doubtful
 
 
-def _from_annotations(folder: Path, ids: list[str]) -> tuple[Classes, Classes]:
+def _from_annotations(folder: Path, ids: list[str], classes: Sequence[str]) -> tuple[Classes, Classes]:
     """The same as :func:`_from_class_files`, from the objects of each image."""
     files = set(os.listdir(folder))
     if missing := [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]:
         problem = f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent"
-        raise FileNotFoundError(f"{problem}; copy all there, or the 20 class files into ImageSets/Main.")
+        raise FileNotFoundError(f"{problem}; copy all there, or the {len(classes)} class files into ImageSets/Main.")
     certain: Classes = []
     doubtful: Classes = []
     for image_id in ids:
-        objects = _objects(folder / f"{image_id}.xml")
+        objects = _objects(folder / f"{image_id}.xml", classes)
         easy = {k for k, is_difficult in objects if not is_difficult}
         certain.append(sorted(easy))
         doubtful.append(sorted({k for k, _ in objects} - easy))
     return certain, doubtful
 
 
-def _objects(file: Path) -> list[tuple[int, bool]]:
+def _objects(file: Path, classes: Sequence[str]) -> list[tuple[int, bool]]:
     """Class, and whether it is difficult, of each object in an annotation."""
     root = _parse_xml(file)
     if root.tag != "annotation":
@@ -201,30 +223,49 @@ def _objects(file: Path) -> list[tuple[int, bool]]:
     objects = []
     for index, element in enumerate(root.findall("object")):  # not the parts inside, which have names too
         name = element.findtext("name", "").strip()
-        if name not in VOC_CLASSES:
-            needed = f"one of the 20 classes of VOC ({VOC_CLASSES[0]}, ..., {VOC_CLASSES[-1]})"
-            raise ValueError(f"{file}: object[{index}] is named {name!r}; it must be {needed}; correct the name.")
-        flag = element.findtext("difficult", "0").strip()
-        if flag not in ("0", "1"):
-            raise ValueError(f"{file}: object[{index}] has difficult={flag!r}; it must be 0 or 1; correct it.")
-        objects.append((VOC_CLASSES.index(name), flag == "1"))
+        if name not in classes:
+            needed = f"one of the {len(classes)} classes ({classes[0]}, ..., {classes[-1]})"
+            fix = "correct the name, or pass the classes of this data set: names=[...]"
+            raise ValueError(f"{file}: object[{index}] is named {name!r}; it must be {needed}; {fix}.")
+        flag = _DIFFICULT.get(text := element.findtext("difficult", "0").strip().lower())
+        if flag is None:
+            raise ValueError(f"{file}: object[{index}] has difficult={text!r}; it must be 0 or 1; correct it.")
+        objects.append((classes.index(name), flag))
     return objects
 
 
 def _parse_xml(file: Path) -> ElementTree.Element:
-    """The outer element of a UTF-8 XML file, which may not declare a DTD: so no entity is expanded or fetched."""
+    """The outer element of an XML file, which may not declare a DTD: so no entity is expanded or fetched."""
 
     def refuse(*_: object) -> None:
         problem = "the XML declares a DTD, which can define entities; it must not; remove the DOCTYPE"
         raise ValueError(f"{file}, line {parser.CurrentLineNumber}: {problem}.")
 
-    content = file.read_bytes()
+    content = _utf8_of_xml(file)
     # Before ElementTree, whose own parser would go on to expand entities after a doctype handler has raised.
     parser = expat.ParserCreate("UTF-8")
     parser.StartDoctypeDeclHandler = refuse
     try:
         parser.Parse(content, True)
     except expat.ExpatError as error:
-        problem = f"not well-formed UTF-8 XML ({expat.ErrorString(error.code)}); it may be cut off"
+        problem = f"not well-formed XML ({expat.ErrorString(error.code)}); it may be cut off"
         raise ValueError(f"{file}, line {error.lineno}: {problem}; copy it again.") from error
     return ElementTree.fromstring(content, ElementTree.XMLParser(encoding="UTF-8"))
+
+
+def _utf8_of_xml(file: Path) -> bytes:
+    """The content of an XML file in UTF-8, from the encoding of its byte order mark or its declaration."""
+    content = file.read_bytes()
+    declared = re.match(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)", content[:200])
+    encoding = "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif declared and not content.startswith(codecs.BOM_UTF8):
+        encoding = declared[1].decode("ascii")
+    try:
+        return content.decode(encoding).encode()
+    except LookupError as error:
+        raise ValueError(f"{file}: the encoding {encoding!r} is not known; it must be; save it as UTF-8.") from error
+    except UnicodeError as error:
+        line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        raise ValueError(f"{file}, line {line}: not {encoding} text; copy the file again.") from error

@@ -40,18 +40,41 @@ class DataArguments:
 
 @dataclass
 class CocoData(DataArguments):
-    """Data in COCO's layout, or the built-in sample."""
+    """Data in COCO's layout or as tools export it in COCO's format, or the built-in sample."""
 
     data_dir: str | None = flag(
-        None, "Folder with train2017/, val2017/, annotations/. Without it: the built-in sample and its own defaults."
+        None,
+        "Folder with train2017/, val2017/, annotations/, or an export of Roboflow, CVAT, Label Studio, ... Default: "
+        "the built-in sample, with defaults of its own.",
     )
+    annotations: str | None = flag(None, "The JSON file of the training set. Default: looked for in the folder.")
+    images: str | None = flag(None, "Folder of the training images. Default: where the first of them are.")
+    eval_annotations: str | None = flag(None, "The JSON file of the evaluation set. Default: looked for.")
+    eval_images: str | None = flag(None, "Folder of the evaluation images. Default: where the first of them are.")
+    held_out: float | None = flag(None, "Instead of an evaluation set: the share of the training set to hold out.")
     year: int = flag(2017, "COCO year.", [2014, 2017])
     keep_unlabelled: bool = flag(False, "Keep images without any label.")
+
+    def __post_init__(self) -> None:
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must be a share in (0, 1); pass for instance 0.1.")
+        files = [name for name in ("annotations", "images", "eval_annotations", "eval_images") if getattr(self, name)]
+        if files and self.data_dir is None:
+            raise ValueError(
+                f"{files[0]} is {getattr(self, files[0])!r}; it needs the data's folder; pass --data_dir."
+            )
+        if self.held_out is not None and (self.eval_annotations or self.eval_images):
+            raise ValueError("held_out is given and so is an evaluation set; it must be one of them; leave out one.")
 
     def load(self, seed: int) -> Pair:
         root = self.data_dir or make_scenes()
         options = {"year": self.year, "keep_unlabelled": self.keep_unlabelled, "on_bad_image": self.on_bad_image}
-        return load_coco(root, split="train", **options), load_coco(root, split="val", **options)
+        train = load_coco(root, split="train", annotations=self.annotations, images=self.images, **options)
+        if self.held_out is not None:
+            train, val = iterative_split(train, [1 - self.held_out, self.held_out], seed=seed)
+            return train, val
+        val = {"annotations": self.eval_annotations, "images": self.eval_images}
+        return train, load_coco(root, split="val", **val, **options)
 
 
 @dataclass
@@ -68,12 +91,13 @@ class VocData(DataArguments):
         "Classes of which an image shows difficult objects only. The paper's class counts fit 'negative'.",
         ["positive", "ignore", "negative"],
     )
+    class_names: list[str] | None = flag(None, "The classes, in their order, where they are not VOC's.")
 
     def __post_init__(self) -> None:
         _check_folder(self.data_dir, "VOCdevkit/")
 
     def load(self, seed: int) -> Pair:
-        options = {"difficult": self.difficult, "on_bad_image": self.on_bad_image}
+        options = {"difficult": self.difficult, "on_bad_image": self.on_bad_image, "names": self.class_names}
         return (
             load_voc(self.data_dir, year=self.train_year, split=self.train_split, **options),
             load_voc(self.data_dir, year=self.eval_year, split=self.eval_split, **options),

@@ -228,7 +228,7 @@ def _read(config: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"config is {file}; it must be a YAML or JSON file; check the path.")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         # JSON is YAML, but for tabs between its tokens.
         values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError) as error:

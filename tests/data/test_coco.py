@@ -13,7 +13,7 @@ from datasets import ClassLabel, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_balancemix.data.coco import load_coco
-from hf_balancemix.data.labels import class_names, label_matrix
+from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 
 DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))
 
@@ -171,7 +171,7 @@ def test_annotation_file_cut_off(root):
     with pytest.raises(ValueError, match="line 1, column 1"):
         load_coco(root)
     file.write_bytes(b"\x80\x81")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
+    with pytest.raises(ValueError, match="is not Unicode text"):
         load_coco(root)
 
 
@@ -285,6 +285,117 @@ def test_all_images_absent_is_an_error_also_when_skipping(root):
 
 
 # Real COCO
+
+# what tools export
+
+
+def export(root: Path, json_file: str, image_folder: str, document: dict, encoding: str = "utf-8") -> Path:
+    """The images of a document and its JSON, wherever a tool puts them."""
+    for color, image in enumerate(document["images"]):
+        path = root / image_folder / image.get("file_name", image.get("coco_url", "").split("org/")[-1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (8, 8), (60 * color, 0, 0)).save(path)
+    (root / json_file).parent.mkdir(parents=True, exist_ok=True)
+    (root / json_file).write_text(json.dumps(document), encoding=encoding)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("json_file", "image_folder", "split"),
+    [
+        ("train/_annotations.coco.json", "train", "train"),  # Roboflow
+        ("valid/_annotations.coco.json", "valid", "val"),
+        ("_annotations.coco.json", "", "train"),
+        ("annotations/instances_default.json", "images", "train"),  # CVAT
+        ("annotations/instances_default.json", "images/default", "train"),
+        ("annotations/instances_Validation.json", "images/Validation", "val"),
+        ("result.json", "images", "train"),  # Label Studio
+        ("train.json", "train", "train"),
+        ("annotations/val.json", "images/val", "val"),
+    ],
+)
+def test_layouts_of_tools_are_found(tmp_path, json_file, image_folder, split):
+    root = export(tmp_path / "export", json_file, image_folder, content())
+    found = load_coco(root, split=split)
+    assert found["image_id"][:] == [30, 10, 40]
+    assert found[1]["image"].getpixel((0, 0)) == (60, 0, 0)
+    other = "val" if split == "train" else "train"  # what names one split, or none, is never the other's data, too
+    with pytest.raises(
+        FileNotFoundError, match=rf"(?s)no annotation file .*{Path(json_file).name}.*pass annotations= and images="
+    ):
+        load_coco(root, split=other)
+    named = load_coco(root, split=other, annotations=json_file, images=image_folder or ".")
+    assert named["labels"][:] == found["labels"][:]
+
+
+def test_file_and_folder_by_name_and_more_than_one_candidate(tmp_path):
+    root = export(tmp_path / "export", "a.json", "pictures", content())
+    with pytest.raises(FileNotFoundError, match=r"a\.json lists 'c\.jpg', which is in none of .*pass its folder"):
+        load_coco(root)
+    assert len(load_coco(root, images="pictures")) == 3
+    (root / "b.json").write_text((root / "a.json").read_text())
+    with pytest.raises(ValueError, match=r"has 2 files that could be meant: a\.json, b\.json; pass one: annotations="):
+        load_coco(root, images="pictures")
+    elsewhere = load_coco(tmp_path, annotations=root / "b.json", images=root / "pictures")
+    assert len(elsewhere) == 3
+    for wrong, message in (
+        ({"annotations": "c.json"}, "annotations is .*c.json"),
+        ({"images": "x"}, "images is .*x;"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_coco(root, **{"annotations": "a.json"} | wrong)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks(tmp_path, encoding):
+    root = export(tmp_path / "export", "train.json", "train", content(), encoding)
+    assert len(load_coco(root)) == 3
+
+
+def test_backslashes_of_windows_are_read(tmp_path):
+    document = content()
+    root = export(tmp_path / "export", "result.json", "", document)
+    for image in document["images"]:
+        (root / "images").mkdir(exist_ok=True)
+        (root / image["file_name"]).rename(root / "images" / image["file_name"])
+        image["file_name"] = f"images\\{image['file_name']}"
+    (root / "result.json").write_text(json.dumps(document))
+    assert load_coco(root)[0]["image"].size == (8, 8)
+
+
+def test_the_unused_supercategory_of_all_is_no_class(tmp_path, caplog):
+    document = content()
+    for category in document["categories"]:
+        category["supercategory"] = "things"
+    document["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"})
+    with caplog.at_level(logging.INFO, logger="hf_balancemix"):
+        found = load_coco(export(tmp_path / "a", "train.json", "train", document))
+    assert class_names(found) == ["dog", "cat", "car"]
+    assert "category 0, 'things', is the supercategory of all others and no annotation uses it" in caplog.text
+    same_name = content() | {"categories": [{"id": 2, "name": "pet", "supercategory": "pet"}]}
+    same_name["annotations"] = [{"image_id": 10, "category_id": 2}]
+    same_name["categories"].append({"id": 0, "name": "pet", "supercategory": "none"})
+    assert class_names(load_coco(export(tmp_path / "b", "train.json", "train", same_name))) == ["pet"]
+    document["annotations"].append({"image_id": 10, "category_id": 0})
+    assert class_names(load_coco(export(tmp_path / "c", "train.json", "train", document)))[0] == "things"
+    plain = content()  # an unused class is a class: in a small part of COCO many have no annotation
+    plain["categories"] += [{"id": 95, "name": "vase", "supercategory": "indoor"}]
+    assert len(class_names(load_coco(export(tmp_path / "d", "train.json", "train", plain)))) == 4
+
+
+def test_lvis_lists_what_was_looked_for_in_vain(tmp_path):
+    document = content()
+    for image, absent in zip(document["images"], ([2], [90], [2, 7], []), strict=True):
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+        image |= {"neg_category_ids": absent, "not_exhaustive_category_ids": [7]}
+    root = export(tmp_path / "lvis", "annotations/lvis_v1_train.json", "", document)
+    found = load_coco(root)
+    assert (class_names(found), found["image_id"][:]) == (["dog", "cat", "car"], [30, 10, 40])
+    assert given_labels(found).tolist() == [[0, -1, 1], [1, 1, 0], [1, -1, -1]]
+    document["images"][0]["neg_category_ids"] = [1]
+    (root / "annotations" / "lvis_v1_train.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"images\[0\] has the neg_category_ids \[1\]"):
+        load_coco(root)
 
 
 @pytest.mark.skipif(not (DATA / "coco_sample").is_dir(), reason="BALANCEMIX_DATA has no coco_sample")

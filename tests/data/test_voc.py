@@ -296,8 +296,8 @@ def test_malformed_class_files(root, folder, line, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"000005\.xml, line 1: not well-formed UTF-8 XML \(no element found\)"),
-        (annotation([("dog", 0)])[:160], r"000005\.xml, line \d: not well-formed UTF-8 XML"),
+        ("", r"000005\.xml, line 1: not well-formed XML \(no element found\)"),
+        (annotation([("dog", 0)])[:160], r"000005\.xml, line \d: not well-formed XML"),
         ("<annotation>\n<object>\n</annotation>", r"000005\.xml, line 3: .*\(mismatched tag\)"),
         ("<annotation>&dog;</annotation>", r"000005\.xml, line 1: .*\(undefined entity\)"),
         ("<html></html>", r"000005\.xml: the outer element is <html>; it must be <annotation>"),
@@ -344,6 +344,47 @@ def test_entities_are_neither_expanded_nor_fetched(root, annotations, doctype, m
     bad.write_bytes(bad.read_text().encode("utf-16"))
     with pytest.raises(ValueError, match=r"000005\.xml, line 2: the XML declares a DTD"):
         load_voc(root)
+
+
+@pytest.mark.parametrize("text", ["Unspecified", "", " 0 ", "false"])
+def test_other_ways_to_write_not_difficult(root, annotations, text):
+    expected = load_voc(root, difficult="negative")["labels"][:]
+    file = annotations / "000005.xml"
+    file.write_text(file.read_text().replace("<difficult>0</difficult>", f"<difficult>{text}</difficult>"))
+    assert load_voc(root, difficult="negative")["labels"][:] == expected
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared"),
+    [("latin-1", "ISO-8859-1"), ("utf-16", "UTF-16"), ("gb18030", "GB18030"), ("utf-8-sig", "utf-8")],
+)
+def test_declared_encodings(root, annotations, encoding, declared):
+    expected = load_voc(root)["labels"][:]
+    file = annotations / "000005.xml"
+    text = file.read_text().replace("<annotation>", "<annotation><owner>J\u00fcrgen</owner>")
+    file.write_bytes(f'<?xml version="1.0" encoding="{declared}"?>\n{text}'.encode(encoding))
+    assert load_voc(root)["labels"][:] == expected
+    file.write_bytes(f'<?xml version="1.0" encoding="klingon"?>\n{text}'.encode())
+    with pytest.raises(ValueError, match=r"000005\.xml: the encoding 'klingon' is not known"):
+        load_voc(root)
+
+
+def test_classes_of_ones_own_and_other_image_endings(root, annotations, tmp_path):
+    own = tmp_path / "own"
+    annotations.parent.rename(own)  # Annotations/, ImageSets/ and JPEGImages/ without a devkit around
+    for file in (own / "Annotations").iterdir():
+        file.write_text(file.read_text().replace("<name>dog</name>", "<name>wolf</name>"))
+    for file in [*(own / "JPEGImages").iterdir()]:
+        with PILImage.open(file) as image:
+            image.save(file.with_suffix(".png"))
+        file.unlink()
+    wolf = [name if name != "dog" else "wolf" for name in VOC_CLASSES]
+    found = load_voc(own, names=wolf[::-1])
+    assert class_names(found) == wolf[::-1]
+    assert any(class_names(found).index("wolf") in row for row in found["labels"])
+    assert found[0]["image"].mode == "RGB"
+    with pytest.raises(ValueError, match=r"is named 'wolf'; it must be one of the 19 classes .*names=\[\.\.\.\]"):
+        load_voc(own, names=[name for name in wolf if name != "wolf"])
 
 
 def test_ids_without_annotation(root, annotations):
