@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from hf_balancemix import load_trained
 from hf_balancemix.scripts.parser import parse_arguments, run
-from hf_balancemix.scripts.predict import PredictArguments, image_files, write_probabilities
+from hf_balancemix.scripts.predict import PredictArguments, image_files, left_out, write_probabilities
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments((PredictArguments,), argv, description=__doc__)
-    files = image_files(args.images)
+    files, others = image_files(args.images)
     model, processor = load_trained(args.model)  # in evaluation mode, with the thresholds that it was saved with
     options = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
     written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
-    print(f"{written} images written to {args.output}, {len(files) - written} skipped.")
+    print(f"{written} images written to {args.output}, {len(files) - written} skipped.{left_out(others)}")
 
 
 if __name__ == "__main__":

@@ -236,6 +236,26 @@ def test_predict_takes_flags_from_a_file_and_runs_where_it_is_told(trained, fold
     assert "6 images written" in capsys.readouterr().out
 
 
+def test_predict_takes_what_pillow_opens_and_counts_what_it_leaves_out(trained, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    kinds = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.ppm": "PPM", "d.jp2": "JPEG2000", "e.avif": "AVIF"}
+    for name, kind in kinds.items():
+        Image.new("RGB", (24, 24), (90, 0, 0)).save(folder / name, format=kind)
+    for name in ("f.heic", "g.heic", "notes", "h.eps"):
+        (folder / name).write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    argv = ["--model", str(trained["out"] / "balancemix"), "--images", str(folder), "--device", "cpu"]
+    run_script("predict", *argv, "--output", str(tmp_path / "s.csv"), monkeypatch=monkeypatch)
+    assert list(rows_of(tmp_path / "s.csv")[1]) == sorted(kinds)
+    left_out = "0 skipped. Left out: 4 files that Pillow does not open (2 .heic, 1 .eps, 1 notes)."
+    assert left_out in capsys.readouterr().out
+    for name in kinds:
+        (folder / name).unlink()
+    message = fails("predict", *argv, monkeypatch=monkeypatch, capsys=capsys)
+    assert "must hold images that Pillow opens" in message
+    assert "4 files" in message
+
+
 def test_predict_stops_at_a_bad_image_or_skips_it(trained, folder, tmp_path, monkeypatch, capsys):
     (folder / "more" / "cut.jpg").write_bytes(b"\xff\xd8 cut")
     output = tmp_path / "scores.csv"

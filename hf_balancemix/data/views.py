@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import datasets
@@ -11,23 +14,30 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from hf_balancemix.core.keys import keyed_rng
 from hf_balancemix.data.labels import column_feature
+
+logger = logging.getLogger(__name__)
 
 BICUBIC = int(Image.Resampling.BICUBIC)
 BILINEAR = int(Image.Resampling.BILINEAR)
 
 
 def decode(image: Any) -> Image.Image:
-    """An RGB image, turned upright by its EXIF tag; transparency is dropped, 16-bit grey is scaled to 8 bits.
+    """An RGB image, turned upright by its EXIF tag; transparency is dropped.
+
+    Pixels of more than 8 bits are scaled to 8. Scanners, microscopes and satellites store 10, 12 or 14 bits in 16, and
+    nothing in the file says so: an image has the fewest of 8, 10, 12, 14 and 16 bits that its largest value fits in.
+    Floating-point pixels lie in [0, 1], or are whole numbers of such a range.
 
     Args:
         image: A dict with `path` and `bytes` (an undecoded `datasets.Image`), a path, bytes, or a PIL image.
 
     Raises:
-        ValueError: The file is no image, is cut off, is empty, has 32-bit pixels (of unknown range) or so many that it
+        ValueError: The file is no image, is cut off, is empty, has pixels below 0 or above 65,535, or so many that it
             may be a decompression bomb.
         FileNotFoundError: The file is gone.
         TypeError: `image` is something else.
@@ -48,6 +58,9 @@ def decode(image: Any) -> Image.Image:
         if isinstance(image, Image.Image):
             return _upright_rgb(image)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            # Pillow reads colours of 16 bits by their upper 8, which leaves nothing of 12 bits.
+            if ";16" in str(opened.tile) and not opened.mode.startswith("I"):
+                return _deep_colour(opened, image)
             return _upright_rgb(opened)
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name} does not exist; restore it or remove its row.") from None
@@ -60,12 +73,42 @@ def decode(image: Any) -> Image.Image:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     upright = ImageOps.exif_transpose(image)
-    # convert() would clip values over 255, not scale them.
-    if upright.mode.startswith("I;16"):
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    elif upright.mode in ("I", "F"):
-        raise ValueError(f"pixel mode {upright.mode}, 32 bits of unknown range; 8 or 16 bits are needed")
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):  # convert() would clip them
+        upright = Image.fromarray(_eight_bits(np.asarray(upright)))
     return upright.convert("RGB")
+
+
+def _deep_colour(opened: Image.Image, source: Any) -> Image.Image:
+    if opened.format != "PNG":
+        _say_once("16-bit colours of %s are read by their upper 8 bits.", opened.format)
+        return _upright_rgb(opened)
+    opened.load()  # which refuses what is cut off; torchvision fills it up
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        values = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    image = Image.fromarray(_eight_bits(values.permute(1, 2, 0).numpy()))
+    image.getexif().update(opened.getexif())
+    return ImageOps.exif_transpose(image)
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Pixels of any type as uint8, by the range that is found in them; see :func:`decode`."""
+    least, most = values.min(initial=0), values.max(initial=0)
+    if not (least >= 0 and most <= 65535):  # also NaN
+        raise ValueError(f"pixels from {least:g} to {most:g}; they must lie in [0, 65535], or in [0, 1] as fractions")
+    if values.dtype.kind == "f" and most <= 1:
+        return np.round(values * 255).astype(np.uint8)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits)
+    if bits < 16:
+        _say_once("Pixels of up to %d bits in a file for more are scaled by 1 / %d to 8 bits.", bits, 2 ** (bits - 8))
+    return (values.astype(np.int64) >> (bits - 8)).astype(np.uint8)
+
+
+@cache
+def _say_once(text: str, *values: Any) -> None:
+    logger.info(text, *values)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel
 
 from hf_balancemix.files import whole_file
 from hf_balancemix.models import class_thresholds, iter_probabilities, load_trained
 from hf_balancemix.scripts.parser import flag, parse_arguments
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+# Read by a program or a library that Pillow would start or lacks.
+_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass
@@ -39,26 +42,39 @@ class PredictArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """The body of `balancemix predict`."""
     (args,) = parse_arguments((PredictArguments,), argv, __doc__, prog="balancemix predict")
-    files = image_files(args.images)
+    files, others = image_files(args.images)
     model, processor = load_trained(args.model)
     options = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
     written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
-    print(f"{written} images written to {args.output}, {len(files) - written} skipped.")
+    print(f"{written} images written to {args.output}, {len(files) - written} skipped.{left_out(others)}")
 
 
-def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The images in a folder and below it, sorted by name.
+def image_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and below it, by the endings that Pillow opens, and the other files, sorted by name.
 
     Raises:
         FileNotFoundError: It is no folder, or holds none.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"images is {folder}; it must be a folder; pass the one that holds the images.")
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise FileNotFoundError(f"images is {folder}; it must hold images ({suffixes}); pass another folder.")
+    formats = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in formats.items() if kind in Image.OPEN and kind not in _NO_PIXELS}
+    files: tuple[list[Path], list[Path]] = [], []
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file():
+            files[file.suffix.lower() not in suffixes].append(file)
+    if not files[0]:
+        needed = "it must hold images that Pillow opens (.jpg, .png, .webp, .tif, ...)"
+        raise FileNotFoundError(f"images is {folder}; {needed}; pass another folder.{left_out(files[1])}")
     return files
+
+
+def left_out(files: Sequence[Path]) -> str:
+    """A sentence on files that are no images, with their endings; empty without any."""
+    if not files:
+        return ""
+    endings = Counter(file.suffix.lower() or file.name for file in files).most_common(5)
+    return f" Left out: {len(files)} files that Pillow does not open ({', '.join(f'{n} {e}' for e, n in endings)})."
 
 
 def write_probabilities(

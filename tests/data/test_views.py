@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,12 +83,44 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind, form):
     assert len(np.unique(grey_levels(decoded))) == 256
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bit_pixels_of_unknown_range_are_refused_rather_than_clipped(dtype, tmp_path):
-    file = tmp_path / "depth.tif"
-    Image.fromarray(np.full((4, 4), 1000, dtype=dtype)).save(file)
-    with pytest.raises(ValueError, match=r"depth\.tif.*32 bits.*8 or 16 bits"):
-        decode(file)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("store", ["grey PNG", "colour PNG", "colour and alpha PNG", "I TIFF", "F TIFF"])
+def test_fewer_bits_than_the_file_has_room_for_are_scaled_by_what_is_there(bits, store):
+    values = np.linspace(0, 2**bits - 1, 24 * 20).astype(np.uint16).reshape(24, 20)
+    if store.startswith("colour"):
+        channels = 4 if "alpha" in store else 3
+        decoded = decode(deep_png(np.stack([values] * channels, axis=-1)))
+    else:
+        dtype = {"grey": np.uint16, "I": np.int32, "F": np.float32}[store.split()[0]]
+        decoded = decode(as_bytes(Image.fromarray(values.astype(dtype)), store.split()[1]))
+    assert decoded.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded)[..., 1], values >> (bits - 8))
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit colours, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    )
+
+
+def test_fractions_and_pixels_of_no_known_range():
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    found = np.asarray(decode(Image.fromarray(values)))[..., 0]
+    assert np.array_equal(found, np.round(values * 255))
+    for wrong in (-1.0, 70_000.0, float("nan")):
+        with pytest.raises(ValueError, match=r"pixels from .* to .*; they must lie in \[0, 65535\]"):
+            decode(Image.fromarray(np.full((4, 4), wrong, dtype=np.float32)))
+    cut_off = deep_png(np.random.default_rng(0).integers(0, 4096, (9, 9, 3)))[:-99]
+    with pytest.raises(ValueError, match="cannot decode image given as bytes"):
+        decode(cut_off)
 
 
 # What a camera stores so that the image appears upright after the turn that the tag names.
