@@ -41,8 +41,10 @@ HOOKS = {
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
     "_finish_current_push": [],
+    "_hp_search_setup": ["trial"],
     # public, but their signatures are ours too
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "call_model_init": ["trial"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "create_scheduler": ["num_training_steps", "optimizer"],
     "get_decay_parameter_names": ["model"],
