@@ -53,6 +53,22 @@ def check_trainer_options(options: dict[str, Any], compute_metrics: Any) -> None
         )
 
 
+def check_transform(train_transform: Any, views: Any) -> None:
+    """Something that can be called, and that is called."""
+    if train_transform is None:
+        return
+    if not callable(train_transform):
+        raise TypeError(
+            f"train_transform is {train_transform!r}; it must be a function of a PIL image; pass for instance "
+            "torchvision.transforms.v2.ColorJitter(0.4)."
+        )
+    if views is not None:
+        raise ValueError(
+            "train_transform is given together with views, such as cached features, which are not made by it; it must "
+            "stand alone; leave one of them out."
+        )
+
+
 def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLabelTrainingArguments) -> None:
     """At least one global batch of instances with images."""
     undecoded_images(dataset)

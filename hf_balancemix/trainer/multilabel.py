@@ -10,6 +10,7 @@ in tests/trainer/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`,
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -41,9 +43,12 @@ from hf_balancemix.trainer.checks import (
     check_model,
     check_train_dataset,
     check_trainer_options,
+    check_transform,
     names_of,
 )
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class _EpochHook(TrainerCallback):
@@ -81,6 +86,11 @@ class MultiLabelTrainer(AveragingTrainer):
         processing_class: Image processor of the backbone; its normalisation is kept, images are resized to
             `args.image_size`. What is saved is that.
         compute_metrics: Replaces the metrics named above.
+        train_transform: In place of RandAugment: any function of a training view, an RGB PIL image of
+            `args.image_size` a side, to an image, array or tensor as :func:`~hf_balancemix.data.views.as_view` takes
+            it, such as one of torchvision's v2. It is called with the global generators of torch, NumPy and `random`
+            seeded by the view's key, so that a resumed run sees the same; a generator of its own it must seed from
+            them.
         class_names: Names of the K classes, for multi-hot labels, which have none; by default the model's own.
         views: What makes the model's inputs of the instances; by default a :class:`ViewMaker` by `args` and the image
             processor. :class:`~hf_balancemix.frozen.cache.CachedViews` trains on cached features instead.
@@ -128,12 +138,15 @@ class MultiLabelTrainer(AveragingTrainer):
         processing_class: Any | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         views: Views | None = None,
+        train_transform: Callable[[Image.Image], Any] | None = None,
         class_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
         check_arguments(args, self._arguments_class)
         check_trainer_options(kwargs, compute_metrics)
+        check_transform(train_transform, views)
+        self.train_transform = train_transform
         self._given_processor = processing_class
         self._default_size = None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
         self._own_views: ViewMaker | None = None
@@ -195,7 +208,12 @@ class MultiLabelTrainer(AveragingTrainer):
             self.processing_class = self.callback_handler.processing_class = processor
         if self.views is self._own_views:  # not the user's
             seed = args.seed if args.data_seed is None else args.data_seed
-            self.views = self._own_views = ViewMaker.from_arguments(args, processor, seed)
+            self.views = self._own_views = ViewMaker.from_arguments(args, processor, seed, self.train_transform)
+            if self.train_transform is not None and not self._own_views.draws_by_key():
+                logger.warning(
+                    "train_transform gives two images for one seed: it has a generator of its own, so that a resumed "
+                    "run is not the same bit for bit; seed that in it by random.getrandbits(32)."
+                )
         self._mean, self._std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
         self._train_batch_size = args.train_batch_size
         if self.model is not None and self._fitted_by != self._model_facts():  # None between trials of a search

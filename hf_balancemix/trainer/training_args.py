@@ -53,6 +53,9 @@ class MultiLabelTrainingArguments(TrainingArguments):
     cutout (`float`, in [0, 1]): side of a square that is painted over in each training image before RandAugment, as a
         share of the image's; 0: none.
     channels_last (`bool`, defaults to `False`): memory format of model and images; convolutions are often much faster.
+    hflip (`bool`): mirror every other training view, left to right.
+    random_resized_crop (`float`, in [0, 1]): a training view is a random part of the image, of this share of its area
+        or more; 0: none. Crop, mirror, cutout and RandAugment follow each other.
     randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
     many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
         class is many-shot, below `few_shot` few-shot.
@@ -139,6 +142,11 @@ class MultiLabelTrainingArguments(TrainingArguments):
     cutout: float = _argument(
         "Paint over a square of each training image before RandAugment, with this share of its side; 0: none."
     )
+    hflip: bool = _argument("Mirror every other training view, left to right.", False)
+    random_resized_crop: float = _argument(
+        "Each training view is a random part of the image, of at least this share of its area, in (0, 1]; 0: none.",
+        0.0,
+    )
     channels_last: bool = _argument("Memory format of convolutional networks; often much faster.", False)
     randaugment_num_ops: int = _argument("RandAugment operations on each training view.", 2)
     randaugment_magnitude: int = _argument("Strength of RandAugment, 0 to 30.", 9)
@@ -175,12 +183,14 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     def _check(self) -> None:
         """Raise a ValueError where a value is out of range."""
+        area = "the least share of the image's area"
         columns = "False, as views are made of the image column; leave it out"
         for name, possible, required in (
             ("remove_unused_columns", not self.remove_unused_columns, columns),
             ("many_shot", self.many_shot >= self.few_shot, f"at least few_shot, {self.few_shot}; change either"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
             ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),
+            ("random_resized_crop", 0 <= self.random_resized_crop <= 1, f"{area}, in (0, 1]; 0 crops nothing"),
         ):
             if not possible:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {required}.")

@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import NAMES, arguments, flat, tiny_resnet, tiny_vit
+from PIL import Image
+from torchvision.transforms import v2
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer, tune_thresholds
 from hf_balancemix.core import BalanceMix
 from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.data.views import ViewMaker
 from hf_balancemix.methods import trainer_for
 from hf_balancemix.trainer import MixupTrainer
 
@@ -135,12 +140,59 @@ def test_what_trainer_takes_besides_works(dataset, tmp_path):
     assert own.param_groups[0]["lr"] == 0.005
 
 
+# ---- train_transform ----
+
+
+def draw_from_all(image):
+    pixels = np.asarray(image).copy()
+    pixels[:8] = [int(torch.randint(256, ())), np.random.randint(256), random.randrange(256)]
+    return pixels
+
+
+def test_a_run_with_a_transform_goes_on_bit_for_bit(noisy, tmp_path):
+    ends = []
+    for workers, resume in ((0, None), (2, None), (0, "checkpoint-4")):
+        args = arguments(
+            tmp_path, save_strategy="steps", save_steps=4, num_train_epochs=3, dataloader_num_workers=workers,
+            hflip=True, random_resized_crop=0.5,
+        )  # fmt: skip
+        trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=noisy, train_transform=draw_from_all)
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+        ends.append(flat(trainer.model))
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+    # Not at the evaluation, and in place of RandAugment.
+    batch = trainer.get_train_dataloader().dataset.views
+    assert torch.equal(batch.plain(Image.new("RGB", (9, 9))), torch.zeros(3, 16, 16, dtype=torch.uint8))
+    assert not batch.augmented(Image.new("RGB", (9, 9)), 0, num_views=1)[0][:, 8:].any()
+
+
+def test_a_transform_is_tried_before_training(dataset, tmp_path, caplog):
+    def make(train_transform, **options):
+        args = arguments(tmp_path)
+        BalanceMixTrainer(
+            model=tiny_vit(), args=args, train_dataset=dataset, train_transform=train_transform, **options
+        )
+
+    make(v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4), v2.RandomErasing()]))
+    assert "train_transform" not in caplog.text
+    with pytest.raises(ValueError, match=r"train_transform returned a Tensor of shape \(3, 8, 8\)"):
+        make(lambda image: v2.functional.pil_to_tensor(image.resize((8, 8))))
+    with pytest.raises(TypeError, match="train_transform is 3; it must be a function of a PIL image"):
+        make(3)
+    with pytest.raises(ValueError, match="train_transform is given together with views"):
+        make(draw_from_all, views=ViewMaker(16, 0))
+    own = np.random.default_rng(0)
+    make(lambda image: own.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    assert "it has a generator of its own" in caplog.text
+
+
 # ---- settings that are changed after the trainer was made ----
 
 CHANGES = {
     "relabel_threshold": 0.9, "mixup_alpha": 1.0, "randaugment_magnitude": 2, "prediction_source": "views",
-    "image_size": 24, "normalise": False, "seed": 5, "loss_reduction": "mean", "ema_decay": 0.5, "cutout": 0.5,
-    "global_batch_size": 6, "num_train_epochs": 4, "label_warmup_epochs": 2,
+    "image_size": 24, "normalise": False, "seed": 5, "hflip": True, "loss_reduction": "mean", "ema_decay": 0.5,
+    "cutout": 0.5, "global_batch_size": 6, "num_train_epochs": 4, "label_warmup_epochs": 2,
 }  # fmt: skip
 
 
