@@ -81,17 +81,12 @@ def undecoded_images(dataset: datasets.Dataset) -> datasets.Dataset:
 
     Raises:
         TypeError: Not a `datasets.Dataset` (an IterableDataset cannot be indexed by two samplers).
-        ValueError: No `image` column of type `datasets.Image`, or a transform that would not be applied.
+        ValueError: No `image` column of type `datasets.Image`.
     """
     feature = column_feature(dataset, "image", "rename the one that holds images: rename_column(..., 'image')")
     if not isinstance(feature, datasets.Image):
         fix = "dataset.cast_column('image', datasets.Image())"
         raise ValueError(f"column 'image' is {feature}; it must be a datasets.Image; use {fix}.")
-    if dataset.format["type"] == "custom":
-        raise ValueError(
-            "the data set has a transform (with_transform or set_transform), which must be left out, as views are "
-            "made of the image column itself; call its reset_format(), and pass the trainer train_transform=."
-        )
     return dataset.select_columns(["image"]).with_format(None).cast_column("image", datasets.Image(decode=False))
 
 

@@ -69,9 +69,19 @@ def check_transform(train_transform: Any, views: Any) -> None:
         )
 
 
+def check_images(dataset: Any) -> None:
+    """A data set with images, and without a transform, which would not be applied."""
+    undecoded_images(dataset)
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "the data set has a transform (with_transform or set_transform), which must be left out, as views are "
+            "made of the image column itself; call its reset_format(), and pass the trainer train_transform=."
+        )
+
+
 def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLabelTrainingArguments) -> None:
     """At least one global batch of instances with images."""
-    undecoded_images(dataset)
+    check_images(dataset)
     if len(labels) < args.global_batch_size:
         raise ValueError(
             f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; it "
@@ -108,7 +118,7 @@ def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
     if eval_dataset is None:
         return
     for dataset in eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]:
-        undecoded_images(dataset)
+        check_images(dataset)
         own = class_names(dataset)
         if names is not None and own != names and (has_class_names(dataset) or len(own) != len(names)):
             raise ValueError(

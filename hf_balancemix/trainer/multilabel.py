@@ -40,6 +40,7 @@ from hf_balancemix.trainer.averaging import AveragingTrainer
 from hf_balancemix.trainer.checks import (
     check_arguments,
     check_eval_dataset,
+    check_images,
     check_model,
     check_train_dataset,
     check_trainer_options,
@@ -125,8 +126,7 @@ class MultiLabelTrainer(AveragingTrainer):
     figures_note: str | None = None  # what cards say where the figures are not those of the saved model alone
     _loss_is_the_method = False  # so that compute_loss_func would leave nothing of it
 
-    # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps. transformers reads the
-    # attribute from 5.19 on; `model_accepts_loss_kwargs`, set below, does the same before.
+    # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -299,6 +299,7 @@ class MultiLabelTrainer(AveragingTrainer):
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         if isinstance(dataset, datasets.Dataset):  # evaluation and prediction
+            check_images(dataset)
             dataset = PlainInstances(dataset, self.views)
         loader: Any = super()._get_dataloader(dataset, *args, **kwargs)
         # Each iter() of a loader draws a base seed from the global generator unless it has its own; how often that

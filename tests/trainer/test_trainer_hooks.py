@@ -130,7 +130,6 @@ def test_the_order_of_calls_in_an_epoch_and_around_a_save(tmp_path, monkeypatch)
 
 
 def test_our_loss_is_divided_by_the_accumulation_steps(tmp_path):
-    # By `loss_is_scaled_for_ga` from 5.19 on, by `model_accepts_loss_kwargs` before.
     data = make_dataset(tmp_path / "images", 8)
     trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=data)
     batch = next(iter(trainer.get_train_dataloader()))
