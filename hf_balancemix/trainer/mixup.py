@@ -43,8 +43,7 @@ class MixupTrainer(MultiLabelTrainer):
         if self.train_labels is None:
             return
         num_epochs = epochs_of(self.args, len(self.train_labels))
-        self.args.settle_warmup(num_epochs)
-        self.warmup_epochs = max(self.args.label_warmup_epochs, 1)
+        self.warmup_epochs = max(self.args.settle_warmup(num_epochs), 1)
         if self._ends_warmup:
             check_warmup(self.warmup_epochs, num_epochs)
 

@@ -118,6 +118,8 @@ class MultiLabelTrainer(AveragingTrainer):
     train_sampler: EpochSampler
     optimizer: Any
     lr_scheduler: Any
+    processing_class: Any
+    compute_loss_func: Any
     _arguments_class = MultiLabelTrainingArguments
     _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in training steps and scans
     # What cards call the method, and whom they cite beside BalanceMix.
@@ -150,7 +152,8 @@ class MultiLabelTrainer(AveragingTrainer):
         self._given_processor = processing_class
         self._default_size = None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
         self._own_views: ViewMaker | None = None
-        self._fitted_by: tuple[int | None, torch.memory_format] | None = None
+        self._fitted_by: tuple[int | None, torch.memory_format] = (0, torch.contiguous_format)  # no model yet
+        self._labelled = train_dataset
         self.views: Views = views  # type: ignore[assignment]  # made below where they are not given
         processor = self._squash_processor(args)
         self._per_class_ap: np.ndarray | None = None  # of an evaluation that was not logged yet
@@ -200,6 +203,11 @@ class MultiLabelTrainer(AveragingTrainer):
             raise ValueError(
                 f"compute_loss_func is given; it must be left out, because the loss is what {type(self).__name__} "
                 "consists of; use MultiLabelTrainer, MixupTrainer or BalanceMixTrainer with it."
+            )
+        if self.train_dataset is not self._labelled:
+            raise ValueError(
+                "train_dataset was replaced after the trainer was made, whose labels are those of the first; it must "
+                "stay the same; make another trainer."
             )
         if self.train_labels is not None:
             check_train_dataset(self.train_dataset, self.train_labels, args)

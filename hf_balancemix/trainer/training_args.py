@@ -335,10 +335,12 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         same = num_epochs == preset["num_train_epochs"]
         return preset["label_warmup_epochs"] if same else max(1, int(num_epochs / 4))
 
-    def settle_warmup(self, num_epochs: float) -> None:
-        """Called by a trainer before each training: `label_warmup_epochs`, if it is open, for so many epochs."""
-        if self.label_warmup_epochs in (None, self._default_warmup):
-            self.label_warmup_epochs = self._default_warmup = self._warmup_of(num_epochs)
+    def settle_warmup(self, num_epochs: float) -> int:
+        """Called by a trainer before each training: `label_warmup_epochs`, set for so many epochs if it is open."""
+        warmup = self.label_warmup_epochs
+        if warmup is None or warmup == self._default_warmup:
+            warmup = self.label_warmup_epochs = self._default_warmup = self._warmup_of(num_epochs)
+        return warmup
 
     def _check(self) -> None:
         super()._check()

@@ -110,8 +110,12 @@ def test_what_would_have_no_effect_is_refused(dataset, tmp_path):
     for options in ({"train": lazy}, {"eval_dataset": lazy}, {"eval_dataset": {"a": dataset, "b": lazy}}):
         with pytest.raises(ValueError, match=r"has a transform .* train_transform="):
             make(**options)
+    trainer = make()
     with pytest.raises(ValueError, match="has a transform"):
-        make().predict(lazy)
+        trainer.predict(lazy)
+    trainer.train_dataset = dataset.shuffle(seed=0)  # whose labels the trainer has not read
+    with pytest.raises(ValueError, match="train_dataset was replaced"):
+        trainer.train()
 
 
 def test_what_trainer_takes_besides_works(dataset, tmp_path):
