@@ -107,6 +107,17 @@ def arguments(folder: Path, **changes):
     return BalanceMixTrainingArguments(**values | changes)
 
 
+def stop_after(epoch: int):
+    """A callback that ends training with this epoch, counted from 1."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.epoch >= epoch
+
+    return Stop()
+
+
 def load_example(name: str) -> ModuleType:
     """The script `examples/NAME.py` as a module that was not run."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")

@@ -260,8 +260,11 @@ def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> Ba
     }
     if setup.frozen_backbone:  # done in seconds: a killed cell begins again
         values |= {"save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 512}
-    values |= SOURCES[setup.dataset].settings
+    usual = SOURCES[setup.dataset].settings
+    values |= usual
     chosen = dict(setup.settings) | dict(cell.settings)
+    if chosen.get("num_train_epochs", usual.get("num_train_epochs")) != usual.get("num_train_epochs"):
+        values.pop("label_warmup_epochs", None)  # that of other epochs
     values |= settings_by_noise(cell.noise, chosen.get("preset", setup.preset))
     values |= chosen
     return BalanceMixTrainingArguments(**values)

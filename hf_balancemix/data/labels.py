@@ -55,6 +55,11 @@ def class_names(dataset: datasets.Dataset, column: str = "labels") -> list[str]:
     return list(feature.feature.names)
 
 
+def has_class_names(dataset: datasets.Dataset) -> bool:
+    """Whether the `labels` column says what its classes are called; a multi-hot one does not."""
+    return is_class_list(dataset.features["labels"])
+
+
 def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Tensor:
     """The label column as a matrix, read through Arrow: no other column is read, no image is decoded.
 

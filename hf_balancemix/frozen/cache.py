@@ -127,11 +127,13 @@ def cache_features(
         `shuffle` and `map`.
 
     Raises:
-        ValueError: `num_views` is less than 1, or an image cannot be decoded.
+        ValueError: `num_views` is less than 1, the view maker has a transform, or an image cannot be decoded.
         FileNotFoundError: An image is gone.
     """
     if num_views < 1:
         raise ValueError(f"num_views is {num_views}; it must be 1 or more; 6 is the default.")
+    if views.transform is not None:
+        raise ValueError("the view maker has a transform, which no fingerprint can tell from another; leave it out.")
     facts = {
         "format": 1,
         "backbone": backbone_digest,
@@ -145,6 +147,8 @@ def cache_features(
     }
     if views.cutout:  # caches without it were made before it was there
         facts["cutout"] = views.cutout
+    if views.hflip or views.random_resized_crop:
+        facts["crop and mirror"] = [views.random_resized_crop, views.hflip]
     name = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
     cache = Path(folder).expanduser() / f"features-{name}"
     num_rows = len(train) * (1 + num_views) + len(evaluation)

@@ -195,10 +195,12 @@ class CoTeachingTrainer(MixupTrainer):
   year      = {2018}
 }"""
     _forward_options: ClassVar[dict[str, Any]] = {"both": True}
+    _loss_is_the_method = True
+    _ends_warmup = True
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         args: BalanceMixTrainingArguments | None = None,
         *others: Any,
         scored: Scored = "first",
@@ -206,6 +208,11 @@ class CoTeachingTrainer(MixupTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
+        if model is None:
+            raise ValueError(
+                "model is None; it must be a model, as model_init draws one network and co-teaching has two; pass "
+                "model=, and peer= for the second."
+            )
         networks = TwoNetworks(model, peer or second_network(model, args.seed), scored)
         super().__init__(networks, args, *others, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -27,6 +27,8 @@ class LossTrainer(MixupTrainer):
         ValueError: The loss gives no scalar, or does not fit the number of classes.
     """
 
+    _loss_is_the_method = True
+
     def __init__(self, *args: Any, loss: Callable[[Tensor, Tensor, int], Tensor], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loss = loss.to(self.args.device) if isinstance(loss, nn.Module) else loss

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -96,7 +96,8 @@ def trainer_for(
         labels = given_labels(train) if method == "db-loss" and train is not None else None
         own = {"loss": _loss(method, own, labels, args.num_train_epochs, args.loss_reduction)}
     elif method in _SWITCHES:
-        args = replace(args, **_SWITCHES[method])
+        args = copy.copy(args)  # not `replace`, which would take what is open for given
+        vars(args).update(_SWITCHES[method])
     trainer = _TRAINERS[method](args=args, **own, **kwargs)
     trainer.method_name = method
     return trainer

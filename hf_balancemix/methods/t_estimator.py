@@ -201,6 +201,8 @@ class TEstimatorTrainer(MixupTrainer):
   year      = {2022}
 }"""
     min_selected = 50
+    _loss_is_the_method = True
+    _ends_warmup = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from hf_balancemix.core.evaluation import evaluation_mode
-from hf_balancemix.data.labels import class_names, given_labels, label_matrix
+from hf_balancemix.data.labels import class_names, given_labels, has_class_names, label_matrix
 from hf_balancemix.data.views import decode, undecoded_images
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def tune_thresholds(
     if isinstance(logits_or_model, nn.Module):
         config = logits_or_model.config
         own = [config.id2label[k] for k in range(config.num_labels)]
-        if own != names:
+        if own != names and (has_class_names(dataset) or len(own) != len(names)):
             raise ValueError(
                 f"the model's classes are {', '.join(own[:3])}, ...; they must be the data set's, "
                 f"{', '.join(names[:3])}, ...; use the data set that belongs to the model."

@@ -177,8 +177,7 @@ class CocoArguments(ExperimentArguments):
     """The paper's settings for COCO."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets("coco")
-    # Published for COCO, with epochs and batch of its own.
-    PRESETS["ml-decoder"] = ExperimentArguments.PRESETS["ml-decoder"] | {"label_warmup_epochs": 10}
+    PRESETS["ml-decoder"] = ExperimentArguments.PRESETS["ml-decoder"]  # published for COCO
 
     output_dir: str = flag("outputs/coco", "Where models and checkpoints go.")
 

@@ -52,7 +52,8 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.active, self._in_place, self._loaded = model, False, False, False
+        self.model, self.decay = model, decay
+        self.active = self._in_place = self._loaded = False
         lerp = get_ema_multi_avg_fn(decay)
 
         def update(averages: PARAM_LIST, values: PARAM_LIST, num_averaged: Tensor | int) -> None:
@@ -126,7 +127,12 @@ class AveragingTrainer(ResumableTrainer):
     _average: WeightAverage | None = None
 
     def _begin_averaging(self) -> None:
-        """To be called last in `__init__`: what other callbacks do at the end is with the weights themselves."""
+        """To be called after other callbacks were added, whose work at the end is with the weights themselves."""
+        if self.args.ema_decay == (0 if self._average is None else self._average.decay):
+            return
+        if self._average is not None:
+            self.remove_callback(self._average)
+            self._average = None
         if self.args.ema_decay:
             check_average(self)
             self._average = WeightAverage(self.model, self.args.ema_decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +17,8 @@ from hf_balancemix.data.training_data import TrainingPairs
 from hf_balancemix.metrics import LabelQuality, class_groups
 from hf_balancemix.trainer.mixup import MixupTrainer
 
+logger = logging.getLogger(__name__)
+
 
 class BalanceMixTrainer(MixupTrainer):
     """BalanceMix (Song, Kim, Lee; AAAI 2024): Algorithm 1 for unbalanced, wrong or missing labels.
@@ -28,6 +31,8 @@ class BalanceMixTrainer(MixupTrainer):
     Args:
         As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`. Where `train_dataset` has
         `clean_labels`, label-quality figures (Eq. 14, 15) are logged every epoch; the method never sees them.
+            A `compute_loss_func` gets labels that are refined (Eq. 9) and mixed, without their weights: it replaces
+            Eq. 10, so that an ambiguous label counts like any other.
 
     Attributes:
         balance_mix: :class:`~hf_balancemix.core.BalanceMix`, the method's state; absent without `train_dataset`.
@@ -37,10 +42,23 @@ class BalanceMixTrainer(MixupTrainer):
     balance_mix: BalanceMix
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.quality = LabelQuality()
-        if self.train_labels is not None:
-            self.balance_mix = BalanceMix(self.train_labels, self.args.balance_mix_settings())
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None and self.args.select_clean:
+            logger.warning("compute_loss_func gets refined labels without their weights: ambiguous ones count fully.")
+
+    def _read_arguments(self) -> None:
+        super()._read_arguments()
+        settings = self.args.balance_mix_settings()
+        # Only then: what stands in a state of the same settings is forgotten, or loaded, when training begins.
+        if self.train_labels is not None and (
+            not hasattr(self, "balance_mix") or self.balance_mix.settings != settings
+        ):
+            self.balance_mix = BalanceMix(self.train_labels, settings)
+
+    @property
+    def _ends_warmup(self) -> bool:
+        return self.args.select_clean
 
     # ---- a step ----
 
@@ -51,7 +69,7 @@ class BalanceMixTrainer(MixupTrainer):
         two_views_from = self.warmup_epochs if self._predicts_in_steps else None
         return super()._training_pairs(clean_labels=self.clean_labels, two_views_from=two_views_from, **options)
 
-    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """A step of Algorithm 1: Mixup on the given labels in the warm-up; then refine both batches (Eq. 9), mix them
         (Eq. 5), and Eq. 10 on the result."""
         if not self.balance_mix.settings.manages_labels(self.balance_mix.epoch):
@@ -66,7 +84,7 @@ class BalanceMixTrainer(MixupTrainer):
             # An unknown label counts as a given negative one, which is what it would be without the mark.
             given, labels = inputs["labels"].clamp(min=0), random.labels.clamp(min=0)
             self.quality.update(given, inputs["clean_labels"], labels, random.reliability)
-        return images, lambda logits: self.balance_mix.loss(logits, targets, weight)
+        return images, targets, lambda logits: self.balance_mix.loss(logits, targets, weight)
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return self.balance_mix.loss(logits, targets, None)
@@ -125,7 +143,7 @@ class BalanceMixTrainer(MixupTrainer):
     # ---- checkpoints ----
 
     def _run_facts(self) -> dict[str, Any]:
-        return super()._run_facts() | {"settings": asdict(self.args.balance_mix_settings())}
+        return super()._run_facts() | {"settings": asdict(self.balance_mix.settings)}
 
     def _run_state(self) -> dict[str, Tensor]:
         self.quality.reduce()

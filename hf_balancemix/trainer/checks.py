@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
 
-from hf_balancemix.data.labels import class_names, given_labels, label_matrix
+from hf_balancemix.data.labels import class_names, given_labels, has_class_names, label_matrix
 from hf_balancemix.data.training_data import undecoded_images
 from hf_balancemix.models.loading import check_image_size
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
@@ -38,9 +39,49 @@ def check_arguments(args: Any, needed: type[MultiLabelTrainingArguments]) -> Non
         )
 
 
+def check_trainer_options(options: dict[str, Any], compute_metrics: Any) -> None:
+    """Refuse options of Trainer that would have no effect, or a wrong one."""
+    if options.pop("data_collator", None) is not None:
+        raise TypeError(
+            "data_collator is given; it must be left out, as batches are made of pairs of views; change images by "
+            "train_transform=."
+        )
+    if options.get("preprocess_logits_for_metrics") is not None and compute_metrics is None:
+        raise ValueError(
+            "preprocess_logits_for_metrics is given without compute_metrics; the trainer's own metrics must have the "
+            "logits themselves; pass compute_metrics, too, or leave it out."
+        )
+
+
+def check_transform(train_transform: Any, views: Any) -> None:
+    """Something that can be called, and that is called."""
+    if train_transform is None:
+        return
+    if not callable(train_transform):
+        raise TypeError(
+            f"train_transform is {train_transform!r}; it must be a function of a PIL image; pass for instance "
+            "torchvision.transforms.v2.ColorJitter(0.4)."
+        )
+    if views is not None:
+        raise ValueError(
+            "train_transform is given together with views, such as cached features, which are not made by it; it must "
+            "stand alone; leave one of them out."
+        )
+
+
+def check_images(dataset: Any) -> None:
+    """A data set with images, and without a transform, which would not be applied."""
+    undecoded_images(dataset)
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "the data set has a transform (with_transform or set_transform), which must be left out, as views are "
+            "made of the image column itself; call its reset_format(), and pass the trainer train_transform=."
+        )
+
+
 def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLabelTrainingArguments) -> None:
     """At least one global batch of instances with images."""
-    undecoded_images(dataset)
+    check_images(dataset)
     if len(labels) < args.global_batch_size:
         raise ValueError(
             f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; it "
@@ -48,14 +89,38 @@ def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLa
         )
 
 
+def names_of(dataset: datasets.Dataset, given: list[str] | None) -> list[str] | None:
+    """The class names of a training set, or `given` where it has none (a multi-hot column); None: nobody has said.
+
+    Raises:
+        ValueError: `given` are not the data set's, or not as many as its classes.
+    """
+    own = class_names(dataset)
+    if given is None:
+        return own if has_class_names(dataset) else None
+    if len(given) != len(own):
+        raise ValueError(
+            f"class_names holds {len(given)} names and train_dataset has {len(own)} classes; give each class a name."
+        )
+    if has_class_names(dataset) and given != own:
+        raise ValueError(
+            f"class_names ({given[:3]} ...) differ in name or order from those of train_dataset ({own[:3]} ...); they "
+            "must be equal; leave class_names out."
+        )
+    return given
+
+
 def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
-    """The training set's classes; warns of noisy labels. A dict of data sets is checked one by one."""
+    """The training set's classes; warns of noisy labels. A dict of data sets is checked one by one.
+
+    Where the names of the data set are not known, their number is compared.
+    """
     if eval_dataset is None:
         return
     for dataset in eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]:
-        undecoded_images(dataset)
+        check_images(dataset)
         own = class_names(dataset)
-        if names is not None and own != names:
+        if names is not None and own != names and (has_class_names(dataset) or len(own) != len(names)):
             raise ValueError(
                 f"train_dataset has {len(names)} classes and eval_dataset {len(own)}, or they differ in name or order "
                 f"({names[:3]} ... against {own[:3]} ...); load both with the same class list."
@@ -69,15 +134,39 @@ def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
             )
 
 
-def check_model(model: nn.Module, names: list[str] | None, image_size: int | None = None) -> None:
-    """K outputs, and images of `image_size` (None: not checked) are taken; sets the problem type and class names that
-    pipelines and users of the saved model need."""
+def epochs_of(args: MultiLabelTrainingArguments, num_instances: int) -> float:
+    """How often a training goes over the training set; a fraction where `max_steps` ends it, or was asked for."""
+    if args.max_steps <= 0:
+        return args.num_train_epochs
+    batches = num_instances / (args.global_batch_size // args.gradient_accumulation_steps)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return args.max_steps / max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def check_warmup(warmup_epochs: int, num_epochs: float) -> None:
+    """The warm-up ends before the training does."""
+    if warmup_epochs < num_epochs:
+        return
+    most = math.ceil(num_epochs) - 1
+    fix = f"set it to {most} or less" if most > 0 else f"train for {warmup_epochs + 1} epochs or more"
+    raise ValueError(
+        f"label_warmup_epochs is {warmup_epochs}; it must be less than the {num_epochs:g} epochs of this training, or "
+        f"no label would ever be managed; {fix}."
+    )
+
+
+def check_model(
+    model: nn.Module, names: list[str] | None, image_size: int | None = None, num_classes: int | None = None
+) -> None:
+    """K outputs, and images of `image_size` are taken; sets the problem type, and the class names if there are some,
+    that pipelines and users of the saved model need. None: not checked."""
     config = getattr(model, "config", None)
     num_labels = getattr(config, "num_labels", None)
-    if names is not None and num_labels is not None and num_labels != len(names):
+    num_classes = num_classes if names is None else len(names)
+    if None not in (num_classes, num_labels) and num_labels != num_classes:
         raise ValueError(
-            f"the model has {num_labels} outputs and train_dataset {len(names)} classes; load the model with "
-            f"num_labels={len(names)}."
+            f"the model has {num_labels} outputs and train_dataset {num_classes} classes; load the model with "
+            f"num_labels={num_classes}."
         )
     if image_size is not None:
         check_image_size(model, image_size)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_balancemix.core import EpochSampler, PairSampler, minority_mixup
 from hf_balancemix.core.distributed import all_reduce_sum
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs
+from hf_balancemix.trainer.checks import check_warmup, epochs_of
 from hf_balancemix.trainer.multilabel import MultiLabelTrainer
 from hf_balancemix.trainer.scan import scan
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
@@ -28,6 +29,7 @@ class MixupTrainer(MultiLabelTrainer):
             `lambda_per_batch` are used.
 
     Attributes:
+        warmup_epochs: `args.label_warmup_epochs`, on the given labels; at least 1, because nothing is known before.
         statistics_epoch: The epoch that :meth:`_end_epoch` last prepared; 0 at first.
     """
 
@@ -36,10 +38,19 @@ class MixupTrainer(MultiLabelTrainer):
     _arguments_class = BalanceMixTrainingArguments
     statistics_epoch = 0
 
+    def _read_arguments(self) -> None:
+        super()._read_arguments()
+        if self.train_labels is None:
+            return
+        num_epochs = epochs_of(self.args, len(self.train_labels))
+        self.warmup_epochs = max(self.args.settle_warmup(num_epochs), 1)
+        if self._ends_warmup:
+            check_warmup(self.warmup_epochs, num_epochs)
+
     @property
-    def warmup_epochs(self) -> int:
-        """`args.label_warmup_epochs` on the given labels; at least 1, because nothing is known before."""
-        return max(self.args.label_warmup_epochs, 1)
+    def _ends_warmup(self) -> bool:
+        """Whether the method does after the warm-up what it does not do in it."""
+        return False
 
     # ---- pairs ----
 
@@ -64,13 +75,13 @@ class MixupTrainer(MultiLabelTrainer):
         """`(B,)` lambda of Eq. 5."""
         return inputs["lam"][:1].expand_as(inputs["lam"]) if self.args.lambda_per_batch else inputs["lam"]
 
-    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Mixed images and the method's loss on mixed labels (Eq. 5)."""
         images, targets = inputs["pixel_values"], self._labels(inputs, "")
         if "lam" in inputs:
             partners = inputs["minority_pixel_values"], self._labels(inputs, "minority_")
             images, targets = minority_mixup(images, partners[0], targets, partners[1], self._lam(inputs))
-        return images, lambda logits: self._loss(logits, targets, inputs)
+        return images, targets, lambda logits: self._loss(logits, targets, inputs)
 
     # ---- between epochs ----
 

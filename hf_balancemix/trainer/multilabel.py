@@ -3,13 +3,15 @@
 Private hooks of transformers 5 that are relied upon, here and in averaging.py, resumable.py and hub.py, with a canary
 in tests/trainer/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`, `_get_collator_with_removed_columns`,
 `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`, `_save_optimizer_and_scheduler`,
-`_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_finish_current_push`.
+`_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_finish_current_push`,
+`_hp_search_setup`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -28,13 +31,25 @@ from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, coll
 from hf_balancemix.data.views import ViewMaker, Views, normalise
 from hf_balancemix.metrics import evaluation_figures
 from hf_balancemix.models.export import export_onnx
+from hf_balancemix.models.loading import label_settings
 from hf_balancemix.models.processing import squash_processor
 from hf_balancemix.report.model_card import PER_CLASS_AP
 from hf_balancemix.report.trackers import FigureCallback
 from hf_balancemix.trainer import optimisation
 from hf_balancemix.trainer.averaging import AveragingTrainer
-from hf_balancemix.trainer.checks import check_arguments, check_eval_dataset, check_model, check_train_dataset
+from hf_balancemix.trainer.checks import (
+    check_arguments,
+    check_eval_dataset,
+    check_images,
+    check_model,
+    check_train_dataset,
+    check_trainer_options,
+    check_transform,
+    names_of,
+)
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class _EpochHook(TrainerCallback):
@@ -72,8 +87,23 @@ class MultiLabelTrainer(AveragingTrainer):
         processing_class: Image processor of the backbone; its normalisation is kept, images are resized to
             `args.image_size`. What is saved is that.
         compute_metrics: Replaces the metrics named above.
+        train_transform: In place of RandAugment: any function of a training view, an RGB PIL image of
+            `args.image_size` a side, to an image, array or tensor as :func:`~hf_balancemix.data.views.as_view` takes
+            it, such as one of torchvision's v2. It is called with the global generators of torch, NumPy and `random`
+            seeded by the view's key, so that a resumed run sees the same; a generator of its own it must seed from
+            them.
+        class_names: Names of the K classes, for multi-hot labels, which have none; by default the model's own.
         views: What makes the model's inputs of the instances; by default a :class:`ViewMaker` by `args` and the image
             processor. :class:`~hf_balancemix.frozen.cache.CachedViews` trains on cached features instead.
+
+        kwargs: Those of Trainer. `model_init` draws the model anew for each training; `compute_loss_func(outputs,
+            labels, num_items_in_batch)` replaces the loss in training and evaluation: it gets the model's outputs, the
+            float targets `(B, K)` in [0, 1] (mixed where the method mixes; -1: unknown) and their number, B K of this
+            rank's micro-batch, and gives a mean: Trainer does the rest, for any number of ranks and accumulation
+            steps.
+
+    What is changed in `args` afterwards counts from the next training on, as for Trainer: so `hyperparameter_search`
+    can try any of them.
 
     Attributes:
         train_labels: `(N, K)` int8 given labels, 0, 1 or -1 (unknown); None without `train_dataset`.
@@ -88,15 +118,17 @@ class MultiLabelTrainer(AveragingTrainer):
     train_sampler: EpochSampler
     optimizer: Any
     lr_scheduler: Any
+    processing_class: Any
+    compute_loss_func: Any
     _arguments_class = MultiLabelTrainingArguments
     _forward_options: ClassVar[dict[str, Any]] = {}  # of the model in training steps and scans
     # What cards call the method, and whom they cite beside BalanceMix.
     method_name = "bce"
     citation: str | None = None
     figures_note: str | None = None  # what cards say where the figures are not those of the saved model alone
+    _loss_is_the_method = False  # so that compute_loss_func would leave nothing of it
 
-    # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps. transformers reads the
-    # attribute from 5.19 on; `model_accepts_loss_kwargs`, set below, does the same before.
+    # The loss is a mean over the batch: Trainer is to divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -108,27 +140,33 @@ class MultiLabelTrainer(AveragingTrainer):
         processing_class: Any | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         views: Views | None = None,
+        train_transform: Callable[[Image.Image], Any] | None = None,
+        class_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
         check_arguments(args, self._arguments_class)
-        size = args.image_size or (
-            None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
-        )
-        # Cached features were made with the normalisation of the processor.
-        cached = views is not None and views.num_views is not None
-        processor = squash_processor(processing_class, size, args.normalise or cached)
+        check_trainer_options(kwargs, compute_metrics)
+        check_transform(train_transform, views)
+        self.train_transform = train_transform
+        self._given_processor = processing_class
+        self._default_size = None if processing_class else getattr(getattr(model, "config", None), "image_size", None)
+        self._own_views: ViewMaker | None = None
+        self._fitted_by: tuple[int | None, torch.memory_format] = (0, torch.contiguous_format)  # no model yet
+        self._labelled = train_dataset
+        self.views: Views = views  # type: ignore[assignment]  # made below where they are not given
+        processor = self._squash_processor(args)
         self._per_class_ap: np.ndarray | None = None  # of an evaluation that was not logged yet
-        self.class_names: list[str] | None = None
+        self.class_names = None if class_names is None else list(label_settings(class_names)["label2id"])
+        self._num_classes: int | None = None
         self.train_labels: Tensor | None = None
         self.clean_labels: Tensor | None = None
         if train_dataset is not None:
-            self.class_names = class_names(train_dataset)
+            self.class_names = names_of(train_dataset, self.class_names)
             self.train_labels = given_labels(train_dataset)
+            self._num_classes = self.train_labels.shape[1]
             if "clean_labels" in train_dataset.column_names:
                 self.clean_labels = label_matrix(train_dataset, "clean_labels")
-            check_train_dataset(train_dataset, self.train_labels, args)
-        check_eval_dataset(eval_dataset, self.class_names)
         super().__init__(
             model=model,
             args=args,
@@ -140,16 +178,78 @@ class MultiLabelTrainer(AveragingTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        check_model(self.model, self.class_names, processor.size["height"] if views is None else None)
-        self._memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model.to(memory_format=self._memory_format)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.views: Views = views or ViewMaker.from_arguments(args, processor, seed)
-        self._mean = torch.tensor(processor.image_mean)
-        self._std = torch.tensor(processor.image_std)
         self.add_callback(_EpochHook(self))
         self.add_callback(FigureCallback(self))
+        self._read_arguments()
+        if self.class_names is None and self._num_classes is not None:
+            names = getattr(getattr(self.model, "config", None), "id2label", {})
+            self.class_names = [names.get(k, f"LABEL_{k}") for k in range(self._num_classes)]
+        check_eval_dataset(eval_dataset, self.class_names)
+
+    # ---- arguments and the model, before each training ----
+
+    def _squash_processor(self, args: MultiLabelTrainingArguments) -> Any:
+        # Cached features were made with the normalisation of the processor.
+        cached = self.views is not None and self.views.num_views is not None
+        size = args.image_size or self._default_size
+        return squash_processor(self._given_processor, size, args.normalise or cached)
+
+    def _read_arguments(self) -> None:
+        """Everything that is made of `args`; also called when the trainer is made."""
+        args = self.args
+        check_arguments(args, self._arguments_class)
+        args.settle()
+        if self.compute_loss_func is not None and self._loss_is_the_method:
+            raise ValueError(
+                f"compute_loss_func is given; it must be left out, because the loss is what {type(self).__name__} "
+                "consists of; use MultiLabelTrainer, MixupTrainer or BalanceMixTrainer with it."
+            )
+        if self.train_dataset is not self._labelled:
+            raise ValueError(
+                "train_dataset was replaced after the trainer was made, whose labels are those of the first; it must "
+                "stay the same; make another trainer."
+            )
+        if self.train_labels is not None:
+            check_train_dataset(self.train_dataset, self.train_labels, args)
+        processor = self._squash_processor(args)
+        if processor.to_dict() != self.processing_class.to_dict():
+            self.processing_class = self.callback_handler.processing_class = processor
+        if self.views is self._own_views:  # not the user's
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.views = self._own_views = ViewMaker.from_arguments(args, processor, seed, self.train_transform)
+            if self.train_transform is not None and not self._own_views.draws_by_key():
+                logger.warning(
+                    "train_transform gives two images for one seed: it has a generator of its own, so that a resumed "
+                    "run is not the same bit for bit; seed that in it by random.getrandbits(32)."
+                )
+        self._mean, self._std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        self._train_batch_size = args.train_batch_size
+        if self.model is not None and self._fitted_by != self._model_facts():  # None between trials of a search
+            self._fit_model(self.model)
         self._begin_averaging()
+
+    def _fit_model(self, model: nn.Module) -> None:
+        """Check a model, and give it the names and the memory format that it is to have."""
+        self._fitted_by = size, memory_format = self._model_facts()
+        check_model(model, self.class_names, size, self._num_classes)
+        model.to(memory_format=memory_format)
+
+    def _model_facts(self) -> tuple[int | None, torch.memory_format]:
+        """Size of the images that the model must take (None: of the user's views), and its memory format."""
+        size = self._squash_processor(self.args).size["height"] if self.views is self._own_views else None
+        return size, torch.channels_last if self.args.channels_last else torch.contiguous_format
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Trainer's; the model that is drawn gets what the first one got."""
+        model = super().call_model_init(trial)
+        self._fit_model(model)
+        self._drop_thresholds(model)
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._read_arguments()
 
     @property
     def _training_labels(self) -> Tensor:
@@ -161,7 +261,7 @@ class MultiLabelTrainer(AveragingTrainer):
     @cached_property
     def _data_digest(self) -> str:
         digest = hashlib.blake2b(self._training_labels.numpy().tobytes(), digest_size=16)
-        digest.update("\x1f".join(self.class_names or ()).encode())
+        digest.update("\x1f".join(class_names(self.train_dataset)).encode())
         if "image_id" in self.train_dataset.column_names:
             digest.update("\x1f".join(map(str, self.train_dataset["image_id"])).encode())
         return digest.hexdigest()
@@ -207,6 +307,7 @@ class MultiLabelTrainer(AveragingTrainer):
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         if isinstance(dataset, datasets.Dataset):  # evaluation and prediction
+            check_images(dataset)
             dataset = PlainInstances(dataset, self.views)
         loader: Any = super()._get_dataloader(dataset, *args, **kwargs)
         # Each iter() of a loader draws a base seed from the global generator unless it has its own; how often that
@@ -224,7 +325,7 @@ class MultiLabelTrainer(AveragingTrainer):
     def _normalise(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:  # cached features; labels
             return images
-        images = images.contiguous(memory_format=self._memory_format)
+        images = images.contiguous(memory_format=self._fitted_by[1])
         return normalise(images, self._mean.to(images.device), self._std.to(images.device))
 
     # ---- optimiser ----
@@ -268,14 +369,23 @@ class MultiLabelTrainer(AveragingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The method's loss on a batch of instances or pairs, a scalar; Eq. 1 where no method has another."""
-        images, loss_of = self._step(inputs)
+        images, targets, loss_of = self._step(inputs)
         outputs = model(pixel_values=images, **self._forward_options)
-        loss = loss_of(outputs.logits)
+        loss = loss_of(outputs.logits) if self.compute_loss_func is None else self._loss_by_user(outputs, targets)
         return (loss, outputs) if return_outputs else loss
 
-    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Images `(B, 3, S, S)` of a training step, and the loss of the model's logits, as a mean over the batch."""
-        return inputs["pixel_values"], lambda logits: self._loss(logits, inputs["labels"], inputs)
+    def _loss_by_user(self, outputs: Any, targets: Tensor) -> Tensor:
+        # Not Trainer's number, which is of all ranks and accumulation steps: a mean over the micro-batch is what the
+        # division by the accumulation steps and the mean over the ranks need, whether a function uses the number or
+        # takes a mean.
+        number = torch.tensor(targets.numel(), device=targets.device)
+        return self.compute_loss_func(outputs, targets, num_items_in_batch=number)
+
+    def _step(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Images `(B, 3, S, S)` of a training step, targets `(B, K)`, and the loss of the model's logits, as a mean
+        over the batch."""
+        labels = inputs["labels"]
+        return inputs["pixel_values"], labels, lambda logits: self._loss(logits, labels, inputs)
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The method's, of the model's logits, labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""
@@ -290,10 +400,14 @@ class MultiLabelTrainer(AveragingTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, float32 logits `(B, K)` and labels `(B, K)`; the last two are None or absent where not asked for."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.get("labels")
+        labels, loss = inputs.get("labels"), None
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(pixel_values=inputs["pixel_values"]).logits.float()
-        loss = None if labels is None else binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
+            outputs = model(pixel_values=inputs["pixel_values"])
+            logits = outputs.logits.float()
+            if labels is not None and self.compute_loss_func is not None:
+                loss = self._loss_by_user(outputs, labels)
+            elif labels is not None:
+                loss = binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     @property

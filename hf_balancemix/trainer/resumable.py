@@ -39,8 +39,10 @@ class ResumableTrainer(HubTrainer):
         """Train; with `resume_from_checkpoint=True` from the last whole checkpoint in `output_dir`, if there is one.
 
         Raises:
-            ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed.
+            ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed; or an argument
+                that was changed since the trainer was made is refused.
         """
+        self._read_arguments()
         checkpoint = None
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False):
@@ -52,12 +54,16 @@ class ResumableTrainer(HubTrainer):
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
             logger.info("Resuming from %s.", checkpoint)
-        self._drop_thresholds()
+        if self.model is not None:  # as it is between the trials of hyperparameter_search
+            self._drop_thresholds(self.model)
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
-    def _drop_thresholds(self) -> None:
+    def _read_arguments(self) -> None:
+        """Called before each training, by `args` that may have changed since the last one."""
+
+    def _drop_thresholds(self, model: nn.Module) -> None:
         """Thresholds are of the weights on which they were tuned, which training changes."""
-        configs: list[Any] = [getattr(module, "config", None) for module in self.model.modules()]
+        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         tuned = [config for config in configs if getattr(config, "thresholds", None) is not None]
         for config in tuned:
             config.thresholds = None

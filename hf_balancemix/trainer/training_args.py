@@ -53,6 +53,9 @@ class MultiLabelTrainingArguments(TrainingArguments):
     cutout (`float`, in [0, 1]): side of a square that is painted over in each training image before RandAugment, as a
         share of the image's; 0: none.
     channels_last (`bool`, defaults to `False`): memory format of model and images; convolutions are often much faster.
+    hflip (`bool`): mirror every other training view, left to right.
+    random_resized_crop (`float`, in [0, 1]): a training view is a random part of the image, of this share of its area
+        or more; 0: none. Crop, mirror, cutout and RandAugment follow each other.
     randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
     many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
         class is many-shot, below `few_shot` few-shot.
@@ -139,6 +142,11 @@ class MultiLabelTrainingArguments(TrainingArguments):
     cutout: float = _argument(
         "Paint over a square of each training image before RandAugment, with this share of its side; 0: none."
     )
+    hflip: bool = _argument("Mirror every other training view, left to right.", False)
+    random_resized_crop: float = _argument(
+        "Each training view is a random part of the image, of at least this share of its area, in (0, 1]; 0: none.",
+        0.0,
+    )
     channels_last: bool = _argument("Memory format of convolutional networks; often much faster.", False)
     randaugment_num_ops: int = _argument("RandAugment operations on each training view.", 2)
     randaugment_magnitude: int = _argument("Strength of RandAugment, 0 to 30.", 9)
@@ -154,21 +162,12 @@ class MultiLabelTrainingArguments(TrainingArguments):
             del values["optim_args"]  # SGD's momentum means nothing to the optimiser that was asked for
         if self.lr_scheduler_type is not None and self.lr_scheduler_type != values["lr_scheduler_type"]:
             values["warmup_steps"] = 0  # a share of one cycle means nothing to the schedule that was asked for
-        asked = self.global_batch_size
+        asked, given = self.global_batch_size, self.per_device_train_batch_size
         # Not a field: scripts that know the noise may still choose for what the user left open.
         self.unset = frozenset(name for name in values if getattr(self, name) is None)
         for name in self.unset:
             setattr(self, name, values[name])
-        columns = "False, as views are made of the image column; leave it out"
-        for name, possible, required in (
-            ("remove_unused_columns", not self.remove_unused_columns, columns),
-            ("many_shot", self.many_shot >= self.few_shot, f"at least few_shot, {self.few_shot}; change either"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
-            ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),
-        ):
-            if not possible:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {required}.")
-        given = self.per_device_train_batch_size
+        self._check()
         self.per_device_train_batch_size = given or 1
         # Names that TrainingArguments refuses, each with one that it takes meanwhile.
         own = {}
@@ -179,6 +178,25 @@ class MultiLabelTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, new in own.items():
             setattr(self, name, new)
+        self._share_batch(given, asked)
+        self._preset = self.preset
+
+    def _check(self) -> None:
+        """Raise a ValueError where a value is out of range."""
+        area = "the least share of the image's area"
+        columns = "False, as views are made of the image column; leave it out"
+        for name, possible, required in (
+            ("remove_unused_columns", not self.remove_unused_columns, columns),
+            ("many_shot", self.many_shot >= self.few_shot, f"at least few_shot, {self.few_shot}; change either"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
+            ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),
+            ("random_resized_crop", 0 <= self.random_resized_crop <= 1, f"{area}, in (0, 1]; 0 crops nothing"),
+        ):
+            if not possible:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {required}.")
+
+    def _share_batch(self, given: int | None, asked: int | None) -> None:
+        """Make `per_device_train_batch_size`, as `given`, and `global_batch_size`, as `asked` for, fit each other."""
         shares = max(self.world_size, 1) * self.gradient_accumulation_steps
         if given is None:
             if self.global_batch_size % shares:
@@ -194,6 +212,25 @@ class MultiLabelTrainingArguments(TrainingArguments):
                 "accumulation steps); leave one of them out."
             )
         self.global_batch_size = self.per_device_train_batch_size * shares
+        self._shared = (self.per_device_train_batch_size, self.global_batch_size)
+
+    def settle(self) -> None:
+        """Called by a trainer before each training: what was changed since is checked as when it is first set.
+
+        Raises:
+            ValueError: A value out of range, or another `preset`, which would no longer set anything.
+        """
+        if self.preset != self._preset:
+            raise ValueError(
+                f"preset was {self._preset!r} and is now {self.preset!r}; it must be given when the arguments are "
+                "made, as it sets others; make new ones."
+            )
+        self._check()
+        given, asked = self.per_device_train_batch_size, self.global_batch_size
+        self._share_batch(
+            None if given == self._shared[0] else given,
+            None if asked == self._shared[1] else asked,
+        )
 
 
 @dataclass
@@ -201,7 +238,8 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     """Arguments of :class:`BalanceMixTrainer`; the method's own are the fields of
     :class:`~hf_balancemix.core.BalanceMixSettings`, where each is explained with its equation.
 
-    NOTE `warmup_steps` is the learning rate's warm-up; the method's is `label_warmup_epochs`.
+    NOTE `warmup_steps` is the learning rate's warm-up; the method's is `label_warmup_epochs`. Where that is left open
+    and the epochs are not the preset's, or `max_steps` ends the training, it is a quarter of the epochs, at least 1.
     """
 
     _OURS: ClassVar[dict[str, Any]] = {
@@ -220,10 +258,13 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": MultiLabelTrainingArguments.PRESETS["default"] | _OURS,
         "paper": MultiLabelTrainingArguments.PRESETS["paper"] | _OURS | _PRINTED,
-        "ml-decoder": MultiLabelTrainingArguments.PRESETS["ml-decoder"] | _OURS,
+        "ml-decoder": MultiLabelTrainingArguments.PRESETS["ml-decoder"] | _OURS | {"label_warmup_epochs": 10},
     }
 
-    label_warmup_epochs: int = _argument("First epochs, in which all given labels are trained on as they are.")
+    label_warmup_epochs: int | None = _argument(
+        "First epochs, in which all given labels are trained on as they are; fewer than all. Default: a quarter of "
+        "the epochs, at least 1, where these are not the preset's."
+    )
     minority_score: str = _argument(
         "By what the minority sampler prefers instances: 'paper' (Eq. 3), 'positive' (mean confidence in the classes "
         "of the positive labels) or 'uniform' (it prefers none).",
@@ -280,9 +321,33 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     def __post_init__(self) -> None:
         if self.clean_probability_source == "views" and self.prediction_source is None:
             self.prediction_source = "views"  # nothing else predicts the views
+        open_warmup = self.label_warmup_epochs is None
         super().__post_init__()
+        self._default_warmup: int | None = None
+        if open_warmup and self.max_steps > 0:  # how many epochs that is, a trainer knows
+            self.label_warmup_epochs = None
+        elif open_warmup:
+            self.label_warmup_epochs = self._default_warmup = self._warmup_of(self.num_train_epochs)
+
+    def _warmup_of(self, num_epochs: float) -> int:
+        """The preset's for as many epochs as the preset has; else a quarter of them, and at least 1."""
+        preset = self.PRESETS[self.preset]
+        same = num_epochs == preset["num_train_epochs"]
+        return preset["label_warmup_epochs"] if same else max(1, int(num_epochs / 4))
+
+    def settle_warmup(self, num_epochs: float) -> int:
+        """Called by a trainer before each training: `label_warmup_epochs`, set for so many epochs if it is open."""
+        warmup = self.label_warmup_epochs
+        if warmup is None or warmup == self._default_warmup:
+            warmup = self.label_warmup_epochs = self._default_warmup = self._warmup_of(num_epochs)
+        return warmup
+
+    def _check(self) -> None:
+        super()._check()
         self.balance_mix_settings()  # raises on bad values
 
     def balance_mix_settings(self) -> BalanceMixSettings:
         """The method's settings as `core` takes them."""
-        return BalanceMixSettings(**{f.name: getattr(self, f.name) for f in fields(BalanceMixSettings)})
+        values = {f.name: getattr(self, f.name) for f in fields(BalanceMixSettings)}
+        # An open warm-up is settled before a training begins.
+        return BalanceMixSettings(**{name: value for name, value in values.items() if value is not None})

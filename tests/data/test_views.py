@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoImageProcessor
 
 from hf_balancemix.core.keys import keyed_rng
 from hf_balancemix.data import decode
-from hf_balancemix.data.views import BICUBIC, BILINEAR, ViewMaker, cut_out, normalise, to_tensor
+from hf_balancemix.data.views import BICUBIC, BILINEAR, ViewMaker, as_view, cut_out, normalise, to_tensor
 from hf_balancemix.models import squash_processor
 
 ORIENTATION = 0x0112
@@ -274,11 +275,12 @@ def test_a_view_maker_refuses_what_randaugment_would_fail_on_later():
 
 
 def test_a_view_maker_from_training_arguments_is_the_one_made_by_hand():
-    args = SimpleNamespace(randaugment_num_ops=3, randaugment_magnitude=20, cutout=0.4)
+    views = {"cutout": 0.4, "hflip": True, "random_resized_crop": 0.3}
+    args = SimpleNamespace(randaugment_num_ops=3, randaugment_magnitude=20, **views)
     processor = squash_processor(image_size=24)
     processor.resample = BILINEAR
     found = ViewMaker.from_arguments(args, processor, seed=5)
-    expected = ViewMaker(24, 5, resample=BILINEAR, num_ops=3, magnitude=20, cutout=0.4)
+    expected = ViewMaker(24, 5, resample=BILINEAR, num_ops=3, magnitude=20, **views)
     image, key = picture(), (1, 7, "random")
     assert torch.equal(found.plain(image), expected.plain(image))
     pairs = zip(found.augmented(image, *key, num_views=4), expected.augmented(image, *key, num_views=4), strict=True)
@@ -390,3 +392,113 @@ def test_normalise_maps_mean_to_zero():
     assert torch.allclose(normalise(images, mean, std), torch.zeros(2, 3, 4, 4), atol=1e-6)
     white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
     assert torch.allclose(normalise(white, mean, std).flatten(), torch.tensor([8.0, 3.0, 0.8]), atol=1e-5)
+
+
+# ---- crop, mirror and a transform of the user's ----
+
+
+def plain_maker(size: int = 20, **options) -> ViewMaker:
+    return ViewMaker(size, 0, num_ops=0, **options)
+
+
+def test_every_other_view_is_mirrored():
+    image, maker = picture(), plain_maker(hflip=True)
+    plain = maker.plain(image)
+    views = torch.stack([maker.augmented(image, key, num_views=1)[0] for key in range(400)])
+    mirrored = (views == plain.flip(2)).all(3).all(2).all(1)
+    assert ((views == plain).all(3).all(2).all(1) ^ mirrored).all()
+    assert 160 < mirrored.sum() < 240
+    again = maker.augmented(image, 7, num_views=2)
+    assert torch.equal(again[0], views[7])  # by its key alone
+
+
+def test_a_crop_has_at_least_its_share_of_the_area_and_comes_from_the_whole_image():
+    # Red and green are the column and the row, on a scale of 0 to 255.
+    row, column = np.mgrid[:256, :256].astype(np.uint8)
+    image = Image.fromarray(np.stack([column, row, 0 * row], 2)).resize((512, 256), Image.Resampling.NEAREST)
+    maker = plain_maker(32, random_resized_crop=0.25)
+    areas, corners = [], []
+    for key in range(200):
+        red, green = maker.augmented(image, key, num_views=1)[0][:2].double()
+        width, height = (red.max() - red.min()) / 255 * 33 / 31, (green.max() - green.min()) / 255 * 33 / 31
+        assert 0.7 < (2 * width) / height < 1.4  # sides in pixels: 3 to 4, 4 to 3
+        areas.append(float(width * height))
+        corners.append(float(red.min()))
+    # The largest crop of such sides has two thirds of this image.
+    assert 0.22 < min(areas) < 0.3
+    assert 0.5 < max(areas) < 0.73
+    assert min(corners) < 10 < 100 < max(corners)
+
+
+def test_without_them_views_are_as_before():
+    image = picture()
+    views = ViewMaker(20, 0).augmented(image, 1, "random", num_views=2)
+    same = ViewMaker(20, 0, hflip=False, random_resized_crop=0).augmented(image, 1, "random", num_views=2)
+    assert all(torch.equal(*pair) for pair in zip(views, same, strict=True))
+    with keyed_rng(0, 1, "random", 1):
+        expected = to_tensor(v2.RandAugment(2, 9)(ViewMaker(20, 0).squash(image)))
+    assert torch.equal(views[1], expected)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_of_the_area_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"random_resized_crop is .*; it must be the least share"):
+        plain_maker(random_resized_crop=share)
+
+
+def draw_from_all(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image).copy()
+    pixels[0, 0] = [int(torch.randint(256, ())), np.random.randint(256), random.randrange(256)]
+    return pixels
+
+
+def test_a_transform_draws_by_the_key_from_every_global_generator():
+    maker = plain_maker(transform=draw_from_all)
+
+    def drawn(seed):
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        views = [view[:, 0, 0].tolist() for key in range(3) for view in maker.augmented(picture(), key, num_views=2)]
+        after = (torch.rand(()).item(), np.random.rand(), random.random())
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        assert after == (torch.rand(()).item(), np.random.rand(), random.random())
+        return views
+
+    views = drawn(1)
+    assert views == drawn(2)
+    for channel in range(3):
+        assert len({view[channel] for view in views}) > 3  # each view its own
+    assert maker.draws_by_key()
+    own = random.Random(0)
+    assert not plain_maker(transform=lambda image: image.point(lambda value: own.randrange(256))).draws_by_key()
+
+
+def test_what_a_transform_may_return():
+    size = 20
+    image = picture(size, size)
+    tensor = to_tensor(image)
+    pixels = np.asarray(image)
+    same = [image, pixels, pixels[:, ::-1][:, ::-1], tensor, tensor.float() / 255, pixels / 255.0]
+    same += [v2.functional.to_image(image), v2.ToDtype(torch.float32, scale=True)(v2.functional.to_image(image))]
+    for value in same:
+        view = as_view(value, size)
+        assert type(view) is torch.Tensor
+        assert torch.equal(view, tensor)
+    assert as_view(image.convert("L"), size).shape == (3, size, size)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ({"image": np.zeros((20, 20, 3), np.uint8)}, TypeError, "a dict; .* return its 'image'"),
+        (None, TypeError, "a NoneType"),
+        (np.zeros((20, 20), np.uint8), ValueError, r"a ndarray of shape \(20, 20\); .* a \(20, 20, 3\) array"),
+        (np.zeros((3, 20, 20), np.uint8), ValueError, r"of shape \(3, 20, 20\)"),
+        (torch.zeros(20, 20, 3), ValueError, r"a Tensor of shape \(20, 20, 3\)"),
+        (Image.new("RGB", (10, 10)), ValueError, r"of size \(10, 10\)"),
+        (torch.full((3, 20, 20), -1.5), ValueError, r"values from -1\.5 to -1\.5; .* leave normalisation out"),
+        (torch.zeros(3, 20, 20, dtype=torch.int64), TypeError, "int64"),
+    ],
+)
+def test_what_it_must_not_return_is_refused(value, error, message):
+    with pytest.raises(error, match=f"train_transform returned .*{message}"):
+        as_view(value, 20)

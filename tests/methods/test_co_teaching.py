@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, arguments, flat, make_dataset, tiny_resnet, tiny_vit
+from conftest import NAMES, arguments, flat, make_dataset, stop_after, tiny_resnet, tiny_vit
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from sklearn.mixture import GaussianMixture
@@ -190,7 +190,7 @@ def test_a_network_whose_peer_calls_nothing_clean_stands_still(frozen, dataset, 
     calls[:, 1 - frozen] = False
     monkeypatch.setattr("hf_balancemix.methods.co_teaching.clean_instances", lambda losses, monotone: calls)
     ends = []
-    for epochs in (1, 2):  # of which the first is the warm-up
+    for epochs in (2, 3):  # of which the first is the warm-up
         schedule = {"lr_scheduler_type": "constant", "weight_decay": 0.0, "optim_args": "momentum=0.0"}
         trainer = run(tmp_path, dataset, model=tiny_vit(), num_train_epochs=epochs, **schedule)
         trainer.train()
@@ -221,8 +221,9 @@ def test_without_mixup_a_peers_verdict_on_the_image_alone_counts(dataset, tmp_pa
 
 
 def test_in_the_warm_up_each_network_is_trained_like_a_single_one(dataset, tmp_path):
-    options = {"num_train_epochs": 2, "label_warmup_epochs": 2}
+    options = {"num_train_epochs": 3, "label_warmup_epochs": 2}
     trainer = run(tmp_path, dataset, model=tiny_vit(), **options)
+    trainer.add_callback(stop_after(2))
     starts = [trainer.model.first.state_dict(), trainer.model.second.state_dict()]
     starts = [{name: value.clone() for name, value in start.items()} for start in starts]
     trainer.train()
@@ -230,6 +231,7 @@ def test_in_the_warm_up_each_network_is_trained_like_a_single_one(dataset, tmp_p
     for start, network in zip(starts, (trainer.model.first, trainer.model.second), strict=True):
         single = run(tmp_path, dataset, model=tiny_vit(), method="mixup", **options)
         single.model.load_state_dict(start)
+        single.add_callback(stop_after(2))
         single.train()
         assert torch.allclose(flat(single.model), flat(network), atol=1e-6)
 
@@ -304,13 +306,13 @@ def test_a_resumed_run_is_bit_equal(arch, step, dataset, tmp_path):
 
 
 def test_a_checkpoint_with_another_network_first_is_refused(dataset, tmp_path):
-    run(tmp_path, dataset, save_strategy="epoch", num_train_epochs=1).train()
+    run(tmp_path, dataset, save_strategy="epoch", num_train_epochs=2).train()
     with pytest.raises(ValueError, match="its scored is first, this run's is second"):
         run(tmp_path, dataset, scored="second").train(resume_from_checkpoint=True)
 
 
 def test_a_damaged_peer_is_found(dataset, tmp_path):
-    run(tmp_path, dataset, save_strategy="epoch", num_train_epochs=1).train()
+    run(tmp_path, dataset, save_strategy="epoch", num_train_epochs=2).train()
     (tmp_path / "checkpoint-6" / "peer" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"peer/model\.safetensors"):
         run(tmp_path, dataset).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

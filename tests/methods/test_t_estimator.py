@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, flat, make_dataset, tiny_vit
+from conftest import arguments, flat, make_dataset, stop_after, tiny_vit
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_balancemix.methods import estimate_transition_matrices, importance_reweighted_bce, t_estimator, trainer_for
@@ -301,7 +301,8 @@ def data(tmp_path_factory):
 def test_the_warm_up_is_mixup_and_reweighting_begins_after_it(data, tmp_path):
     ends = {}
     for method, warmup in (("mixup", 2), ("t-estimator", 2), ("t-estimator", 1)):
-        trainer = run(tmp_path, data, epochs=2, method=method, label_warmup_epochs=warmup)
+        trainer = run(tmp_path, data, epochs=3, method=method, label_warmup_epochs=warmup)
+        trainer.add_callback(stop_after(2))
         trainer.train()
         ends[method, warmup] = flat(trainer.model)
     assert torch.equal(ends["mixup", 2], ends["t-estimator", 2])
@@ -327,7 +328,7 @@ def test_matrices_come_from_the_models_own_scans(data, tmp_path):
 
 
 def test_only_the_last_five_warm_up_epochs_are_recorded(data, tmp_path):
-    trainer = run(tmp_path, data, label_warmup_epochs=7)
+    trainer = run(tmp_path, data, epochs=8, label_warmup_epochs=7)
     scanned, now = [], 0
     trainer._scan_table = lambda row, columns: (scanned.append(now), torch.zeros(192, 5))[1]
     for now in range(1, 9):

@@ -89,7 +89,7 @@ def test_a_transformer_takes_any_batch_of_its_size(tmp_path):
 @needs_onnx
 def test_a_model_under_mixed_precision_is_exported_in_float32(dataset, tmp_path):
     trainer = BalanceMixTrainer(
-        model=tiny_resnet(), args=arguments(tmp_path, bf16=True, num_train_epochs=1), train_dataset=dataset
+        model=tiny_resnet(), args=arguments(tmp_path, bf16=True, num_train_epochs=2), train_dataset=dataset
     )
     trainer.train()
     path = export_onnx(trainer.model, tmp_path / "model.onnx", image_size=16)

@@ -489,11 +489,11 @@ def test_bad_arguments_are_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("head", HEAD_ARGS)
-def test_a_step_of_training_then_the_saved_model_is_the_trained_one(head, tmp_path):
+def test_training_then_the_saved_model_is_the_trained_one(head, tmp_path):
     dataset = make_dataset(tmp_path / "images", 8)
     model = ours("resnet", head, names=NAMES)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    args = arguments(tmp_path / "out", max_steps=1, learning_rate=0.1)
+    args = arguments(tmp_path / "out", learning_rate=0.1)
     trainer = BalanceMixTrainer(model, args, train_dataset=dataset, processing_class=squash_processor(image_size=16))
     trainer.train()
     trained = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
@@ -522,7 +522,7 @@ def test_checkpoints_load_back_where_keys_are_renamed(model_class, tmp_path):
 
     dataset = make_dataset(tmp_path / "images", 8)
     processor = squash_processor(image_size=16)
-    args = arguments(tmp_path / "out", max_steps=1)
+    args = arguments(tmp_path / "out")
     source = shaken(make(0))
     source.save_pretrained(tmp_path / "checkpoint")
     trainer = BalanceMixTrainer(make(1), args, train_dataset=dataset, processing_class=processor)

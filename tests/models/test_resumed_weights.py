@@ -100,7 +100,7 @@ def test_a_checkpoint_of_another_depth_is_refused(deeper, tmp_path):
 def test_training_removes_thresholds_with_a_warning(method, tmp_path, caplog):
     model = tiny_vit()
     model.config.thresholds = [0.3] * 5
-    args = arguments(tmp_path / "out", num_train_epochs=1)
+    args = arguments(tmp_path / "out", num_train_epochs=2)
     trainer = trainer_for(method, args, model=model, train_dataset=make_dataset(tmp_path / "images", 8))
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="cannot resume"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))

@@ -126,7 +126,7 @@ def test_settings_of_the_paper_by_data_set_and_noise(tmp_path):
     fashion = args("flip", "deepfashion")
     assert (fashion.num_train_epochs, fashion.label_warmup_epochs, fashion.global_batch_size) == (40, 5, 64)
     coco = args("flip", "coco", num_train_epochs=7)
-    assert (coco.num_train_epochs, coco.label_warmup_epochs, coco.global_batch_size) == (7, 10, 64)
+    assert (coco.num_train_epochs, coco.label_warmup_epochs, coco.global_batch_size) == (7, 1, 64)
     assert args("single-positive", cell=[("relabel_threshold", 0.7)], relabel_threshold=0.6).relabel_threshold == 0.7
 
 

@@ -136,7 +136,7 @@ def test_the_examples_arguments_follow_the_same_order(tmp_path):
     assert (data.data_dir, noise.noise, data.year) == ("coco", "mislabel", 2014)
     assert model.method == ["bce", "mixup"]
     assert model.model_kwargs == {"drop_rate": 0.1}
-    assert (args.num_train_epochs, args.label_warmup_epochs, args.monotone) == (7, 10, False)
+    assert (args.num_train_epochs, args.label_warmup_epochs, args.monotone) == (7, 1, False)
     assert parse("--method", "bce", **file)[2].method == ["bce"]
     with pytest.raises(ValueError, match="method is 'nothing'; it must be one of bce"):
         parse("--method", "nothing")

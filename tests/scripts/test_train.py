@@ -83,7 +83,7 @@ def test_unknown_methods_and_bad_json_are_refused():
 
 def test_a_methods_own_arguments_reach_it_and_its_card(tmp_path):
     own = '{"asl": {"gamma_neg": 2, "margin": 0.05}, "co-teaching": {"scored": "second"}}'
-    main(flags(tmp_path, "--method", "asl", "co-teaching", "--method_args", own, "--num_train_epochs", "1"))
+    main(flags(tmp_path, "--method", "asl", "co-teaching", "--method_args", own, "--num_train_epochs", "2"))
     cards = {method: (tmp_path / "out" / method / "README.md").read_text() for method in ("asl", "co-teaching")}
     assert "| gamma_neg (asl) | 2 |" in cards["asl"]
     assert "margin" not in cards["asl"]  # that is its default

@@ -395,7 +395,7 @@ def test_a_slow_hub_gets_the_newest_save_and_the_process_waits_for_the_last_push
 def test_a_hub_that_never_answers_holds_neither_the_run_nor_the_process_for_ever(tmp_path, silent):
     with HubStandin() as hub:
         held = [hub.hold(silent) for _ in range(9)]
-        pushed = push(hub, tmp_path, {"silent": {"_push": {}, "num_train_epochs": 1, "ddp_timeout": 2}})
+        pushed = push(hub, tmp_path, {"silent": {"_push": {}, "num_train_epochs": 2, "ddp_timeout": 2}})
         assert held[0].reached.is_set()
         assert all(len(found.log()) == 1 for found in hub.repositories.values())
     assert pushed.result("silent")["commit"] is None
@@ -406,7 +406,7 @@ def test_a_hub_that_never_answers_holds_neither_the_run_nor_the_process_for_ever
 
 def test_no_hub_at_all_is_a_warning(tmp_path):
     with HubStandin() as hub:
-        pushed = push(hub, tmp_path, {"nowhere": {"_push": {}, "num_train_epochs": 1}}, HF_HUB_OFFLINE="1")
+        pushed = push(hub, tmp_path, {"nowhere": {"_push": {}, "num_train_epochs": 2}}, HF_HUB_OFFLINE="1")
         assert hub.requests == []
     assert all("OfflineModeIsEnabled" in warning for warning in pushed.messages("nowhere", "WARNING"))
     assert pushed.result("nowhere")["commit"] is None

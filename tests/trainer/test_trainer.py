@@ -415,7 +415,7 @@ def test_unknown_labels_are_learned_from_nowhere_and_evaluated_nowhere(dataset, 
     marked = marked.map(
         lambda row: {"labels": [k for k in row["labels"] if k not in row["unknown_labels"]]}, features=features
     )
-    args = arguments(tmp_path, num_train_epochs=1)
+    args = arguments(tmp_path, num_train_epochs=2)
     trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=marked, eval_dataset=marked)
     assert (trainer.train_labels == -1).sum() == 2 * len(dataset)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -480,8 +480,8 @@ def test_the_trainers_defaults_are_those_of_core(tmp_path):
 
 def test_another_setting_is_warned_of_when_a_run_goes_on(dataset, tmp_path, caplog):
     train = {"model": tiny_resnet(), "train_dataset": dataset}
-    args = arguments(tmp_path, num_train_epochs=1, save_strategy="epoch")
+    args = arguments(tmp_path, num_train_epochs=2, save_strategy="epoch")
     BalanceMixTrainer(args=args, **train).train()
-    BalanceMixTrainer(args=dataclasses.replace(args, num_train_epochs=2, mixup_alpha=1.0), **train).train(True)
+    BalanceMixTrainer(args=dataclasses.replace(args, num_train_epochs=3, mixup_alpha=1.0), **train).train(True)
     assert "settings was" in caplog.text
     assert "'mixup_alpha': 4.0" in caplog.text

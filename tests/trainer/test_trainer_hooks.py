@@ -41,8 +41,10 @@ HOOKS = {
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
     "_finish_current_push": [],
+    "_hp_search_setup": ["trial"],
     # public, but their signatures are ours too
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "call_model_init": ["trial"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "create_scheduler": ["num_training_steps", "optimizer"],
     "get_decay_parameter_names": ["model"],
@@ -128,7 +130,6 @@ def test_the_order_of_calls_in_an_epoch_and_around_a_save(tmp_path, monkeypatch)
 
 
 def test_our_loss_is_divided_by_the_accumulation_steps(tmp_path):
-    # By `loss_is_scaled_for_ga` from 5.19 on, by `model_accepts_loss_kwargs` before.
     data = make_dataset(tmp_path / "images", 8)
     trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path / "out"), train_dataset=data)
     batch = next(iter(trainer.get_train_dataloader()))
