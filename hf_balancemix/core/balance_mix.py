@@ -9,6 +9,7 @@ step calls `refine` for both batches of a pair (where `settings.manages_labels(e
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,8 +94,8 @@ class BalanceMixSettings:
         check_range("label_warmup_epochs", self.label_warmup_epochs, 0)
         if not 0 <= self.max_missing <= 1e6:
             raise ValueError(f"max_missing is {self.max_missing}; it must lie in [0, 1e6] (0: no limit).")
-        if not self.mixup_alpha >= 0:
-            raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
+        if not 0 <= self.mixup_alpha < math.inf:
+            raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive and finite.")
         if self.clean_probability_source == "views" and self.prediction_source == "scan":
             raise ValueError(
                 'clean_probability_source is "views"; it must be "scan" where prediction_source is, as nothing is '
