@@ -44,7 +44,7 @@ def test_lambda_has_the_mean_of_its_distribution(alpha):
 
 @pytest.mark.parametrize("alpha", [-1.0, math.inf, math.nan])
 def test_an_impossible_alpha_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha is .*; it must be finite and at least 0"):
+    with pytest.raises(ValueError, match=r"alpha is .*; it must be finite and at least 0"):
         mixing_coefficient(alpha, 0)
 
 
