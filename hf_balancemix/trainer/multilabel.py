@@ -270,6 +270,7 @@ class MultiLabelTrainer(AveragingTrainer):
         """The method's loss on a batch of instances or pairs, a scalar; Eq. 1 where no method has another."""
         images, loss_of = self._step(inputs)
         outputs = model(pixel_values=images, **self._forward_options)
+        self._watch(outputs.logits)
         loss = loss_of(outputs.logits)
         return (loss, outputs) if return_outputs else loss
 
