@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--predictions", choices=["views", "scan"], default="views")
     parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--norm_head", action="store_true", help="batch norm of what was pooled")
     parser.add_argument("--on_nan", default="stop")
     parser.add_argument("--nan", help="RANK:N, the rank whose n-th batch of training is infinite")
     parser.add_argument("--kill")
@@ -142,6 +143,8 @@ def main() -> None:
         **({"ddp_backend": "gloo"} if ranks > 1 else {}),
     )
     model = tiny_resnet() if options.arch == "resnet" else tiny_vit(dropout=options.dropout)
+    if options.norm_head:
+        model.classifier.insert(1, torch.nn.BatchNorm1d(16))  # after the ResNet's nn.Flatten
     trainer = BalanceMixTrainer(model=model, args=args, train_dataset=noisy, eval_dataset=data.select(range(9)))
     trace: list[dict[str, torch.Tensor]] = []
     refine, loss = trainer.balance_mix.refine, trainer.balance_mix.loss
