@@ -8,6 +8,8 @@ step calls `refine` for both batches of a pair (where `settings.manages_labels(e
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,6 +30,8 @@ from hf_balancemix.core.sampling import (
     instance_scores,
     sampling_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 CLEAN_PROBABILITY_SOURCES = ("scan", "views")
 PREDICTION_SOURCES = ("scan", "views")
@@ -90,8 +94,8 @@ class BalanceMixSettings:
         check_range("label_warmup_epochs", self.label_warmup_epochs, 0)
         if not 0 <= self.max_missing <= 1e6:
             raise ValueError(f"max_missing is {self.max_missing}; it must lie in [0, 1e6] (0: no limit).")
-        if not self.mixup_alpha >= 0:
-            raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive.")
+        if not 0 <= self.mixup_alpha < math.inf:
+            raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive and finite.")
         if self.clean_probability_source == "views" and self.prediction_source == "scan":
             raise ValueError(
                 'clean_probability_source is "views"; it must be "scan" where prediction_source is, as nothing is '
@@ -166,7 +170,7 @@ class BalanceMix:
         k = self.labels.shape[1]
         self._histogram = LossHistogram(k)
         self._confidences = torch.zeros(2, 2, k, dtype=torch.int64)  # sums and counts of confidence_sums
-        self._num_observed = 0
+        self._num_observed = self._num_dropped = 0
         # Batches of this rank: index `(B,)`, and losses or probabilities `(B, K)`.
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._probabilities: list[tuple[Tensor, Tensor]] = []
@@ -177,13 +181,16 @@ class BalanceMix:
 
         Args:
             index: `(B,)` int64 indices into the training set. Over all ranks every instance comes exactly once.
-            logits: `(B, K)` of the un-augmented instances in evaluation mode, any float dtype and device.
+            logits: `(B, K)` of the un-augmented instances in evaluation mode, any float dtype and device. One that is
+                not finite is left out: its label is not clean, and f(x) is 0.5.
         """
         index, logits = index.cpu(), logits.detach().to("cpu", torch.float32)
-        labels = self.labels[index]
+        dropped = ~logits.isfinite()
+        labels = self.labels[index].masked_fill(dropped, -1)
         positive = labels == 1
         losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # left out of the histograms
-        probabilities = torch.nan_to_num(logits).double().sigmoid()
+        probabilities = logits.masked_fill(dropped, 0).double().sigmoid()
+        self._num_dropped += int(dropped.sum())
         self._confidences += torch.stack(confidence_sums(probabilities, labels))
         self._histogram.update(losses, positive)
         self._num_observed += len(index)
@@ -228,6 +235,9 @@ class BalanceMix:
                 )
             if self._keeps_scan_probability:
                 self.scan_probability = self._of_all_ranks(self._probabilities)
+        if num_dropped := int(all_reduce_sum(torch.tensor(self._num_dropped))):
+            text = "%d of %d logits that were observed before epoch %d are not finite and were left out."
+            logger.warning(text, num_dropped, self.labels.numel(), epoch)
         self.epoch = epoch
         self.loss_histogram = self._histogram
         self._begin_observing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -14,10 +15,11 @@ def check_choice(name: str, value: object, known: Collection[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise a ValueError that names the setting unless low <= value <= high."""
-    if not low <= value <= high:
-        limits = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise a ValueError that names the setting unless it is finite and low <= value <= high."""
+    if not (low <= value <= high and math.isfinite(value)):
+        limits = f"finite and at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        limits = "finite" if low == -math.inf else limits
         raise ValueError(f"{name} is {value}; it must be {limits}.")
 
 

@@ -65,7 +65,7 @@ def refine_labels(
     check_same_shape(labels=labels, p_clean=p_clean, probabilities=probabilities)
     check_range("threshold", threshold, 0.5, 1)
     known = labels >= 0
-    labels, p_clean, probabilities = labels.float(), p_clean.float() * known, probabilities.float()
+    labels, p_clean, probabilities = labels.float(), p_clean.float().masked_fill(~known, 0), probabilities.float()
     clean = p_clean > 0.5
     if trust_positives:
         clean = clean | (labels > 0.5)

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hf_balancemix.core.checks import check_range
 from hf_balancemix.core.keys import keyed_rng
 from hf_balancemix.core.label_management import RefinedLabels
 
@@ -15,17 +16,30 @@ def mixing_coefficient(alpha: float, *key: int | str) -> float:
     """lambda of Eq. 5 as a pure function of `key`: max(l, 1 - l) with l ~ Beta(alpha, alpha).
 
     Args:
-        alpha: Beta parameter >= 0 (the paper uses 4). 0 means no mixing: lambda = 1.
+        alpha: Beta parameter, finite and >= 0 (the paper uses 4). 0 means no mixing: lambda = 1.
         key: Words, e.g. `(seed, epoch, random index)`.
 
     Returns:
         float in [0.5, 1].
     """
+    check_range("alpha", alpha, 0)
     if alpha == 0:
         return 1.0
     with keyed_rng(*key, "lambda"):
-        drawn = _beta(alpha).sample().item()
+        if 0.01 <= alpha <= 1e6:
+            drawn = _beta(alpha).sample().item()
+        else:  # whose two gamma variates leave float32; their logarithms do not
+            drawn = _log_gamma(alpha).sub(_log_gamma(alpha)).sigmoid().item()
     return max(drawn, 1 - drawn)
+
+
+def _log_gamma(alpha: float) -> Tensor:
+    """The logarithm of a Gamma(alpha, 1) variate, float64: Gamma(alpha) is Gamma(alpha + 1) U^(1 / alpha)."""
+    concentration = torch.tensor(alpha + 1, dtype=torch.float64)
+    uniform = torch.rand((), dtype=torch.float64)
+    return (
+        torch.distributions.Gamma(concentration, torch.ones_like(concentration)).sample().log() + uniform.log() / alpha
+    )
 
 
 @cache  # making one takes longer than drawing from it
@@ -76,6 +90,10 @@ def _mix(random: Tensor, minority: Tensor, lam: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"the shapes of both {name} and lambda are {tuple(random.shape)}, {tuple(minority.shape)} and "
             f"{tuple(lam.shape)}; they must be (B, ...), the same and (B,); pass a partner and a lambda for each."
+        )
+    if not (random.is_floating_point() and minority.is_floating_point()):
+        raise TypeError(
+            f"{name} are {random.dtype} and {minority.dtype}; they must be floating point to be mixed; pass x.float()."
         )
     # lerp, not a sum of two products: at lambda = 1 it gives the random instance exactly.
     return torch.lerp(minority, random, lam.to(random.dtype).view(-1, *[1] * (random.ndim - 1)))

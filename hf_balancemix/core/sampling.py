@@ -20,14 +20,14 @@ def class_confidences(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
     Args:
         probabilities: `(N, K)` float in [0, 1], the model's sigmoid outputs.
-        labels: `(N, K)` given labels in {0, 1}.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: these count nowhere.
 
     Returns:
         `(P, A)`, each `(K,)` float64: P(k) is the mean of f(x)_k over positive labels, A(k) the mean of 1 - f(x)_k
         over negative labels; 1 where a class has none.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes differ, or the probability of a known label is NaN or outside [0, 1].
 
     Example:
         >>> P, A = class_confidences(torch.tensor([[0.9], [0.5], [0.2]]), torch.tensor([[1], [1], [0]]))
@@ -56,6 +56,11 @@ def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     check_same_shape(probabilities=probabilities, labels=labels)
     positive, negative = labels == 1, labels == 0
     p = probabilities.double()
+    bad = ~((p >= 0) & (p <= 1)) & (positive | negative)
+    if bad.any():
+        raise ValueError(
+            f"probabilities hold {p[bad][0]:g}; each must be in [0, 1]; pass the sigmoid of finite logits."
+        )
     confidence = (torch.where(positive, p, 1 - p) * _UNIT).round().long()
     sums = torch.stack([(confidence * negative).sum(0), (confidence * positive).sum(0)])
     return sums, torch.stack([negative.sum(0), positive.sum(0)])
@@ -71,9 +76,12 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
     """Eq. 3: how confidently the model knows each instance's labels; a low score marks a minority instance.
 
     Args:
-        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: these add nothing.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown. The score is that of the known labels, so that
+            their number does not count; an instance without any is neutral: it gets the harmonic mean of the other
+            scores, with which Eq. 4 draws it with the probability 1 / N.
         positive, negative: `(K,)` P(k) and A(k) in [0, 1].
-        score: `"paper"`: Eq. 3 as printed, the sum over classes of P(k) where the label is 1 and A(k) where it is 0.
+        score: `"paper"`: Eq. 3 as printed, the sum over classes of P(k) where the label is 1 and A(k) where it is 0;
+            K times their mean where some are unknown.
             With many classes the negative terms drown the positive ones and Eq. 4 becomes almost uniform.
             `"positive"`: the mean of P(k) over the instance's positive labels; an instance without any counts as
             fully known (1). `"uniform"`: 1 for every instance, i.e. no minority sampler.
@@ -93,15 +101,19 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
     check_choice("minority_score", score, MINORITY_SCORES)
     if score == "uniform":
         return torch.ones(len(labels), dtype=torch.float64)
-    t = (labels == 1).double()
+    t, num_known = (labels == 1).double(), (labels >= 0).double().sum(1)
     scores = t @ positive.double()
     if score == "paper":
         scores += (labels == 0).double() @ negative.double()
+        scores *= labels.shape[1] / num_known.clamp(min=1)  # times 1 where all are known
     else:
         count = t.sum(1)
         scores = torch.where(count > 0, scores / count.clamp(min=1), 1.0)
     # A class that the model gives no probability at all must not take the whole epoch.
-    return scores.clamp(min=1e-3)
+    scores = scores.clamp(min=1e-3)
+    judged = num_known > 0
+    neutral = 1 / (1 / scores[judged]).mean() if judged.any() else 1.0
+    return torch.where(judged, scores, neutral)
 
 
 def sampling_weights(scores: Tensor) -> Tensor:

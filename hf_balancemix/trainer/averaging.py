@@ -63,6 +63,7 @@ class WeightAverage(TrainerCallback):
                 for average, value in zip(averages, values, strict=True):
                     average.copy_(value)
 
+        self.skip_next = False  # the next step of the optimiser does nothing
         self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True).requires_grad_(False)
 
     def _start(self) -> None:
@@ -108,7 +109,9 @@ class WeightAverage(TrainerCallback):
         self._loaded = False
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._average.update_parameters(self.model)
+        if not self.skip_next:
+            self._average.update_parameters(self.model)
+        self.skip_next = False
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         broadcast_buffers(self._average.module)  # every rank averaged its own batch-norm statistics
@@ -137,6 +140,11 @@ class AveragingTrainer(ResumableTrainer):
             check_average(self)
             self._average = WeightAverage(self.model, self.args.ema_decay)
             self.add_callback(self._average)
+
+    def _skip_step(self) -> None:
+        super()._skip_step()
+        if self._average is not None:
+            self._average.skip_next = True
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Inside the block the model has its averaged weights, if there are any."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,11 +20,14 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from hf_balancemix.files import is_temporary, sync_folder, whole_file
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_WEIGHTS = ("model", "adapter_model", "ema")
 _CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -67,7 +71,7 @@ def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | N
     """One sentence that names the first fault of a checkpoint that is not whole; None if it is.
 
     Only the files that the manifest lists are looked at; others may have been added since (a README by a push). With
-    `content` checksums are compared, which reads every file, otherwise only sizes.
+    `content` checksums are compared, which reads every file, otherwise only sizes; and weights must be finite.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -94,6 +98,8 @@ def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | N
             for name, (_, checksum) in files.items():
                 if _checksum(directory / name) != checksum:
                     return f"The content of its file {name!r} differs from what was saved (checksum)."
+                if (weight := _non_finite_weight(directory / name)) is not None:
+                    return f"The weight {weight!r} in its file {name!r} is not finite."
     except OSError as error:
         return f"Its file {name!r} cannot be read ({error})."
     return None
@@ -178,6 +184,21 @@ def _describe(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": _checksum(path)}
+
+
+def _non_finite_weight(path: Path) -> str | None:
+    """The first tensor of a file of weights that holds NaN or +infinity (masks hold -infinity), if there is one."""
+    if not (path.suffix == ".safetensors" and path.name.startswith(_WEIGHTS)):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                values = file.get_tensor(name)
+                if (values.isnan() | (values == math.inf)).any():
+                    return name
+    except SafetensorError:  # whoever loads it says so
+        pass
+    return None
 
 
 def _checksum(path: Path) -> str:

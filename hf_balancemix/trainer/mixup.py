@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from hf_balancemix.trainer.checks import check_warmup, epochs_of
 from hf_balancemix.trainer.multilabel import MultiLabelTrainer
 from hf_balancemix.trainer.scan import scan
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class MixupTrainer(MultiLabelTrainer):
@@ -103,13 +106,16 @@ class MixupTrainer(MultiLabelTrainer):
         """
 
     def _scan(self, observe: Callable[[Tensor, Tensor], None]) -> None:
-        """Must be called on every rank: `observe` gets the logits of every training instance once; see `scan`."""
+        """Must be called on every rank: `observe` gets the logits of every training instance once; see `scan`.
+
+        Logits that are not finite are an error, or with `args.on_nan="skip"` a warning.
+        """
 
         def forward(batch: dict[str, Tensor]) -> Tensor:
             images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
             return self.model(pixel_values=images, **self._forward_options).logits
 
-        scan(
+        num_bad = scan(
             forward,
             self.model,
             PlainInstances(self.train_dataset, self.views, self.train_labels),
@@ -118,6 +124,16 @@ class MixupTrainer(MultiLabelTrainer):
             num_workers=self.args.dataloader_num_workers,
             show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
+        if num_bad:
+            self._check_weights(f"in the scan after step {self.state.global_step}")
+            text = (
+                f"the logits of {num_bad} of {len(self._training_labels)} instances are not finite in the scan after "
+                f"step {self.state.global_step}"
+            )
+            if self.args.on_nan == "stop":
+                raise ValueError(f"{text}; they must be; look for damaged images, or pass on_nan='skip'.")
+            if self.is_world_process_zero():
+                logger.warning("%s: what is learned from them is left out.", text)
 
     def _scan_table(self, row: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
         """Must be called on every rank: `(N, num_columns)` float32, a row for each instance, the same on every rank.

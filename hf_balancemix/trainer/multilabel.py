@@ -47,6 +47,7 @@ from hf_balancemix.trainer.checks import (
     check_transform,
     names_of,
 )
+from hf_balancemix.trainer.last_batch import fault_of_one_instance, has_batch_of_one
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ class _EpochHook(TrainerCallback):
 
     def __init__(self, trainer: MultiLabelTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer._check_last_batch()
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.trainer._begin_epoch(int(state.epoch))
@@ -352,6 +356,28 @@ class MultiLabelTrainer(AveragingTrainer):
 
     # ---- training and evaluation ----
 
+    def _check_last_batch(self) -> None:
+        """A model that cannot be trained on one instance never meets one."""
+        args, n, size = self.args, len(self._training_labels), self._train_batch_size
+        num_batches = max(args.max_steps, 0) * args.gradient_accumulation_steps
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # whose forward pass all ranks must call alike
+        if not has_batch_of_one(n, size, args.world_size, args.dataloader_drop_last, num_batches):
+            return
+        row = collate([PlainInstances(self.train_dataset, self.views, self.train_labels)[0]])
+        images = self._normalise(row["pixel_values"].to(args.device))
+
+        def forward() -> Tensor:
+            return self.model(pixel_values=images, **self._forward_options).logits
+
+        if (fault := fault_of_one_instance(self.model, forward)) is not None:
+            which = "each batch" if size == 1 else f"the last batch of an epoch ({n} in batches of {size})"
+            fix = "raise the batch size" if size == 1 else "set dataloader_drop_last=True, or another batch size"
+            raise ValueError(
+                f"{which} has one instance, with which {type(self.model).__name__} cannot be trained ({fault}); "
+                f"it must have two or more; {fix}."
+            )
+
     def _begin_epoch(self, epoch: int) -> None:
         if self.state.global_step == 0:  # also where auto_find_batch_size begins again
             self._reset_run_state()
@@ -371,6 +397,7 @@ class MultiLabelTrainer(AveragingTrainer):
         """The method's loss on a batch of instances or pairs, a scalar; Eq. 1 where no method has another."""
         images, targets, loss_of = self._step(inputs)
         outputs = model(pixel_values=images, **self._forward_options)
+        self._watch(outputs.logits)
         loss = loss_of(outputs.logits) if self.compute_loss_func is None else self._loss_by_user(outputs, targets)
         return (loss, outputs) if return_outputs else loss
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_balancemix.core.distributed import broadcast_buffers
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
+from hf_balancemix.trainer.non_finite import FiniteTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ STATE_FILE = "balancemix_state.safetensors"
 _SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings")
 
 
-class ResumableTrainer(HubTrainer):
+class ResumableTrainer(FiniteTrainer):
     """Trainer with whole checkpoints.
 
     A manifest is written last, after a barrier and before any push; only checkpoints that it fits are resumed from,
@@ -106,6 +107,7 @@ class ResumableTrainer(HubTrainer):
             (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights(f"at step {self.state.global_step}, where a checkpoint was to be written")
         # A resumed run gives every rank the checkpoint's batch-norm statistics, which are the first rank's.
         broadcast_buffers(self.model)
         checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")

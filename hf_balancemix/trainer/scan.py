@@ -24,7 +24,7 @@ def scan(
     batch_size: int,
     num_workers: int = 0,
     show_progress: bool = False,
-) -> None:
+) -> int:
     """Must be called on every rank: show every instance to the model once and hand the logits to `observe`.
 
     Rank r takes the instances r, r + world, ..., unpadded; there is no collective inside the loop. Neither the global
@@ -37,6 +37,9 @@ def scan(
         observe: Called with `index` `(B,)` and logits `(B, K)`.
         batch_size, num_workers: Instances a forward pass, and worker processes of the data loader.
 
+    Returns:
+        How many instances, over all ranks, had a logit that is not finite.
+
     Raises:
         RuntimeError: Over all ranks, some instance did not come exactly once.
     """
@@ -48,11 +51,14 @@ def scan(
         shard, batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator().manual_seed(0)
     )
     seen = torch.zeros(len(instances), dtype=torch.int32)
+    num_bad = torch.zeros((), dtype=torch.int64)
     with evaluation_mode(model):
         for batch in tqdm(loader, desc="Scan", leave=False, dynamic_ncols=True, disable=not show_progress):
             index = batch["index"]
             seen.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
-            observe(index, forward(batch))
+            logits = forward(batch)
+            num_bad = num_bad.to(logits.device) + (~logits.isfinite()).flatten(1).any(1).sum()
+            observe(index, logits)
     seen = all_reduce_sum(seen)
     missed, again = int((seen == 0).sum()), int((seen > 1).sum())
     if missed or again:
@@ -60,3 +66,4 @@ def scan(
             f"the scan missed {missed} of {len(instances)} instances and saw {again} more than once; over all ranks "
             "it must see each exactly once; give every rank the same training set, whose rows are in order."
         )
+    return int(all_reduce_sum(num_bad.cpu()))

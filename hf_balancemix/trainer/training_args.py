@@ -56,6 +56,8 @@ class MultiLabelTrainingArguments(TrainingArguments):
     hflip (`bool`): mirror every other training view, left to right.
     random_resized_crop (`float`, in [0, 1]): a training view is a random part of the image, of this share of its area
         or more; 0: none. Crop, mirror, cutout and RandAugment follow each other.
+    on_nan (`str`, defaults to `"stop"`): a step whose logits or loss are not finite, on any rank, ends the training
+        with an error; `"skip"`: it changes nothing, and is counted in the logs (`skipped_steps`).
     randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
     many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
         class is many-shot, below `few_shot` few-shot.
@@ -148,6 +150,12 @@ class MultiLabelTrainingArguments(TrainingArguments):
         0.0,
     )
     channels_last: bool = _argument("Memory format of convolutional networks; often much faster.", False)
+    on_nan: str = _argument(
+        "At a step whose logits or loss are not finite: 'stop' with an error, or 'skip' the step, which is counted "
+        "in the logs.",
+        "stop",
+        choices=["stop", "skip"],
+    )
     randaugment_num_ops: int = _argument("RandAugment operations on each training view.", 2)
     randaugment_magnitude: int = _argument("Strength of RandAugment, 0 to 30.", 9)
     many_shot: int = _argument("Classes with more clean positive training labels are many-shot.", 10_000)
@@ -187,6 +195,12 @@ class MultiLabelTrainingArguments(TrainingArguments):
         columns = "False, as views are made of the image column; leave it out"
         for name, possible, required in (
             ("remove_unused_columns", not self.remove_unused_columns, columns),
+            ("on_nan", self.on_nan in ("stop", "skip"), "'stop' or 'skip'"),
+            (
+                "logging_nan_inf_filter",
+                self.logging_nan_inf_filter or self.on_nan == "stop",
+                "True with on_nan='skip', or one such step would spoil all losses that are logged; leave it out",
+            ),
             ("many_shot", self.many_shot >= self.few_shot, f"at least few_shot, {self.few_shot}; change either"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
             ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),

@@ -15,6 +15,7 @@ from hf_balancemix.core import (
     LossMixtures,
     Reliability,
     class_confidences,
+    keyed_generator,
     label_losses,
     minority_mixup,
 )
@@ -339,3 +340,22 @@ def test_an_unknown_label_has_no_gradient_whichever_half_of_the_mix_it_is_in():
     logits = torch.zeros(2, 2, requires_grad=True)
     BalanceMix(torch.ones(1, 2)).loss(logits, targets).backward()
     assert (logits.grad == 0).tolist() == [[False, True], [True, False]]
+
+
+def test_logits_that_are_not_finite_are_left_out_and_said(caplog):
+    labels, logits = torch.tensor([[1, 0], [1, 0], [0, 1]] * 4), torch.randn(12, 2, generator=keyed_generator(0))
+    bad = logits.clone()
+    bad[0, 0], bad[4, 1], bad[5, 1] = math.nan, math.inf, -math.inf
+    state, without = BalanceMix(labels), labels.clone()
+    without[0, 0] = without[4, 1] = without[5, 1] = -1
+    other = BalanceMix(without)
+    state.observe(torch.arange(12), bad)
+    other.observe(torch.arange(12), logits)
+    assert not caplog.messages
+    state.end_epoch(1)
+    assert caplog.messages == ["3 of 24 logits that were observed before epoch 1 are not finite and were left out."]
+    other.end_epoch(1)
+    for name in ("positive_confidence", "negative_confidence", "missing_loss_threshold", "clean_probability"):
+        assert torch.equal(getattr(state, name), getattr(other, name)), name
+    assert state.weights.isfinite().all()
+    assert state.scan_probability[0, 0] == 0.5

@@ -276,6 +276,70 @@ def test_low_precision_is_computed_in_float32_and_finite(name, dtype):
     assert torch.equal(inside, ALL[name](low.float(), torch.full((2, 5), 0.3)))
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int8, torch.int64, torch.float16, torch.float64])
+def test_labels_of_any_type_are_their_numbers(name, dtype):
+    logits, targets = case("hard")
+    logits = logits.float()
+    assert torch.equal(ALL[name](logits, targets.to(dtype)), ALL[name](logits, targets.float()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_unknown_label_in_an_unsigned_type_is_refused(name):
+    logits, targets = case("unknown")
+    with pytest.raises(ValueError, match="targets hold 255; each must be in"):
+        ALL[name](logits, torch.where(targets < 0, 255, targets).to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_no_logit_of_an_unknown_label_changes_anything(name, bad):
+    logits, targets = case("unknown")
+    unknown = targets < 0
+    reference, other = logits.clone().requires_grad_(), torch.where(unknown, bad, logits).requires_grad_()
+    weights = {"weight": torch.where(unknown, bad, 0.5)} if name == "bce" else {}
+    expected = {"weight": torch.full_like(logits, 0.5)} if name == "bce" else {}
+    losses = [ALL[name](reference, targets, **expected), ALL[name](other, targets, **weights)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    assert torch.equal(reference.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_an_empty_batch_costs_nothing_and_has_a_gradient(name, reduction):
+    logits = torch.zeros(0, 5, requires_grad=True)
+    loss = ALL[name](logits, torch.zeros(0, 5), reduction=reduction)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("margin", [1e-300, 1e-8, 1e-3, 0.05, 0.7, 1.0])
+def test_asl_has_its_margin_however_small(margin):
+    # log(1 - max(p - m, 0)) with 1 - p as sigmoid(-x), which is exact, in float64.
+    row = [-80.0, -9.0, -1.0, -1e-3, 0.0, 1e-3, 2.0, 10.0, 16.0, 40.0, 90.0]
+    expected = []
+    for x in row:
+        q = sigmoid(-x) + margin
+        expected.append(0.0 if q >= 1 else -math.log1p(-(sigmoid(x) - margin)) if x < 0 else -math.log(q))
+    for dtype, rel in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        logits = torch.tensor([row], dtype=dtype, requires_grad=True)
+        losses = asymmetric_loss(logits, torch.zeros(1, len(row)), gamma_neg=0, margin=margin, reduction="none")
+        assert losses[0].tolist() == pytest.approx(expected, rel=rel, abs=1e-7)
+        losses.sum().backward()
+        assert logits.grad.isfinite().all()
+
+
+def test_db_loss_without_steepness_weighs_all_alike():
+    logits, targets = case("hard")
+    targets[0] = 0  # no positive label: r is infinite
+    counts = COUNTS
+    loss = db_loss(logits, targets, counts, 100, alpha=0.2, beta=0, kappa=0, gamma=0, negative_scale=1, focal_scale=1)
+    assert loss.item() == pytest.approx(0.7 * binary_cross_entropy(logits, targets).item(), rel=1e-12)
+
+
 def test_gradients_where_a_published_clamp_would_have_stopped_them():
     logits = torch.tensor([[-60.0, -100.0]], requires_grad=True)
     asymmetric_loss(logits, torch.ones(1, 2)).backward()
@@ -299,6 +363,11 @@ def test_settings_out_of_range_are_refused():
         (partial(db_loss, class_counts=COUNTS, num_instances=1), "num_instances is 1"),
         (partial(db_loss, class_counts=COUNTS, num_instances=9, negative_scale=0), "negative_scale is 0"),
         (partial(db_loss, class_counts=COUNTS[:2], num_instances=9), r"class_counts has the shape \(2,\)"),
+        (partial(db_loss, class_counts=COUNTS, num_instances=9, beta=-1), "beta is -1"),
+        (partial(db_loss, class_counts=COUNTS, num_instances=9, beta=math.inf), "beta is inf; it must be finite and"),
+        (partial(db_loss, class_counts=COUNTS, num_instances=9, mu=math.nan), "mu is nan; it must be finite"),
+        (partial(hill_loss, margin=math.inf), "margin is inf; it must be finite"),
+        (partial(focal_loss, gamma=math.inf), "gamma is inf; it must be finite and at least 0"),
         (partial(large_loss, num_modified=-1), "num_modified is -1"),
         (partial(large_loss, num_modified=1, mode="drop"), "mode is 'drop'"),
     ):

@@ -27,6 +27,33 @@ def test_lambda_is_keyed_and_at_least_one_half():
     assert sum(drawn) / 2000 == pytest.approx(0.63672, abs=4 * 0.0022)
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 0.002, 0.02, 0.2, 1.0, 40.0, 2e6, 1e300])
+def test_lambda_has_the_mean_of_its_distribution(alpha):
+    # E max(l, 1 - l) = 1/2 + 4^-alpha / (alpha B(alpha, alpha)), which goes to 1/2 + 1 / sqrt(4 pi alpha).
+    if alpha < 1e5:
+        log_beta = 2 * math.lgamma(alpha) - math.lgamma(2 * alpha)
+        excess = math.exp(-alpha * math.log(4) - log_beta) / alpha
+    else:
+        excess = 1 / math.sqrt(4 * math.pi * alpha)
+    drawn = torch.tensor([mixing_coefficient(alpha, 0, i) for i in range(2000)], dtype=torch.float64)
+    assert drawn.min() >= 0.5
+    assert drawn.max() <= 1
+    error = drawn.std().item() / math.sqrt(2000)
+    assert drawn.mean().item() == pytest.approx(0.5 + excess, abs=4 * error + 1e-6)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, math.inf, math.nan])
+def test_an_impossible_alpha_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"alpha is .*; it must be finite and at least 0"):
+        mixing_coefficient(alpha, 0)
+
+
+def test_whole_numbers_cannot_be_mixed():
+    x, s = torch.ones(2, 1, 2, 2), torch.ones(2, 3, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"labels are torch.uint8 and torch.uint8; they must be floating point"):
+        minority_mixup(x, x, s, s, torch.ones(2))
+
+
 def test_alpha_zero_does_not_mix():
     assert mixing_coefficient(0, 1, 2) == 1.0
     x, y = torch.rand(3, 3, 4, 4), torch.rand(3, 3, 4, 4)

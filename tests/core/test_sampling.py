@@ -76,6 +76,48 @@ def test_weights_are_inverse_to_scores_and_uniform_where_asked():
     assert torch.equal(uniform, torch.full((50,), 1 / 50, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("score", ["paper", "positive"])
+def test_instances_without_a_known_label_are_drawn_as_often_as_uniformly(score):
+    p, t = random_case(n=5000, k=20)
+    P, A = class_confidences(p, t)
+    alone = instance_scores(t[4:], P, A, score)
+    t[:4] = -1
+    scores = instance_scores(t, P, A, score)
+    assert sampling_weights(scores)[:4].tolist() == pytest.approx([1 / 5000] * 4, rel=1e-12)
+    assert torch.equal(scores[4:], alone)
+    unknown = torch.full((3, 20), -1)
+    assert sampling_weights(instance_scores(unknown, P, A, score)).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_the_number_of_known_labels_does_not_drive_the_draw():
+    # 10 % of 20 labels are known: an eighth of the instances have none, and others from 1 to 8.
+    p, t = random_case(n=4000, k=20)
+    t = t.masked_fill(torch.rand(t.shape, generator=torch.Generator().manual_seed(1)) > 0.1, -1)
+    flat = torch.full((20,), 0.5)  # all labels are known equally well: no instance is a minority one
+    weights = sampling_weights(instance_scores(t, flat, flat, "paper"))
+    assert weights.tolist() == pytest.approx([1 / 4000] * 4000, rel=1e-9)
+    weights = sampling_weights(instance_scores(t, *class_confidences(p, t), "paper"))
+    known = (t >= 0).sum(1)
+    for number in (0, 1, 2, 3, 4):
+        assert weights[known == number].mean().item() * 4000 == pytest.approx(1, abs=0.05)
+
+
+def test_the_score_with_unknown_labels_is_the_mean_over_the_known_ones():
+    labels = torch.tensor([[1, 0, -1, -1], [1, 0, 0, 1], [-1, -1, -1, 0]])
+    P, A = torch.tensor([0.2, 0.9, 0.9, 0.6]), torch.tensor([0.9, 0.8, 0.4, 0.7])
+    expected = [4 * (0.2 + 0.8) / 2, 0.2 + 0.8 + 0.4 + 0.6, 4 * 0.7]
+    assert instance_scores(labels, P, A).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1])
+def test_confidences_of_no_probability_are_refused_unless_the_label_is_unknown(bad):
+    p, t = torch.tensor([[0.5], [bad]]), torch.tensor([[1], [0]])
+    with pytest.raises(ValueError, match=r"probabilities hold .*; each must be in \[0, 1\]"):
+        class_confidences(p, t)
+    P, A = class_confidences(p, torch.tensor([[1], [-1]]))
+    assert (P.item(), A.item()) == (0.5, 1.0)
+
+
 def test_eq_4_as_printed_is_nearly_uniform_with_many_classes():
     # What docs/choices.md says of the printed score: with K = 80 the negative terms drown the positive ones.
     g = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ Rank 0 writes FOLDER/final.pt: parameters and buffers, the method's state, and w
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from transformers import TrainerCallback
 
-from hf_balancemix import BalanceMixTrainer, Mislabel
+from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer
 from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.trainer import checkpoints
 
@@ -78,6 +79,21 @@ def arm(trainer: BalanceMixTrainer, moment: str) -> None:
         raise ValueError(moment)
 
 
+def poisoned_batches(trainer: MultiLabelTrainer, *calls: int) -> None:
+    """The images of some micro-batches, counted from 1, are infinite."""
+    prepare, count = trainer._prepare_inputs, [0]
+
+    def spoil(inputs):
+        inputs = prepare(inputs)
+        if trainer.model.training:
+            count[0] += 1
+            if count[0] in calls:
+                inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], math.inf)
+        return inputs
+
+    trainer._prepare_inputs = spoil
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -93,6 +109,9 @@ def main() -> None:
     parser.add_argument("--predictions", choices=["views", "scan"], default="views")
     parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--norm_head", action="store_true", help="batch norm of what was pooled")
+    parser.add_argument("--on_nan", default="stop")
+    parser.add_argument("--nan", help="RANK:N, the rank whose n-th batch of training is infinite")
     parser.add_argument("--kill")
     parser.add_argument("--kill_rank", type=int, default=0)
     options = parser.parse_args()
@@ -116,12 +135,16 @@ def main() -> None:
         save_total_limit=3,
         max_grad_norm=options.clip,
         ema_decay=options.ema,
+        on_nan=options.on_nan,
+        logging_strategy="epoch",
         prediction_source=options.predictions,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
         **({"ddp_backend": "gloo"} if ranks > 1 else {}),
     )
     model = tiny_resnet() if options.arch == "resnet" else tiny_vit(dropout=options.dropout)
+    if options.norm_head:
+        model.classifier.insert(1, torch.nn.BatchNorm1d(16))  # after the ResNet's nn.Flatten
     trainer = BalanceMixTrainer(model=model, args=args, train_dataset=noisy, eval_dataset=data.select(range(9)))
     trace: list[dict[str, torch.Tensor]] = []
     refine, loss = trainer.balance_mix.refine, trainer.balance_mix.loss
@@ -139,7 +162,15 @@ def main() -> None:
     trainer.balance_mix.refine, trainer.balance_mix.loss = traced_refine, traced_loss
     if options.kill and rank == options.kill_rank:
         arm(trainer, options.kill)
-    trainer.train(resume_from_checkpoint=options.resume)
+    if options.nan and rank == int(options.nan.split(":")[0]):
+        poisoned_batches(trainer, int(options.nan.split(":")[1]))
+    error = None
+    try:
+        trainer.train(resume_from_checkpoint=options.resume)
+    except ValueError as caught:
+        if not options.nan:
+            raise
+        error = str(caught)
     if ranks > 1:
         assert dist.get_world_size() == ranks
         weights = [None] * ranks
@@ -153,6 +184,7 @@ def main() -> None:
             "parameters": flat(trainer.model),
             "state": trainer._run_state(),
             "trace": trace,
+            "error": error,
             "log": trainer.state.log_history,
             "steps": trainer.state.global_step,
         },

@@ -63,23 +63,33 @@ class MultiLabelLoss(nn.Module):
 
 
 def prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(B, K)` logits in float32 (float64 stays), targets alike with 0 for unknown ones, and where they are known."""
+    """`(B, K)` logits in float32 (float64 stays) and targets alike, both 0 where unknown, and which are known.
+
+    So what stands at an unknown label changes nothing, be it infinite or NaN. Targets can be of any dtype; whole
+    numbers above 1 (such as -1 in uint8) are a ValueError.
+    """
     check_same_shape(logits=logits, targets=targets)
+    if not (targets.is_floating_point() or targets.dtype == torch.bool) and (targets > 1).any():
+        raise ValueError(
+            f"targets hold {int(targets.max())}; each must be in [0, 1], or -1 (unknown) in a signed type."
+        )
     logits = logits if logits.dtype == torch.float64 else logits.float()
     known = targets >= 0
-    return logits, targets.to(logits.dtype) * known, known
+    return logits.masked_fill(~known, 0), targets.to(logits.dtype).masked_fill(~known, 0), known
 
 
 def reduce(losses: Tensor, known: Tensor, reduction: str) -> Tensor:
     """`(B, K)` losses with 0 for unknown labels, or the mean over B of their sum (`"sum"`) or mean (`"mean"`) over K.
 
     Unknown labels stay in the denominators, so that gradients do not depend on how a batch is split over ranks and
-    accumulation steps.
+    accumulation steps. An empty batch costs 0.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     losses = losses.masked_fill(~known, 0)
     if reduction == "none":
         return losses
+    if losses.numel() == 0:
+        return losses.sum()  # a mean would be NaN
     return (losses.sum(1) if reduction == "sum" else losses.mean(1)).mean()
 
 

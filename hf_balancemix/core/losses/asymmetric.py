@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,7 +44,11 @@ def asymmetric_loss(
     check_range("margin", margin, 0, 1)
     x, t, known = prepare(logits, targets)
     shifted = (x.sigmoid() - margin).clamp(min=0)  # p_m
-    log_negative = (-shifted).log1p() if margin > 0 else F.logsigmoid(-x)
+    log_negative = F.logsigmoid(-x)
+    if margin > 0:
+        # ln(1 - p + margin): 1 - p is lost in 1 - p_m where p is near 1.
+        confident = torch.logaddexp(log_negative, x.new_tensor(math.log(margin))).clamp(max=0)
+        log_negative = torch.where(x > 0, confident, (-shifted.where(x <= 0, 0)).log1p())
     losses = -t * F.logsigmoid(x) - (1 - t) * log_negative
     weight = power(t * (-x).sigmoid() + (1 - t) * shifted, t * gamma_pos + (1 - t) * gamma_neg)
     return reduce((weight.detach() if detach_weight else weight) * losses, known, reduction)

@@ -16,12 +16,13 @@ def binary_cross_entropy(
 
     Args:
         logits: `(B, K)`, any float dtype; computed in float32, float64 stays.
-        targets: `(B, K)` in [0, 1]; mixed labels are soft. -1 where unknown: such a label has the weight 0.
+        targets: `(B, K)` in [0, 1], any dtype; mixed labels are soft. -1 where unknown: such a label has the weight 0,
+            whatever its logit.
         weight: `(B, K)` in [0, 1]: 1 for clean and re-labelled labels, p_G for ambiguous ones. None means 1.
         reduction: `"sum"` over the K classes and mean over B, as printed; `"mean"` over B and K; `"none"`.
 
     Returns:
-        float32 (or float64) scalar; `(B, K)` for `"none"`.
+        float32 (or float64) scalar, 0 for an empty batch; `(B, K)` for `"none"`.
 
     Raises:
         ValueError: Shapes differ, the reduction is unknown, or a setting is out of its range.
@@ -34,4 +35,5 @@ def binary_cross_entropy(
     x, t, known = prepare(logits, targets)
     if weight is not None:
         check_same_shape(logits=logits, weight=weight)
+        weight = weight.masked_fill(~known, 0)
     return reduce(F.binary_cross_entropy_with_logits(x, t, weight, reduction="none"), known, reduction)

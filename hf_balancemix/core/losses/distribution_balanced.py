@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def db_loss(
     Of N instances n_k are positive for class k.
 
     - Weight of a label of an instance with the labels t: w_k = alpha + sigmoid(beta (r_k - mu)) with
-      r_k = (1 / n_k) / sum_j (t_j / n_j). An instance without a positive label has r = infinity, w = 1 + alpha.
+      r_k = (1 / n_k) / sum_j (t_j / n_j). An instance without a positive label has r = infinity: w = 1 + alpha (for
+      beta = 0 all weights are alpha + 1/2).
     - z_k = x_k - (kappa / s) ln(N / n_k - 1) with s = `negative_scale`.
     - A positive costs w (1 - sigmoid(z))^gamma (-ln sigmoid(z)), a negative (w / s) sigmoid(s z)^gamma
       (-ln sigmoid(-s z)); both times `focal_scale`. A soft target t costs t times the one and 1 - t times the other.
@@ -44,7 +47,7 @@ def db_loss(
         logits, targets, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised. An
             unknown label is no part of r.
         class_counts, num_instances: `(K,)`, n_k over the training set, and N >= 2.
-        alpha, beta: Least weight, >= 0, and the weight's steepness.
+        alpha, beta: Least weight and the weight's steepness, both >= 0.
         mu: r at which the weight is alpha + 1/2: 0.2 for COCO-MLT, 0.3 for VOC-MLT.
         negative_scale: s > 0: 2 for COCO-MLT, 5 for VOC-MLT.
         kappa: Size of the logits' shift.
@@ -52,9 +55,12 @@ def db_loss(
     """
     check_range("num_instances", num_instances, 2)
     check_range("alpha", alpha, 0)
+    check_range("beta", beta, 0)
+    for name, value in (("mu", mu), ("kappa", kappa), ("focal_scale", focal_scale)):
+        check_range(name, value, -math.inf)
     check_range("gamma", gamma, 0)
-    if not negative_scale > 0:
-        raise ValueError(f"negative_scale is {negative_scale}; it must be positive.")
+    if not 0 < negative_scale < math.inf:
+        raise ValueError(f"negative_scale is {negative_scale}; it must be positive and finite.")
     x, t, known = prepare(logits, targets)
     if class_counts.shape != x.shape[1:]:
         raise ValueError(f"class_counts has the shape {tuple(class_counts.shape)}; it must be ({x.shape[1]},).")
@@ -62,6 +68,7 @@ def db_loss(
     inverse = 1 / counts
     # Not a matrix product, which autocast would compute in half precision.
     ratio = inverse / (t * inverse).sum(1, keepdim=True)
+    ratio = ratio.clamp(max=torch.finfo(x.dtype).max)  # beta may be 0
     weight = alpha + (beta * (ratio - mu)).sigmoid()
     z = x - kappa / negative_scale * (num_instances / counts - 1).log()
     scaled = negative_scale * z

@@ -37,8 +37,8 @@ def num_large_losses(num_labels: int, epochs: int, delta: float | Fraction) -> i
         >>> num_large_losses(1000, 10, 0.07)  # in floats 1000 * 10 * 0.07 / 100 is a little more than 7
         7
     """
-    if epochs < 0 or not delta >= 0:
-        raise ValueError(f"epochs is {epochs} and delta is {delta}; both must be 0 or more.")
+    if epochs < 0 or not 0 <= delta < math.inf:
+        raise ValueError(f"epochs is {epochs} and delta is {delta}; both must be 0 or more, and finite.")
     return min(math.ceil(num_labels * epochs * Fraction(str(delta)) / 100), num_labels)
 
 
@@ -74,6 +74,8 @@ def large_loss_entries(
         return torch.zeros_like(candidates)
     losses = (-F.logsigmoid(-x)).masked_fill(~candidates, -math.inf)
     pool = gather(losses.flatten()) if across_ranks else losses.flatten()
+    if pool.numel() == 0:
+        return candidates
     threshold = pool.topk(min(num_modified, pool.numel())).values[-1]  # -inf: more than there are candidates
     return candidates & (losses > threshold if strict else losses >= threshold)
 
@@ -101,6 +103,7 @@ def large_loss(
 
 
 def _modified_bce(logits: Tensor, labels: Tensor, modified: Tensor, mode: str, reduction: str) -> Tensor:
+    labels = labels if labels.is_floating_point() else labels.float()  # others may not hold -1
     targets = labels.masked_fill(modified, -1 if mode == "reject" else 1)  # -1 has no loss
     return binary_cross_entropy(logits, targets, reduction=reduction)
 

@@ -5,6 +5,7 @@ The published code sums over B, too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ def hill_loss(
     """
     check_range("lam", lam, 1)
     check_range("gamma", gamma, 0)
+    check_range("margin", margin, -math.inf)
     x, t, known = prepare(logits, targets)
     p = x.sigmoid()
     return reduce(t * _focal_positive(x - margin, gamma) + (1 - t) * (lam - p) * p * p, known, reduction)
@@ -76,6 +78,7 @@ def splc_loss(
     """
     check_range("threshold", threshold, 0, 1)
     check_range("gamma", gamma, 0)
+    check_range("margin", margin, -math.inf)
     x, t, known = prepare(logits, targets)
     losses = t * _focal_positive(x - margin, gamma) + (1 - t) * _focal_positive(-x, gamma)
     if epoch >= first_epoch:
