@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -106,9 +107,12 @@ def from_tags(
             needed = "it must be None for lists; leave it out"
             raise ValueError(f"separator is {separator!r} and column '{column}' is {feature}; {needed}.")
         return _labelled(dataset, tags, getattr(feature, "feature", None), names, f"column '{column}'")
+
+    def where(row: int) -> str:
+        return f"column '{column}', row {row}"
+
     lists = [
-        None if text is None else split_tags(text, separator, lambda row=row: f"column '{column}', row {row}")
-        for row, text in enumerate(tags)
+        None if text is None else split_tags(text, separator, partial(where, row)) for row, text in enumerate(tags)
     ]
     return _labelled(dataset, lists, feature, names, f"column '{column}'")
 

@@ -135,8 +135,8 @@ def _annotation_file(root: Path, split: str, year: int, given: str | os.PathLike
     if found:
         return found[0]
     layout = _layout(root, split, year)
-    if others := [str(file.relative_to(root)) for file in others + neutral]:
-        layout = f"There is {', '.join(others[:5])}, not named after the split. {layout}"
+    if there_is := [str(file.relative_to(root)) for file in others + neutral]:
+        layout = f"There is {', '.join(there_is[:5])}, not named after the split. {layout}"
     check_layout((("folder", root, root.is_dir()), ("annotation file", official, False)), layout)
     raise AssertionError  # check_layout raises
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -252,7 +253,7 @@ def _label_column(
         return f"{table.file}, line {table.lines[row]}, column '{column}'"
 
     cells = ["" if cell.lower() in ("nan", "<na>") else cell for cell in table.column(column, "label_column")]
-    tags = [split_tags(cell, separator, lambda row=row: where(row)) for row, cell in enumerate(cells)]
+    tags = [split_tags(cell, separator, partial(where, row)) for row, cell in enumerate(cells)]
     return class_lists(tags, names, where, name_of)
 
 
@@ -261,7 +262,8 @@ def _rows_of_labels(
 ) -> tuple[list[str], list[list[int]], list[list[int]]]:
     """Class names, and of each image in the order of its first row the positive and the unknown classes."""
     names = sorted({name for name in classes if name}) if names is None else names
-    index, labels = {name: k for k, name in enumerate(names)}, {image: {} for image in images}
+    index = {name: k for k, name in enumerate(names)}
+    labels: dict[str, dict[int, int]] = {image: {} for image in images}
     confidences = table.column(column, "confidence_column")
     for line, image, name, text in zip(table.lines, images, classes, confidences, strict=True):
         try:
