@@ -163,7 +163,10 @@ def test_lambda_per_batch_uses_one_lambda(dataset, tmp_path):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     targets = []
     loss = trainer.balance_mix.loss
-    trainer.balance_mix.loss = lambda logits, target, weight: (targets.append(target), loss(logits, target, weight))[1]
+    trainer.balance_mix.loss = lambda logits, target, *weights: (
+        targets.append(target),
+        loss(logits, target, *weights),
+    )[1]
     trainer.compute_loss(trainer.model, batch)
     lam = batch["lam"][0]
     assert batch["lam"].unique().numel() == len(batch["lam"])
