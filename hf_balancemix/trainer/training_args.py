@@ -195,6 +195,8 @@ class MultiLabelTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, new in own.items():
             setattr(self, name, new)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns that it does nothing
         self._share_batch(given, asked)
         self._preset = self.preset
 
