@@ -304,9 +304,11 @@ class BalanceMix:
         """Eq. 5 for refined labels, and their weights; see :func:`~hf_balancemix.core.mixing.mix_refined_labels`."""
         return mix_refined_labels(random, minority, lam, self.settings.partner_reliability)
 
-    def loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None
+    ) -> Tensor:
         """Eq. 10 (Eq. 1 where `weight` is None) on mixed instances; see :func:`binary_cross_entropy`."""
-        return binary_cross_entropy(logits, targets, weight, self.settings.loss_reduction)
+        return binary_cross_entropy(logits, targets, weight, self.settings.loss_reduction, pos_weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors on the CPU, to be kept between epochs or in the middle of one (not in the middle of a scan)."""

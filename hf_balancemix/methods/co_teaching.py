@@ -256,7 +256,9 @@ class CoTeachingTrainer(MixupTrainer):
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return sum(
-            binary_cross_entropy(own, targets, weight[:, None].expand_as(targets), self.args.loss_reduction)
+            binary_cross_entropy(
+                own, targets, weight[:, None].expand_as(targets), self.args.loss_reduction, self.pos_weight
+            )
             for own, weight in zip(logits.unbind(1), self.instance_weights(inputs).unbind(1), strict=True)
         )
 

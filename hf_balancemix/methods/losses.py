@@ -28,6 +28,7 @@ class LossTrainer(MixupTrainer):
     """
 
     _loss_is_the_method = True
+    takes_pos_weight = False
 
     def __init__(self, *args: Any, loss: Callable[[Tensor, Tensor, int], Tensor], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

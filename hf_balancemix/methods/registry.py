@@ -90,6 +90,7 @@ def trainer_for(
         ValueError: Unknown method, an argument that it does not have, or a value that is refused.
     """
     own = dict(method_args or {})
+    check_loss_arguments([method], args)
     check_method_args(method, own)
     if method in _LOSSES:
         train = kwargs.get("train_dataset")
@@ -101,6 +102,16 @@ def trainer_for(
     trainer = _TRAINERS[method](args=args, **own, **kwargs)
     trainer.method_name = method
     return trainer
+
+
+def check_loss_arguments(methods: Sequence[str], args: BalanceMixTrainingArguments) -> None:
+    """Raise a ValueError where a method would refuse `args.pos_weight`, because its loss is another than BCE."""
+    without = [method for method in methods if method in METHODS and not _TRAINERS[method].takes_pos_weight]
+    if args.pos_weight is not None and without:
+        raise ValueError(
+            f"pos_weight is {args.pos_weight!r}, but {', '.join(without)} has a loss of its own; leave one of them "
+            "out: the methods with it are bce, mixup, balancemix and its variants, and co-teaching."
+        )
 
 
 def _loss(

@@ -203,6 +203,7 @@ class TEstimatorTrainer(MixupTrainer):
     min_selected = 50
     _loss_is_the_method = True
     _ends_warmup = True
+    takes_pos_weight = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -28,7 +28,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from hf_balancemix.data import Mislabel, RandomFlip, SinglePositive, class_names, drop_bad_images, load_noise_map
 from hf_balancemix.data.split import warn_of_copies
 from hf_balancemix.frozen.backbone import FrozenBackbone
-from hf_balancemix.methods.registry import METHODS, trainer_for
+from hf_balancemix.methods.registry import METHODS, check_loss_arguments, trainer_for
 from hf_balancemix.models import load_model
 from hf_balancemix.report import results_table
 from hf_balancemix.scripts.arguments import ModelArguments, NoiseArguments, SampleArguments, parse_script
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> None:
     """The body of `balancemix train`, in each of its processes."""
     data, noise, model_args, args = parse_script(None, argv, __doc__, prog="balancemix train")
+    check_loss_arguments(model_args.methods, args)
     use_sample = isinstance(args, SampleArguments)
     if use_sample:
         say(args, "No data given: using the built-in sample (small drawn scenes, made once into your cache).")

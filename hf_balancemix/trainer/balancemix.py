@@ -84,10 +84,10 @@ class BalanceMixTrainer(MixupTrainer):
             # An unknown label counts as a given negative one, which is what it would be without the mark.
             given, labels = inputs["labels"].clamp(min=0), random.labels.clamp(min=0)
             self.quality.update(given, inputs["clean_labels"], labels, random.reliability)
-        return images, targets, lambda logits: self.balance_mix.loss(logits, targets, weight)
+        return images, targets, lambda logits: self.balance_mix.loss(logits, targets, weight, self.pos_weight)
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return self.balance_mix.loss(logits, targets, None)
+        return self.balance_mix.loss(logits, targets, None, self.pos_weight)
 
     @property
     def _predicts_in_steps(self) -> bool:

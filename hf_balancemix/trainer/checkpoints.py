@@ -171,7 +171,7 @@ def _delete(path: Path) -> bool:
     except OSError as error:
         logger.warning("Could not delete the old checkpoint %s: %s", path, error)
         return False
-    logger.info("Deleted the old checkpoint %s", path)
+    logger.debug("Deleted the old checkpoint %s", path)
     return True
 
 

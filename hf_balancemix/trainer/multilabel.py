@@ -48,6 +48,7 @@ from hf_balancemix.trainer.checks import (
     names_of,
 )
 from hf_balancemix.trainer.last_batch import fault_of_one_instance, has_batch_of_one
+from hf_balancemix.trainer.pos_weight import check_pos_weight, positive_weights
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class MultiLabelTrainer(AveragingTrainer):
     Attributes:
         train_labels: `(N, K)` int8 given labels, 0, 1 or -1 (unknown); None without `train_dataset`.
         clean_labels: `(N, K)` uint8, where the data set has them.
+        pos_weight: `(K,)` float32 of `args.pos_weight`, or None. The loss of evaluations has none.
 
     Raises:
         TypeError, ValueError: Something that would go wrong later; see the message.
@@ -129,6 +131,7 @@ class MultiLabelTrainer(AveragingTrainer):
     # What cards call the method, and whom they cite beside BalanceMix.
     method_name = "bce"
     citation: str | None = None
+    takes_pos_weight = True  # the loss is BCE
     figures_note: str | None = None  # what cards say where the figures are not those of the saved model alone
     _loss_is_the_method = False  # so that compute_loss_func would leave nothing of it
 
@@ -231,6 +234,7 @@ class MultiLabelTrainer(AveragingTrainer):
         if self.model is not None and self._fitted_by != self._model_facts():  # None between trials of a search
             self._fit_model(self.model)
         self._begin_averaging()
+        self._read_pos_weight()
 
     def _fit_model(self, model: nn.Module) -> None:
         """Check a model, and give it the names and the memory format that it is to have."""
@@ -275,6 +279,7 @@ class MultiLabelTrainer(AveragingTrainer):
         if self.args.lr_scheduler_type == "one_cycle":  # which cannot be longer than it was drawn
             facts |= {"num_train_epochs": self.args.num_train_epochs, "max_steps": self.args.max_steps}
         return facts | {
+            "pos_weight": check_pos_weight(self.args.pos_weight),
             "trainer": type(self).__name__,
             "method": self.method_name,
             "num_instances": len(self._training_labels),
@@ -356,6 +361,18 @@ class MultiLabelTrainer(AveragingTrainer):
 
     # ---- training and evaluation ----
 
+    def _read_pos_weight(self) -> None:
+        given, self.pos_weight = self.args.pos_weight, None
+        if given is not None and not (self.takes_pos_weight and self.compute_loss_func is None):
+            loss = "loss of its own" if self.compute_loss_func is None else "compute_loss_func"
+            raise ValueError(
+                f"pos_weight is {given!r}, but {type(self).__name__} has a {loss}; it must be left out there, or the "
+                "method be bce, mixup, balancemix or co-teaching."
+            )
+        if self.train_labels is not None:
+            weights = positive_weights(given, self.train_labels)
+            self.pos_weight = None if weights is None else weights.to(self.args.device)
+
     def _check_last_batch(self) -> None:
         """A model that cannot be trained on one instance never meets one."""
         args, n, size = self.args, len(self._training_labels), self._train_batch_size
@@ -416,7 +433,7 @@ class MultiLabelTrainer(AveragingTrainer):
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The method's, of the model's logits, labels `(B, K)` in [0, 1] (-1: unknown) and the whole batch."""
-        return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction)
+        return binary_cross_entropy(logits, targets, reduction=self.args.loss_reduction, pos_weight=self.pos_weight)
 
     def prediction_step(
         self,

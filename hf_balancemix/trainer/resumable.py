@@ -165,6 +165,11 @@ class ResumableTrainer(FiniteTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Nothing: keys that Trainer does not find are found by `_load_weights`, or refused by it."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._issue_warnings_after_load(load_result)
+
     def _load_best_model(self) -> None:
         load_weights = self._load_weights(self.state.best_model_checkpoint)
         super()._load_best_model()

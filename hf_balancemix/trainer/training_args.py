@@ -11,6 +11,7 @@ from hf_balancemix.core import MIXTURE_PRESETS, BalanceMixSettings
 from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES, PREDICTION_SOURCES
 from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.core.sampling import MINORITY_SCORES
+from hf_balancemix.trainer.pos_weight import check_pos_weight
 
 
 def _argument(help_text: str, default: Any = None, **metadata: Any) -> Any:
@@ -56,6 +57,10 @@ class MultiLabelTrainingArguments(TrainingArguments):
     hflip (`bool`): mirror every other training view, left to right.
     random_resized_crop (`float`, in [0, 1]): a training view is a random part of the image, of this share of its area
         or more; 0: none. Crop, mirror, cutout and RandAugment follow each other.
+    pos_weight (`str`, `float` or list of `float`, *optional*): factor on the losses of positive labels in training,
+        for methods whose loss is BCE (others refuse it): one number, one a class, or `"balanced"`: the number of known
+        negative training labels over that of positive ones, class by class, and 1 where a class lacks either.
+        `eval_loss`, and the losses by which labels are judged, have no such factor.
     on_nan (`str`, defaults to `"stop"`): a step whose logits or loss are not finite, on any rank, ends the training
         with an error; `"skip"`: it changes nothing, and is counted in the logs (`skipped_steps`).
     randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
@@ -150,6 +155,10 @@ class MultiLabelTrainingArguments(TrainingArguments):
         0.0,
     )
     channels_last: bool = _argument("Memory format of convolutional networks; often much faster.", False)
+    pos_weight: str | None = _argument(
+        "Factor on the losses of positive labels, for methods whose loss is BCE: 'balanced' (negative over positive "
+        "training labels, class by class), one number, or a JSON list of one a class. Evaluation losses have none."
+    )
     on_nan: str = _argument(
         "At a step whose logits or loss are not finite: 'stop' with an error, or 'skip' the step, which is counted "
         "in the logs.",
@@ -186,11 +195,14 @@ class MultiLabelTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, new in own.items():
             setattr(self, name, new)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns that it does nothing
         self._share_batch(given, asked)
         self._preset = self.preset
 
     def _check(self) -> None:
         """Raise a ValueError where a value is out of range."""
+        check_pos_weight(self.pos_weight)
         area = "the least share of the image's area"
         columns = "False, as views are made of the image column; leave it out"
         for name, possible, required in (

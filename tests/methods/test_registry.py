@@ -59,8 +59,8 @@ def test_the_nearest_name_is_suggested():
         ("splc", {"first_epoch": 1.5}, "first_epoch of splc is 1.5; it must be a whole number."),
         ("co-teaching", {"scored": "third"}, "scored of co-teaching is 'third'; it must be 'first' or 'second' or"),
         ("focal", {"alpha": 2}, "alpha is 2; it must be in [0, 1]."),
-        ("db-loss", {"negative_scale": 0}, "negative_scale is 0; it must be positive."),
-        ("ll-cp", {"delta": -0.1}, "delta is -0.1; both must be 0 or more."),
+        ("db-loss", {"negative_scale": 0}, "negative_scale is 0; it must be positive and finite."),
+        ("ll-cp", {"delta": -0.1}, "delta is -0.1; both must be 0 or more, and finite."),
     ],
 )
 def test_wrong_types_and_values_are_refused(method, own, message):

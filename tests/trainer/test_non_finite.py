@@ -145,7 +145,7 @@ def test_settings_that_cannot_work_are_refused(changes, tmp_path):
 
 @pytest.mark.dist
 def test_one_rank_of_two_stops_both_and_none_waits(tmp_path):
-    run(tmp_path / "o", "--instances", "16", "--epochs", "1", "--nan", "1:2", ranks=2)
+    run(tmp_path / "o", "--instances", "16", "--epochs", "2", "--nan", "1:2", ranks=2)
     text = "the logits and the loss of step 2 (epoch 0.50) are not finite"
     for rank in (0, 1):
         assert text in final(tmp_path / "o", rank)["error"]

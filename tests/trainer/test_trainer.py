@@ -163,7 +163,10 @@ def test_lambda_per_batch_uses_one_lambda(dataset, tmp_path):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     targets = []
     loss = trainer.balance_mix.loss
-    trainer.balance_mix.loss = lambda logits, target, weight: (targets.append(target), loss(logits, target, weight))[1]
+    trainer.balance_mix.loss = lambda logits, target, *weights: (
+        targets.append(target),
+        loss(logits, target, *weights),
+    )[1]
     trainer.compute_loss(trainer.model, batch)
     lam = batch["lam"][0]
     assert batch["lam"].unique().numel() == len(batch["lam"])
@@ -485,3 +488,20 @@ def test_another_setting_is_warned_of_when_a_run_goes_on(dataset, tmp_path, capl
     BalanceMixTrainer(args=dataclasses.replace(args, num_train_epochs=3, mixup_alpha=1.0), **train).train(True)
     assert "settings was" in caplog.text
     assert "'mixup_alpha': 4.0" in caplog.text
+
+
+def test_a_run_prints_nothing_that_worries_without_cause(dataset, tmp_path, caplog, monkeypatch, recwarn):
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args, **kwargs: said.append(text))
+    args = arguments(
+        tmp_path / "o", save_strategy="epoch", eval_strategy="epoch", save_total_limit=1, num_train_epochs=3,
+        load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        for resume in (False, str(tmp_path / "o" / "checkpoint-18")):
+            trainer = MultiLabelTrainer(
+                model=tiny_vit(), args=args, train_dataset=dataset, eval_dataset=dataset
+            )  # its keys are renamed on save
+            trainer.train(resume_from_checkpoint=resume)
+    lines = [*said, *caplog.messages, *(str(warning.message) for warning in recwarn)]
+    assert not [line for line in lines if any(word in line for word in ("missing", "pin_memory", "Deleted"))]

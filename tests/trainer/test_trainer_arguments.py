@@ -59,7 +59,7 @@ def test_a_loss_of_the_users_gets_the_methods_targets(method, noisy, tmp_path, m
 
     # The very same function, so the same run; but for BalanceMix's weights, which a function does not get.
     loss = BalanceMix.loss
-    monkeypatch.setattr(BalanceMix, "loss", lambda self, logits, targets, weight: loss(self, logits, targets))
+    monkeypatch.setattr(BalanceMix, "loss", lambda self, logits, targets, *weights: loss(self, logits, targets))
     ends = []
     for function in (None, bce):
         args = arguments(tmp_path, num_train_epochs=3)

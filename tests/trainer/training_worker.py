@@ -154,8 +154,8 @@ def main() -> None:
         trace.append({"index": index.clone(), "reliability": refined.reliability, "labels": refined.labels})
         return refined
 
-    def traced_loss(logits, targets, weight=None):
-        value = loss(logits, targets, weight)
+    def traced_loss(logits, targets, *weights):
+        value = loss(logits, targets, *weights)
         trace.append({"loss": value.detach().clone(), "targets": targets.clone()})
         return value
 

@@ -10,7 +10,11 @@ from hf_balancemix.core.losses._base import prepare, reduce
 
 
 def binary_cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "sum"
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "sum",
+    pos_weight: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1, and Eq. 10 when `weight` is given: BCE over the classes, averaged over the batch.
 
@@ -19,6 +23,8 @@ def binary_cross_entropy(
         targets: `(B, K)` in [0, 1], any dtype; mixed labels are soft. -1 where unknown: such a label has the weight 0,
             whatever its logit.
         weight: `(B, K)` in [0, 1]: 1 for clean and re-labelled labels, p_G for ambiguous ones. None means 1.
+        pos_weight: `(K,)`, positive: factor on the losses of positive labels (of a soft target, on that share), as in
+            torch's `binary_cross_entropy_with_logits`. None means 1.
         reduction: `"sum"` over the K classes and mean over B, as printed; `"mean"` over B and K; `"none"`.
 
     Returns:
@@ -36,4 +42,9 @@ def binary_cross_entropy(
     if weight is not None:
         check_same_shape(logits=logits, weight=weight)
         weight = weight.masked_fill(~known, 0)
-    return reduce(F.binary_cross_entropy_with_logits(x, t, weight, reduction="none"), known, reduction)
+    if pos_weight is not None:
+        if pos_weight.shape != x.shape[1:]:
+            raise ValueError(f"pos_weight has the shape {tuple(pos_weight.shape)}; it must be ({x.shape[1]},).")
+        pos_weight = pos_weight.to(x)
+    losses = F.binary_cross_entropy_with_logits(x, t, weight, pos_weight=pos_weight, reduction="none")
+    return reduce(losses, known, reduction)
