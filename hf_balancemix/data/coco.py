@@ -18,10 +18,14 @@ from hf_balancemix.data.files import (
     check_layout,
     first_repeat,
     image_dataset,
+    name_of_folder,
     plain_path,
 )
+from hf_balancemix.data.sample import SCENES_FILE
 
 logger = logging.getLogger(__name__)
+
+_OFFICIAL_IMAGES = {("train", 2017): 118_287, ("val", 2017): 5_000, ("train", 2014): 82_783, ("val", 2014): 40_504}
 
 
 _SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
@@ -99,10 +103,26 @@ def load_coco(
         names,
         on_bad_image=on_bad_image,
         unknown_labels=None if unknown is None else [unknown[image_id] for image_id in kept],
-        name="coco",
-        source=f"{root.name}/{annotation_file.relative_to(root) if annotations is None else annotation_file.name}, "
-        "in COCO's format",
+        **_origin(root, annotation_file, split, year, len(names), len(files)),
     )
+
+
+def _origin(
+    root: Path, annotation_file: Path, split: str, year: int, num_classes: int, num_images: int
+) -> dict[str, str | None]:
+    """Name, source, configuration and split for `image_dataset`: COCO is called so only where it is all there."""
+    if (root / SCENES_FILE).is_file():
+        source = "scenes that hf_balancemix has drawn (make_scenes), no photographs"
+        return {"name": "drawn sample of hf_balancemix", "source": source, "split": split}
+    inside = annotation_file.is_relative_to(root)
+    shown = f"{root.name}/{annotation_file.relative_to(root)}" if inside else annotation_file.name
+    official = num_classes == 80 and num_images == _OFFICIAL_IMAGES[split, year]
+    return {
+        "name": "coco" if official else name_of_folder(root),
+        "source": f"{shown}, in COCO's format",
+        "config": str(year) if official else None,
+        "split": split,
+    }
 
 
 def _annotation_file(root: Path, split: str, year: int, given: str | os.PathLike[str] | None) -> Path:

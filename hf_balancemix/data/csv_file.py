@@ -13,7 +13,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from hf_balancemix.data.files import absolute, check_choice, first_few, first_repeat, image_dataset, plain_path
+from hf_balancemix.data.files import (
+    absolute,
+    check_choice,
+    first_few,
+    first_repeat,
+    image_dataset,
+    name_of_folder,
+    plain_path,
+)
 from hf_balancemix.data.tags import checked_names, class_lists, split_tags
 
 logger = logging.getLogger(__name__)
@@ -158,7 +166,7 @@ def from_csv(
             on_bad_image=on_bad_image,
             unknown_labels=unknown_lists,
             others=None if group_column is None else {group_column: [groups[row] for row in rows]},
-            name=file.stem,
+            name=name_of_folder(image_dir),
             source=file.name,
         )
     except FileNotFoundError as error:

@@ -14,9 +14,12 @@ from hf_balancemix.data.files import (
     check_line,
     check_lines_differ,
     image_dataset,
+    name_of_folder,
     plain_path,
     read_lines,
 )
+
+_OFFICIAL_IMAGES = {"train": 14_000, "val": 2_000, "test": 4_000}
 
 
 def load_deepfashion(
@@ -85,7 +88,10 @@ def load_deepfashion(
         image_ids,
         names,
         on_bad_image=on_bad_image,
-        name="deepfashion",
+        name="deepfashion"
+        if len(image_ids) == sum(map(_OFFICIAL_IMAGES.__getitem__, parts))
+        else name_of_folder(root),
+        split=split,
         source=f"DeepFashion {split}, fine-grained attributes, for non-commercial research only, not to be passed on",
     )
 

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_balancemix.data.files import PAPER_DATA
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 
 _SHOWN = 24  # classes in the printed table: all of them, or the first and the last half of so many
@@ -74,17 +75,17 @@ class Description:
     """int64, index n: number of instances with n positive labels."""
     groups: dict[str, np.ndarray]
     """`many`, `medium`, `few`: boolean `(K,)`, by the clean positive labels where they are known, as in the paper."""
-    many: int
-    """A class with more positive labels is many-shot."""
-    few: int
-    """A class with fewer positive labels is few-shot."""
+    many: int | None
+    """A class with more positive labels is many-shot; None where all classes are in one group, medium-shot."""
+    few: int | None
+    """A class with fewer positive labels is few-shot; None as `many`."""
     noise: RealisedNoise | None
     """Where the data set has `clean_labels`."""
 
     @classmethod
-    def of(cls, dataset: datasets.Dataset, many: int = 10_000, few: int = 1_000) -> Self:
+    def of(cls, dataset: datasets.Dataset, many: int | None = None, few: int | None = None) -> Self:
         """Count the labels of a data set; see :func:`hf_balancemix.describe`."""
-        from hf_balancemix.metrics import class_groups  # here, as it takes scikit-learn with it
+        from hf_balancemix.metrics import class_groups, shot_bounds  # here, as it takes scikit-learn with it
 
         given = given_labels(dataset).numpy()
         positive, negative = given == 1, given == 0
@@ -99,15 +100,17 @@ class Description:
                 lost=(clean & negative).sum(axis=0),
                 gained=(~clean & positive).sum(axis=0),
             )
+        bounds = shot_bounds(clean_positives, many, few, of_paper=is_of_paper(dataset))
+        one_group = {name: np.full(len(positives), name == "medium") for name in ("many", "medium", "few")}
         return cls(
             names=class_names(dataset),
             num_instances=len(given),
             positives=positives,
             negatives=negative.sum(axis=0),
             labels_per_instance=np.bincount(positive.sum(axis=1), minlength=1),
-            groups=class_groups(clean_positives, many, few),
-            many=many,
-            few=few,
+            groups=class_groups(clean_positives, *bounds) if bounds else one_group,
+            many=bounds and bounds[0],
+            few=bounds and bounds[1],
             noise=noise,
         )
 
@@ -175,12 +178,16 @@ class Description:
         counts = [f"{n}: {number:,}" for n, number in some[:8]]
         if some[8:]:
             counts.append(f"more: {sum(number for _, number in some[8:]):,}")
-        lines = [
-            f"{sizes['many']} many-shot (more than {self.many:,}), {sizes['medium']} medium-shot and "
-            f"{sizes['few']} few-shot classes (fewer than {self.few:,} "
-            f"{'' if self.noise is None else 'clean '}positive labels)",
-            f"instances by number of positive labels: {'  '.join(counts)}",
-        ]
+        lines = (
+            []
+            if self.many is None
+            else [
+                f"{sizes['many']} many-shot (more than {self.many:,}), {sizes['medium']} medium-shot and "
+                f"{sizes['few']} few-shot classes (fewer than {self.few:,} "
+                f"{'' if self.noise is None else 'clean '}positive labels)"
+            ]
+        )
+        lines.append(f"instances by number of positive labels: {'  '.join(counts)}")
         if self.empty_classes:
             shown = ", ".join(self.empty_classes[:5]) + (", ..." if len(self.empty_classes) > 5 else "")
             lines.append(f"no positive label, so left out of Eq. 12: {shown} (classes: {len(self.empty_classes)})")
@@ -199,10 +206,12 @@ class Description:
         share = _ratio(self.positives, np.full(len(order), self.num_instances))
         columns = [
             ["class", *(self.names[k] for k in shown)],
-            ["group", *(next(group for group, mask in self.groups.items() if mask[k]) for k in shown)],
             ["positives", *(f"{self.positives[k]:,}" for k in shown)],
             ["share", *(per_cent(share[k]) for k in shown)],
         ]
+        if self.many is not None:
+            groups = [next(group for group, mask in self.groups.items() if mask[k]) for k in shown]
+            columns.insert(1, ["group", *groups])
         if self.noise is not None:
             lost, gained = self.noise.positive_to_negative, self.noise.negative_to_positive
             columns += [
@@ -212,11 +221,18 @@ class Description:
             ]
         for i, column in enumerate(columns):
             width = max(map(len, column))
-            columns[i] = [cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column]
+            columns[i] = [
+                cell.ljust(width) if column[0] in ("class", "group") else cell.rjust(width) for cell in column
+            ]
         lines = ["  ".join(row) for row in zip(*columns, strict=True)]
         if cut:
             lines.insert(1 + _SHOWN // 2, f"... {len(order) - len(shown):,} more")
         return lines
+
+
+def is_of_paper(dataset: datasets.Dataset) -> bool:
+    """Whether it is one of the paper's data sets: COCO, VOC or DeepFashion, as it was published."""
+    return dataset.info.dataset_name in PAPER_DATA
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:

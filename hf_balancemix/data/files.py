@@ -128,6 +128,8 @@ def image_dataset(
     others: Mapping[str, Sequence[str]] | None = None,
     name: str,
     source: str,
+    config: str | None = None,
+    split: str | None = None,
 ) -> datasets.Dataset:
     """The data set that a loader returns; its fingerprint follows from the values, so a changed label is seen.
 
@@ -140,6 +142,7 @@ def image_dataset(
         others: More columns, of N strings each.
         on_bad_image: "error" or, to leave out images that are absent, "skip".
         name, source: Name of the data set, and where it comes from, for its description.
+        config, split: Where they are known: which of several of that name it is, such as a year; and the split.
     """
     images = [os.path.join(folder, path) for folder, paths, _ in sources for path in paths]
     present = [found for part in sources for found in present_files(*part, on_bad_image)]
@@ -155,10 +158,19 @@ def image_dataset(
     }
     rows = {column: list(compress(values, present)) for column, values in columns.items() if values is not None}
     features = datasets.Features({column: features.get(column, datasets.Value("string")) for column in rows})
-    dataset = datasets.Dataset.from_dict(rows, features=features)
-    dataset.info.dataset_name = name
-    dataset.info.description = f"{source}, {len(dataset)} images, {len(class_names)} classes"
+    dataset = datasets.Dataset.from_dict(rows, features=features, split=split and datasets.NamedSplit(split))
+    dataset.info.dataset_name, dataset.info.config_name = name, config
+    dataset.info.description = source
     return dataset
+
+
+PAPER_DATA = ("coco", "voc", "deepfashion")  # names that a loader gives to the official data only
+
+
+def name_of_folder(folder: Path) -> str:
+    """The name of a data set that is known by its folder alone; never that of one of the paper's."""
+    name = folder.name or "data"
+    return f"{name} (not the official set)" if name.lower() in PAPER_DATA else name
 
 
 def _files_in(folder: Path) -> set[str]:

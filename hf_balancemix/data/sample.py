@@ -40,7 +40,7 @@ Rng = np.random.Generator
 # Raise it whenever a change alters a single pixel or label: the version is part of the cache folder's name.
 SCENES_VERSION = 3
 
-_MARKER = "scenes.json"
+SCENES_FILE = "scenes.json"  # marks a whole sample
 _HUE_SPREAD = 0.025  # of a whole turn
 _SPRITE = 96  # pixels a side of the canvas on which an object is drawn before it is turned and scaled
 _MIN_VISIBLE = 0.65  # share of an object that must stay visible, inside the frame and not hidden by others
@@ -468,7 +468,7 @@ def _check_settings(settings: dict[str, int]) -> None:
 def _is_whole(root: Path, settings: dict[str, int]) -> bool:
     """True for a set made with these settings that nobody has taken files from."""
     try:
-        if json.loads((root / _MARKER).read_text()) != settings:
+        if json.loads((root / SCENES_FILE).read_text()) != settings:
             return False
         return all(
             (root / "annotations" / f"instances_{split}2017.json").is_file()
@@ -503,4 +503,4 @@ def _build(root: Path, settings: dict[str, int]) -> None:
         content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     bar.close()
-    (root / _MARKER).write_text(json.dumps(settings))
+    (root / SCENES_FILE).write_text(json.dumps(settings))

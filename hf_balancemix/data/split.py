@@ -74,7 +74,11 @@ def iterative_split(
         if empty := set(range(len(counts))) - set(part.tolist()):
             needed = "it must have at least one group for each part; split into fewer parts"
             raise ValueError(f"groups leave part {min(empty)} of {len(counts)} empty; {needed}, or by finer groups.")
-    return [dataset.select(np.flatnonzero(part == j)) for j in range(len(counts))]
+    parts = [dataset.select(np.flatnonzero(part == j)) for j in range(len(counts))]
+    if dataset.split is not None:
+        for j, selected in enumerate(parts, start=1):  # so that nobody takes what is held out for what was trained on
+            selected._split = datasets.NamedSplit(f"{dataset.split}.part{j}of{len(parts)}")
+    return parts
 
 
 def _group_numbers(dataset: datasets.Dataset, groups: str | Sequence[Any], order: np.ndarray) -> np.ndarray:

@@ -20,11 +20,17 @@ from hf_balancemix.data.files import (
     check_line,
     check_lines_differ,
     image_dataset,
+    name_of_folder,
     read_lines,
 )
 from hf_balancemix.data.tags import checked_names
 
 logger = logging.getLogger(__name__)
+
+_OFFICIAL_IMAGES = {
+    ("2007", "train"): 2_501, ("2007", "val"): 2_510, ("2007", "trainval"): 5_011, ("2007", "test"): 4_952,
+    ("2012", "train"): 5_717, ("2012", "val"): 5_823, ("2012", "trainval"): 11_540,
+}  # fmt: skip
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -107,6 +113,7 @@ def load_voc(
         doubtful += found[1]
         image_ids += ids
 
+    official = names is None and len(image_ids) == sum(_OFFICIAL_IMAGES.get((y, split), 0) for y in year.split("+"))
     labels = certain
     if difficult == "positive":
         labels = [sorted(a + b) for a, b in zip(certain, doubtful, strict=True)]
@@ -117,8 +124,10 @@ def load_voc(
         classes,
         unknown_labels=doubtful if difficult == "ignore" else None,
         on_bad_image=on_bad_image,
-        name="voc",
-        source=f"PASCAL VOC {year} {split}, difficult={difficult!r}",
+        name="voc" if official else name_of_folder(root),
+        config=year,
+        split=split,
+        source=f"{'PASCAL VOC' if official else root.name} {year} {split}, difficult={difficult!r}",
     )
 
 

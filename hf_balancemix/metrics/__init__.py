@@ -5,6 +5,7 @@ from hf_balancemix.metrics.average_precision import (
     evaluation_figures,
     mean_average_precision,
     precision_recall_f1,
+    shot_bounds,
 )
 from hf_balancemix.metrics.evaluate_path import evaluate_path
 from hf_balancemix.metrics.label_quality import LabelQuality, count_label_quality, label_quality
@@ -18,4 +19,5 @@ __all__ = [
     "label_quality",
     "mean_average_precision",
     "precision_recall_f1",
+    "shot_bounds",
 ]

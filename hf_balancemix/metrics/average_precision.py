@@ -50,6 +50,47 @@ def class_groups(class_counts: ArrayLike, many: int = 10_000, few: int = 1_000) 
     return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
 
 
+def shot_bounds(
+    class_counts: ArrayLike, many: int | None = None, few: int | None = None, *, of_paper: bool = False
+) -> tuple[int, int] | None:
+    """The bounds of :func:`class_groups` for a data set: those that are given, or by its class counts.
+
+    Of the classes with positive labels, in the order of their counts, a third is rarer and a third commoner than the
+    bounds, fewer where counts are equal: `few` is the count that K // 3 classes precede, `many` the count that K // 3
+    classes follow.
+
+    Args:
+        class_counts: As for `class_groups`.
+        many, few: The bounds that are wanted; where one is, the other goes by the counts.
+        of_paper: The data set is one of the paper's, whose bounds are 10,000 and 1,000. They do not hold for a part of
+            it that is so small that they would put all its classes into one group.
+
+    Returns:
+        `many` and `few`; None where the counts leave all classes in one group: fewer than three, or equal counts.
+
+    Raises:
+        ValueError: As `class_groups`.
+
+    Example:
+        >>> shot_bounds([590, 400, 300, 200, 120, 90]), shot_bounds([50, 50, 50])
+        ((300, 200), None)
+    """
+    if many is not None and few is not None:
+        return many, few
+    counts = _to_numpy(class_counts)
+    if of_paper and many is few is None and sum(group.any() for group in class_groups(counts).values()) > 1:
+        return 10_000, 1_000
+    ordered = np.sort(counts[counts > 0])
+    third = len(ordered) // 3
+    rare, common = (int(ordered[third]), int(ordered[-1 - third])) if len(ordered) else (0, 0)
+    if many is not None:
+        return many, min(rare, many)
+    if few is not None:
+        return max(common, few), few
+    groups = class_groups(counts, common, rare)
+    return (common, rare) if (groups["many"] | groups["few"]).any() else None
+
+
 def mean_average_precision(
     scores: ArrayLike,
     labels: ArrayLike,

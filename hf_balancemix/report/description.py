@@ -25,12 +25,13 @@ class DrawableDescription(Description):
         return figure
 
 
-def describe(dataset: datasets.Dataset, many: int = 10_000, few: int = 1_000) -> DrawableDescription:
+def describe(dataset: datasets.Dataset, many: int | None = None, few: int | None = None) -> DrawableDescription:
     """Describe the labels of a data set; no image is read.
 
     Args:
         dataset: With `labels`, optionally `unknown_labels` and `clean_labels`.
-        many, few: A class with more positive labels than `many` is many-shot, with fewer than `few` few-shot.
+        many, few: A class with more positive labels than `many` is many-shot, with fewer than `few` few-shot. By
+            default those of :func:`~hf_balancemix.metrics.shot_bounds`.
 
     Returns:
         The figures: print them, or draw them with `.plot("figure.png")`.

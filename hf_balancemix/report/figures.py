@@ -110,11 +110,12 @@ def per_class_ap_figure(
 def training_curves_figure(log_history: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Losses, mAP and label-quality figures of `trainer.state.log_history` over the epochs, a panel for each.
 
-    None where nothing of them was recorded.
+    A panel has a line of two points or more, as points alone are no curve. None where there is no panel.
     """
     curves = {}
     for panel, keys in _CURVES.items():
-        if lines := {shown: curve for shown, key in keys.items() if (curve := _curve(log_history, key))}:
+        lines = {shown: curve for shown, key in keys.items() if (curve := _curve(log_history, key))}
+        if any(len(curve) > 1 for curve in lines.values()):
             curves[panel] = lines
     if not curves:
         return None
@@ -238,7 +239,7 @@ def _draw_counts(axes: Any, description: Description) -> None:
     for group, mask in description.groups.items():
         inside = mask[order]
         if inside.any():
-            label = f"{group}-shot: {inside.sum()}"
+            label = "classes" if description.many is None else f"{group}-shot: {inside.sum()}"
             axes.bar(place[inside], positives[inside], color=GROUP_COLOURS[group], label=label)
     drawn = positives
     if description.noise is not None:
@@ -251,7 +252,7 @@ def _draw_counts(axes: Any, description: Description) -> None:
     bottom, top = (10 ** np.floor(np.log10(drawn.min() / 2)), 1.6 * drawn.max()) if len(drawn) else (1, 10)
     axes.set_ylim(max(bottom, 0.5), top)
     axes.set_yscale("log")
-    for bound in {description.many, description.few}:
+    for bound in {description.many, description.few} - {None}:
         if bottom < bound < top:
             axes.axhline(bound, color="0.35", linestyle="--", linewidth=0.8)
     axes.set(xlim=(-0.8, len(order) - 0.2), ylabel="positive labels")

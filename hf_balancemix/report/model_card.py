@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -31,7 +32,6 @@ from hf_balancemix import __version__
 from hf_balancemix.core.citation import CITATION
 from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
 from hf_balancemix.files import whole_file
-from hf_balancemix.metrics import class_groups
 from hf_balancemix.report.figures import (
     ClassMixtures,
     figure_png,
@@ -43,6 +43,7 @@ from hf_balancemix.report.figures import (
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+_PEFT_TITLE = "# Model Card for Model ID"  # of the empty template that peft writes beside an adapter
 MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
 # In an evaluation's line of `state.log_history`, after its prefix ("eval_"): K fractions, None for a skipped class.
 PER_CLASS_AP = "per_class_ap"
@@ -57,6 +58,7 @@ _METRICS = {
 }
 _METRIC_TYPES = {"mAP": "mean_average_precision", "CF1": "f1", "OF1": "f1"}
 _NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+_FILE_FORMATS = {"imagefolder", "parquet", "arrow", "csv", "json", "webdataset", "generator", "text", "pandas"}
 # Arguments of transformers that change what is learned; of ours all are shown.
 _SHOWN_ARGUMENTS = (
     "max_steps", "gradient_accumulation_steps", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
@@ -81,7 +83,7 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     card = folder / CARD_FILE
-    if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+    if card.exists() and is_own_text(card.read_text(encoding="utf-8", errors="replace")):
         logger.info("%s was not written by hf_balancemix and stays as it is.", card)
         return card
     facts = card_facts(trainer)
@@ -97,6 +99,11 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
     return card
 
 
+def is_own_text(text: str) -> bool:
+    """Whether a card is somebody's own, which stays: neither ours nor the empty template that peft writes."""
+    return MARK not in text and _PEFT_TITLE not in text.splitlines()
+
+
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """The text of the card, metadata on top, from what `card_facts` gives."""
     environment = jinja2.Environment(
@@ -107,21 +114,31 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number}
+    environment.filters |= {"percent": _percent, "number": _number, "literal": _literal, "code": Markup}
     text = environment.get_template("model_card.md").render(**facts, mark=Markup(MARK), paper=Markup(CITATION))
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}"
 
 
 def card_data(facts: Mapping[str, Any]) -> ModelCardData:
     """The card's metadata, with every recorded figure of the evaluations in its model-index."""
+
+    def split(evaluation: Mapping[str, Any]) -> str | None:
+        # Readers of a model-index take for one what does not differ in this, the type, configuration and revision.
+        data, others = evaluation["data"], [other["data"] for other in facts["evaluations"]]
+        keys = ("hub_id", "name", "config", "split", "revision")
+        same = [other for other in others if all(other[key] == data[key] for key in keys)]
+        return data["split"] if len(same) == 1 else evaluation["name"]
+
     results = [
         EvalResult(
             task_type="image-classification",
             task_name="Multi-label image classification",
             dataset_type=data["hub_id"] or _slug(data["name"]) or "unknown",
-            dataset_name=data["name"] or "not recorded",
+            dataset_name=" ".join(
+                [data["name"] or "not recorded", *([f"({evaluation['name']})"] if evaluation["name"] else [])]
+            ),
             dataset_config=data["config"],
-            dataset_split=data["split"],
+            dataset_split=split(evaluation),
             dataset_revision=data["revision"],
             metric_type=_METRIC_TYPES.get(name.split("_")[0], _slug(name)),
             metric_name=_METRICS.get(name, name),
@@ -135,7 +152,7 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         base_model=facts["base_model"],
         datasets=train["hub_id"] if train else None,
-        library_name="transformers",
+        library_name="transformers" if facts["adapter"] is None else "peft",
         pipeline_tag="image-classification",
         tags=["multi-label-classification", "hf_balancemix", *(["label-noise"] if train and train["noisy"] else [])],
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -147,24 +164,33 @@ def card_data(facts: Mapping[str, Any]) -> ModelCardData:
 def card_facts(trainer: Trainer) -> dict[str, Any]:
     """Everything the card says, for its template."""
     args, state, model = trainer.args, trainer.state, trainer.saved_model
+    adapter = _adapter(model)
+    if adapter is not None:
+        model = model.get_base_model()
     names = trainer.class_names or [model.config.id2label[k] for k in range(model.config.num_labels)]
     evaluations = _evaluations(trainer)
-    per_class = next((e["per_class_ap"] for e in evaluations if e["per_class_ap"] is not None), None)
-    counts = trainer.class_counts
-    groups = None if counts is None else class_groups(counts, args.many_shot, args.few_shot)
+    shown = next((e for e in evaluations if e["per_class_ap"] is not None), {"per_class_ap": None, "name": None})
+    per_class = shown["per_class_ap"]
     balance_mix = getattr(trainer, "balance_mix", None)
     fitted = balance_mix is not None and balance_mix.mixtures is not None
     judged = _judged_labels(balance_mix) if fitted else None
     repository = _repo_id(getattr(trainer, "hub_model_id", None) or args.hub_model_id)
     thresholds, citation = getattr(model.config, "thresholds", None), getattr(trainer, "citation", None)
-    changed = changed_arguments(args)
+    settings = None if balance_mix is None else balance_mix.settings
+    mixes = trainer.method_name != "bce" and getattr(args, "mixup_alpha", 0) > 0
+    changed = changed_arguments(args, trainer._arguments_class)
+    if settings is not None:
+        changed |= {f.name: getattr(args, f.name) for f in dataclasses.fields(settings)}
+    elif mixes:
+        changed["mixup_alpha"] = args.mixup_alpha
     changed |= {f"{name} ({trainer.method_name})": v for name, v in getattr(trainer, "method_settings", {}).items()}
     packages = ("torchvision", "transformers", "accelerate", "datasets", "timm")
     versions = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return {
-        "name": repository.split("/")[-1] if repository else type(model).__name__,
+        "name": (repository or Path(args.output_dir or ".").absolute().name).split("/")[-1] or "model",
         "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
-        "base_model": _base_model(model.config),
+        "base_model": _base_model(model.config) or (adapter and adapter["base"]),
+        "adapter": adapter,
         "architecture": type(model).__name__,
         "backbone": getattr(model.config, "architecture", None),  # timm's name
         "head": getattr(model.config, "head", None),
@@ -176,10 +202,12 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "cached_views": getattr(trainer.views, "num_views", None),  # of a frozen backbone
         "class_names": names,
         "thresholds": thresholds if thresholds and len(thresholds) == len(names) else None,
-        "train": _describe(trainer.train_dataset, trainer.train_labels, trainer.clean_labels),
+        "train": _describe(trainer.train_dataset, args.dataset_title, trainer.train_labels, trainer.clean_labels),
         "evaluations": evaluations,
         "per_class_ap": per_class,
-        "groups": groups,
+        "per_class_of": shown["name"],
+        "groups": trainer.class_groups,
+        "shot_bounds": trainer.shot_bounds,
         "given": _positives(trainer.train_labels),
         "clean": _positives(trainer.clean_labels),
         "judged": judged,
@@ -189,9 +217,14 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "mixtures": chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class)) if fitted else [],
         "trainer": type(trainer).__name__,
         "method": trainer.method_name,
-        "mixes": trainer.method_name != "bce" and getattr(args, "mixup_alpha", 0) > 0,
+        "mixes": mixes,
+        "own_loss": trainer.compute_loss_func is not None,
+        "own_views": trainer.train_transform is not None,
+        "managed": settings is not None
+        and settings.select_clean
+        and (state.epoch or 0) > settings.label_warmup_epochs,
         "citation": Markup(citation.replace("```", "")) if citation else None,
-        "settings": None if balance_mix is None else balance_mix.settings,
+        "settings": settings,
         "args": args.to_dict(),
         "changed": changed,
         "in_training": bool(trainer.is_in_train) and 0 < state.global_step < state.max_steps,
@@ -220,17 +253,19 @@ def _escape_character(character: str, dotless: bool) -> str:
     return character if safe else f"&#{ord(character)};"
 
 
-def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+def changed_arguments(args: TrainingArguments, base: type) -> dict[str, Any]:
     """The arguments that change what is learned and whose value is not the default, by name.
 
-    The default of a field that a preset sets is that of the preset "default". No path and no token is among them.
+    The defaults are those of `base`, the trainer's class of arguments, and not of a subclass such as a script's; of a
+    field that a preset sets, that of the preset "default". No path and no token is among them.
     """
     values = args.to_dict()
-    preset = type(args).PRESETS["default"]
+    preset = base.PRESETS["default"]
     hidden = TrainingArguments.__dataclass_fields__.keys() - preset.keys() - set(_SHOWN_ARGUMENTS)
     hidden |= {"per_device_train_batch_size", "remove_unused_columns"}  # which follow from others
+    hidden |= {"dataset_title"}
     changed = {}
-    for field in dataclasses.fields(args):
+    for field in dataclasses.fields(base):
         if field.name in hidden:
             continue
         default = None if field.default is dataclasses.MISSING else field.default
@@ -314,7 +349,7 @@ def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "data": _describe(dataset),
+                "data": _describe(dataset, args.dataset_title),
                 "metrics": {key: metrics[key] for key in order if key in metrics},
                 "step": step,
                 "epoch": next((line["epoch"] for line in lines if line["step"] == step and "epoch" in line), None),
@@ -325,15 +360,16 @@ def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
     return found
 
 
-def _describe(dataset: Any, given: Any = None, clean: Any = None) -> dict[str, Any] | None:
-    """What is recorded about a data set; `given` and `clean` are its label matrices where they are at hand."""
+def _describe(dataset: Any, title: str | None, given: Any = None, clean: Any = None) -> dict[str, Any] | None:
+    """What is recorded about a data set, called `title` or by the name that was recorded; `given` and `clean` are its
+    label matrices where they are at hand."""
     if not isinstance(dataset, datasets.Dataset):
         return None
     info = dataset.info
     file = next(iter(info.download_checksums or {}), "")
     source = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", file)
     facts = {
-        "name": source[1] if source else _line(info.dataset_name),
+        "name": _line(title) or (source[1] if source else _recorded_name(info.dataset_name)),
         "hub_id": _repo_id(source[1]) if source else None,
         "revision": source[2] if source else None,
         "config": _line(info.config_name),
@@ -352,6 +388,31 @@ def _describe(dataset: Any, given: Any = None, clean: Any = None) -> dict[str, A
             facts["num_removed"] = int(((given == 0) & (clean == 1)).sum())
             facts["noisy"] = bool(facts["num_added"] or facts["num_removed"])
     return facts
+
+
+def _recorded_name(name: str | None) -> str | None:
+    """Without those that `datasets` gives to all data of one file format."""
+    return None if name in _FILE_FORMATS else _line(name)
+
+
+def _adapter(model: Any) -> dict[str, Any] | None:
+    """Of a model of peft: what its adapter is, and the base model that it belongs to; None for any other model."""
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    if config is None or not hasattr(model, "get_base_model"):
+        return None
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    targets = config.target_modules if hasattr(config, "target_modules") else None
+    return {
+        "kind": kind,
+        "settings": {
+            "rank": getattr(config, "r", None),
+            "alpha": getattr(config, "lora_alpha", None),
+            "targets": ", ".join(sorted(targets)) if isinstance(targets, set | list) else targets,
+        },
+        "num_trained": sum(trained),
+        "base": None if Path(base := config.base_model_name_or_path or "").exists() else _repo_id(base),
+    }
 
 
 def _positives(labels: torch.Tensor | None) -> list[int] | None:
@@ -398,6 +459,11 @@ def _line(value: Any) -> str | None:
 
 def _slug(name: str | None) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", (name or "").lower()).strip("-")
+
+
+def _literal(names: Sequence[str]) -> str:
+    """A list of strings as Python writes it; nothing in it ends a block of code."""
+    return Markup(json.dumps(list(names)).replace("`", "\\u0060"))
 
 
 def _percent(fraction: float | None) -> str:

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from hf_balancemix.metrics import class_groups
 from hf_balancemix.report.figures import figure_pixels, mixture_figure, per_class_ap_figure, training_curves_figure
 from hf_balancemix.report.model_card import PER_CLASS_AP, chosen_mixtures, good_and_bad_class, newest_line
 
@@ -44,8 +43,8 @@ class FigureCallback(TrainerCallback):
         trainer, per_class_ap = self.trainer, self._per_class_ap()
         plots = {"plots/curves": training_curves_figure(trainer.state.log_history)}
         if per_class_ap is not None and trainer.class_names is not None:
-            groups = class_groups(trainer.class_counts, trainer.args.many_shot, trainer.args.few_shot)
-            plots["plots/per_class_ap"] = per_class_ap_figure(trainer.class_names, per_class_ap, groups)
+            figure = per_class_ap_figure(trainer.class_names, per_class_ap, trainer.class_groups)
+            plots["plots/per_class_ap"] = figure
         return plots
 
     def _mixture_plot(self) -> dict[str, Figure | None]:

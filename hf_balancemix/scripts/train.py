@@ -177,11 +177,12 @@ def args_of(method: str, model_args: ModelArguments, args: BalanceMixTrainingArg
 
 
 def figures_of(trainer: MultiLabelTrainer, output: TrainOutput, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Training seconds, the evaluation's figures, and the newest label-quality figures of the log: those over the
-    random batches of the last epoch."""
+    """Training seconds, the evaluation's figures, the bounds of the class groups, and the newest label-quality figures
+    of the log: those over the random batches of the last epoch."""
     logs = (line for line in reversed(trainer.state.log_history) if "label_clean_precision" in line)
     labels = {name: value for name, value in next(logs, {}).items() if name.startswith("label_")}
-    return {"seconds": output.metrics["train_runtime"]} | dict(metrics) | labels
+    bounds = dict(zip(("many_shot", "few_shot"), trainer.shot_bounds or (), strict=False))
+    return {"seconds": output.metrics["train_runtime"]} | dict(metrics) | labels | bounds
 
 
 _MAPS = {"eval_mAP": "all", "eval_mAP_many": "many", "eval_mAP_medium": "medium", "eval_mAP_few": "few"}
@@ -207,10 +208,10 @@ def print_results(
     if args.process_index != 0:
         return
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    title = (
-        f"Evaluation mAP in per cent after the last epoch (many-shot: more than {args.many_shot:,} clean positive "
-        f"training labels, few-shot: fewer than {args.few_shot:,})"
-    )
+    title, first = "Evaluation mAP in per cent after the last epoch", next(iter(results.values()))
+    if "many_shot" in first:
+        many, few = first["many_shot"], first["few_shot"]
+        title += f" (many-shot: more than {many:,} clean positive training labels, few-shot: fewer than {few:,})"
     print(f"\n{title}\n\n{results_table(results, _MAPS, percent=True, extra={'seconds': 'training seconds'})}")
     with_quality = {name: figures for name, figures in results.items() if "label_clean_precision" in figures}
     for title, columns in _QUALITY.items() if with_quality else ():

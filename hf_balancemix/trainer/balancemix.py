@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data.training_data import TrainingPairs
-from hf_balancemix.metrics import LabelQuality, class_groups
+from hf_balancemix.metrics import LabelQuality
 from hf_balancemix.trainer.mixup import MixupTrainer
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,8 @@ class BalanceMixTrainer(MixupTrainer):
         state = self.balance_mix
         known = self._training_labels if self.clean_labels is None else self.clean_labels
         logs = {"sampler_effective_size": effective_sample_size(state.weights)}
-        lift, counts = class_lift(state.weights, known).numpy(), (known == 1).sum(0).numpy()
-        for name, group in class_groups(counts, self.args.many_shot, self.args.few_shot).items():
+        lift = class_lift(state.weights, known).numpy()
+        for name, group in (self.class_groups or {}).items():
             if np.isfinite(lift[group]).any():
                 logs[f"sampler_lift_{name}"] = float(np.nanmean(lift[group]))
         if len(state.clean_probability):

@@ -33,7 +33,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_balancemix.files import is_temporary
-from hf_balancemix.report.model_card import CARD_FILE, MARK, write_model_card
+from hf_balancemix.report.model_card import CARD_FILE, MARK, is_own_text, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class HubRepository:
         if CARD_FILE in theirs and CARD_FILE in ours and MARK in ours[CARD_FILE].read_text("utf-8", "replace"):
             url = hf_hub_url(self.repo_id, CARD_FILE, revision=push.revision)
             response = get_session().get(url, headers=build_hf_headers(token=self.api.token)).raise_for_status()
-            if MARK not in response.text:
+            if is_own_text(response.text):
                 if not self.keeps_card:
                     logger.warning("README.md of %s is somebody's own and stays; remove it for ours.", self.repo_id)
                 self.keeps_card = True
@@ -316,7 +316,7 @@ class HubTrainer(Trainer):
                 name = LAST_CHECKPOINT if strategy == HubStrategy.CHECKPOINT else checkpoint.name
                 set_aside(checkpoint, folder / name, link=True)
             own = self._output_dir / CARD_FILE
-            if own.is_file() and MARK not in own.read_text("utf-8", "replace"):
+            if own.is_file() and is_own_text(own.read_text("utf-8", "replace")):
                 shutil.copyfile(own, folder / CARD_FILE)
             self._begin_push(repository, folder)
 

@@ -26,10 +26,11 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from hf_balancemix.core import EpochSampler
 from hf_balancemix.core.losses import binary_cross_entropy
+from hf_balancemix.data.describe import is_of_paper
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, Views, normalise
-from hf_balancemix.metrics import evaluation_figures
+from hf_balancemix.metrics import class_groups, evaluation_figures, shot_bounds
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.loading import label_settings
 from hf_balancemix.models.processing import squash_processor
@@ -460,13 +461,27 @@ class MultiLabelTrainer(AveragingTrainer):
         labels = self.train_labels if self.clean_labels is None else self.clean_labels
         return None if labels is None else (labels == 1).sum(0).numpy()
 
+    @property
+    def shot_bounds(self) -> tuple[int, int] | None:
+        """`many_shot` and `few_shot` as they are used, see :func:`~hf_balancemix.metrics.shot_bounds`; None without
+        training data, and where all classes are in one group."""
+        if (counts := self.class_counts) is None:
+            return None
+        of_paper = is_of_paper(self.train_dataset)
+        return shot_bounds(counts, self.args.many_shot, self.args.few_shot, of_paper=of_paper)
+
+    @property
+    def class_groups(self) -> dict[str, np.ndarray] | None:
+        """Many-, medium- and few-shot classes as boolean `(K,)` masks; None as `shot_bounds`."""
+        return None if (bounds := self.shot_bounds) is None else class_groups(self.class_counts, *bounds)
+
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        bounds = self.shot_bounds
+        groups = {} if bounds is None else {"class_counts": self.class_counts, "many": bounds[0], "few": bounds[1]}
         means, self._per_class_ap = evaluation_figures(
             prediction.predictions,
             prediction.label_ids,
-            class_counts=self.class_counts,
-            many=self.args.many_shot,
-            few=self.args.few_shot,
+            **groups,
             class_names=self.class_names,
         )
         return means

@@ -65,7 +65,10 @@ class MultiLabelTrainingArguments(TrainingArguments):
         with an error; `"skip"`: it changes nothing, and is counted in the logs (`skipped_steps`).
     randaugment_num_ops, randaugment_magnitude (`int`): operations a view, and their strength from 0 to 30.
     many_shot, few_shot (`int`): class groups by the number of clean positive training labels: above `many_shot` a
-        class is many-shot, below `few_shot` few-shot.
+        class is many-shot, below `few_shot` few-shot. By default the paper's 10,000 and 1,000 for its data sets; else
+        so that a third of the classes is in each group, see :func:`~hf_balancemix.metrics.shot_bounds`.
+    dataset_title (`str`, *optional*): what the model card calls the data; by default the recorded name, that of the
+        folder or on the Hub.
 
     Other defaults than in `TrainingArguments`: the presets', and `remove_unused_columns`, which must stay False.
 
@@ -167,8 +170,17 @@ class MultiLabelTrainingArguments(TrainingArguments):
     )
     randaugment_num_ops: int = _argument("RandAugment operations on each training view.", 2)
     randaugment_magnitude: int = _argument("Strength of RandAugment, 0 to 30.", 9)
-    many_shot: int = _argument("Classes with more clean positive training labels are many-shot.", 10_000)
-    few_shot: int = _argument("Classes with fewer clean positive training labels are few-shot.", 1_000)
+    many_shot: int | None = _argument(
+        "Classes with more clean positive training labels are many-shot. Default: the paper's 10000 for its data "
+        "sets; else the count that a third of the classes is above."
+    )
+    few_shot: int | None = _argument(
+        "Classes with fewer clean positive training labels are few-shot. Default: the paper's 1000 for its data "
+        "sets; else the count that a third of the classes is below."
+    )
+    dataset_title: str | None = _argument(
+        "What the model card calls the data. Default: the folder's name, or that on the Hub."
+    )
     remove_unused_columns: bool = _argument("Must stay false: views are made of the image column.", False)
 
     def __post_init__(self) -> None:
@@ -203,6 +215,7 @@ class MultiLabelTrainingArguments(TrainingArguments):
     def _check(self) -> None:
         """Raise a ValueError where a value is out of range."""
         check_pos_weight(self.pos_weight)
+        bounds = (self.many_shot, self.few_shot)
         area = "the least share of the image's area"
         columns = "False, as views are made of the image column; leave it out"
         for name, possible, required in (
@@ -213,7 +226,11 @@ class MultiLabelTrainingArguments(TrainingArguments):
                 self.logging_nan_inf_filter or self.on_nan == "stop",
                 "True with on_nan='skip', or one such step would spoil all losses that are logged; leave it out",
             ),
-            ("many_shot", self.many_shot >= self.few_shot, f"at least few_shot, {self.few_shot}; change either"),
+            (
+                "many_shot",
+                None in bounds or self.many_shot >= self.few_shot,
+                f"at least few_shot, {self.few_shot}; change either",
+            ),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
             ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),
             ("random_resized_crop", 0 <= self.random_resized_crop <= 1, f"{area}, in (0, 1]; 0 crops nothing"),

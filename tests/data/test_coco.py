@@ -69,7 +69,7 @@ def test_columns_classes_and_labels(root):
     }
     assert dataset["image_id"][:] == [30, 10, 40]  # the JSON's order, 20 has no annotation
     assert dataset["labels"][:] == [[2], [0, 1], [0]]
-    assert dataset.info.dataset_name == "coco"
+    assert (dataset.info.dataset_name, dataset.split) == ("coco (not the official set)", "train")
 
 
 def test_images_are_decoded_to_rgb_on_access_only(root):

@@ -51,7 +51,7 @@ def test_multi_hot_columns(folder):
     assert found["labels"][:] == [[0], [], [0, 1]]
     assert found["image_id"][:] == ["b.png", "sub/a.png", "a.png"]
     assert found[0]["image"].getpixel((0, 0)) == (40, 0, 0)
-    assert found.info.dataset_name == "labels"
+    assert found.info.dataset_name == folder.name
 
 
 def test_unknown_labels_are_negative_or_masked(folder, caplog):

@@ -79,7 +79,8 @@ def test_columns_classes_and_labels(root, split):
     assert dataset["image_id"][:] == [path for part in parts for path in paths_of(part)]
     np.testing.assert_array_equal(label_matrix(dataset), np.concatenate([rows_of(part) for part in parts]))
     assert {(row["image"].mode, row["image"].size) for row in dataset} == {("RGB", (6, 8))}
-    assert dataset.info.dataset_name == "deepfashion"
+    assert dataset.info.dataset_name == "deepfashion (not the official set)"
+    assert str(dataset.split) == split
 
 
 def test_the_default_is_train(root):

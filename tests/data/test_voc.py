@@ -111,7 +111,8 @@ def test_columns_and_labels(root, folder, source, difficult):
     assert dataset.features == expected
     assert dataset["labels"][:] == labels
     assert dataset["image_id"][:] == list(OBJECTS)  # the order of the list, which is not sorted here
-    assert dataset.info.dataset_name == "voc"
+    assert dataset.info.dataset_name == root.name  # few images: not VOC itself
+    assert (dataset.info.config_name, dataset.split) == ("2007", "trainval")
 
 
 def test_classes_are_in_the_order_of_voc():

@@ -17,6 +17,7 @@ from hf_balancemix.metrics import (
     evaluation_figures,
     mean_average_precision,
     precision_recall_f1,
+    shot_bounds,
 )
 
 
@@ -69,6 +70,27 @@ def test_groups_reject_bad_counts(counts, match):
 def test_groups_reject_crossed_bounds():
     with pytest.raises(ValueError, match="few is 100 and many is 10"):
         class_groups([1], many=10, few=100)
+
+
+def test_bounds_by_the_counts_put_a_third_of_the_classes_into_each_group():
+    counts = [40, 3, 17, 90, 8, 25, 61, 12, 5]
+    bounds = shot_bounds(counts)
+    assert bounds == (25, 12)
+    assert [int(mask.sum()) for mask in class_groups(counts, *bounds).values()] == [3, 3, 3]
+    assert shot_bounds(counts[::-1]) == bounds
+    assert shot_bounds([0, 0, *counts]) == bounds  # classes without positives are few-shot, and bound nothing
+    assert shot_bounds([50] * 8) is shot_bounds([7, 900]) is shot_bounds([0, 0, 0]) is None
+
+
+def test_bounds_that_are_given_win_and_the_papers_hold_for_its_data_where_they_tell_classes_apart():
+    counts = [45_000, 20_000, 5_000, 4_000, 700, 100]
+    assert shot_bounds(counts) == (5_000, 4_000)
+    assert shot_bounds(counts, of_paper=True) == (10_000, 1_000)
+    assert shot_bounds([90, 60, 30], of_paper=True) == (60, 60)  # a small part of it
+    assert shot_bounds(counts, 50, 40, of_paper=True) == (50, 40)
+    assert shot_bounds(counts, many=300) == (300, 300)
+    assert shot_bounds(counts, few=8_000) == (8_000, 8_000)
+    assert shot_bounds([50, 50], few=60) == (60, 60)
 
 
 # ------------------------------------------------------------------------------------------------------------- mAP
