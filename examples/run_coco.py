@@ -1,7 +1,7 @@
 r"""Train BalanceMix on COCO, or, without --data_dir, on the built-in sample beside BCE and Mixup.
 
-    accelerate launch examples/run_coco.py
-    accelerate launch examples/run_coco.py --data_dir DIR --year 2017 --model_name_or_path timm/resnet50.tv_in1k \
+    python examples/run_coco.py
+    python examples/run_coco.py --data_dir DIR --year 2017 --model_name_or_path timm/resnet50.tv_in1k \
         --image_size 448 --noise mislabel --noise_rate 0.4 --preset paper --bf16 --output_dir outputs/coco
 
 Every training argument is a flag; --config FILE takes them from YAML or JSON.
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print_results(results, args, left_out)
     if data.data_dir is None:
-        say(args, "or your own data in COCO format:\n    accelerate launch examples/run_coco.py --data_dir DIR --help")
+        say(args, "or your own data in COCO format:\n    python examples/run_coco.py --data_dir DIR --help")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 r"""Train BalanceMix on DeepFashion's fine-grained attributes (26 classes) with the paper's settings.
 
-    accelerate launch examples/run_deepfashion.py --data_dir DIR --image_size 448 --preset paper \
+    python examples/run_deepfashion.py --data_dir DIR --image_size 448 --preset paper \
         --noise flip --noise_rate 0.2
 
 DIR is the Category and Attribute Prediction benchmark with Anno_fine/ and Img/. The paper's 16,000 training images are

@@ -1,8 +1,8 @@
 r"""Train BalanceMix on any multi-label image data set: from the Hub, or a folder of images with a CSV.
 
-    accelerate launch examples/run_multilabel.py --dataset_name user/set --label_column tags
-    accelerate launch examples/run_multilabel.py --dataset_name user/boxes --objects_column objects
-    accelerate launch examples/run_multilabel.py --train_dir images --train_csv train.csv \
+    python examples/run_multilabel.py --dataset_name user/set --label_column tags
+    python examples/run_multilabel.py --dataset_name user/boxes --objects_column objects
+    python examples/run_multilabel.py --train_dir images --train_csv train.csv \
         --label_column labels --separator ","
 
 A CSV has a column `file_name`, and either --label_column or one 0/1 column a class. Without an evaluation split, a

@@ -1,6 +1,6 @@
 r"""Train BalanceMix on Pascal VOC with the paper's settings.
 
-    accelerate launch examples/run_voc.py --data_dir DIR --image_size 448 --preset paper \
+    python examples/run_voc.py --data_dir DIR --image_size 448 --preset paper \
         --noise mislabel --noise_rate 0.4
 
 DIR holds VOCdevkit/. The paper names no year; its class counts fit trainval of 2007+2012, tested on 2007's test split,

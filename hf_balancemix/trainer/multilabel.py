@@ -193,6 +193,8 @@ class MultiLabelTrainer(AveragingTrainer):
             names = getattr(getattr(self.model, "config", None), "id2label", {})
             self.class_names = [names.get(k, f"LABEL_{k}") for k in range(self._num_classes)]
         check_eval_dataset(eval_dataset, self.class_names)
+        if None in (args.many_shot, args.few_shot) and (bounds := self.shot_bounds) is not None:
+            logger.info("Class groups: many-shot above %d, few-shot below %d positive training labels.", *bounds)
 
     # ---- arguments and the model, before each training ----
 
