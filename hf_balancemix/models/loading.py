@@ -33,6 +33,7 @@ from hf_balancemix.models.modeling_balancemix import (
     own_memory,
     without_pooler,
 )
+from hf_balancemix.models.peft_models import has_adapters
 from hf_balancemix.models.processing import squash_processor
 from hf_balancemix.models.timm_models import resize_timm, timm_config, timm_defaults, timm_model
 from hf_balancemix.models.weights import read_state, split_head
@@ -276,7 +277,7 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
         OSError: There is no such config, or the network is down.
         ValueError: It is as said, makes timm read other files, or is no config of that kind of model.
     """
-    values = PreTrainedConfig.get_config_dict(name)[0]
+    values = _config_values(name)
     if values.get("model_type") == "balancemix_feature_classifier":  # of hf_balancemix.frozen
         raise ValueError(
             "it is a head on cached features, as checkpoints of --frozen_backbone are, and takes no images; the "
@@ -316,9 +317,18 @@ def _stored_bytes(name: str) -> int | None:
     return None if file is None else Path(file).stat().st_size
 
 
+def _config_values(name: str) -> dict[str, Any]:
+    if has_adapters(name):
+        raise ValueError(
+            "it holds adapters of peft, not a whole model; save the merged model, "
+            "trainer.model.merge_and_unload(), in a folder of its own"
+        )
+    return PreTrainedConfig.get_config_dict(name)[0]
+
+
 def _is_ours(name: str) -> bool:
     with _loading(name):
-        return PreTrainedConfig.get_config_dict(name)[0].get("model_type") == BalanceMixConfig.model_type
+        return _config_values(name).get("model_type") == BalanceMixConfig.model_type
 
 
 def _from_pretrained(
