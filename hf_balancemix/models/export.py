@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import os
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_balancemix.files import whole_file
+from hf_balancemix.models.peft_models import merged_copy
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
     torch, to 1e-4, at another batch size (and image size) than it was traced at.
 
     Args:
-        model: An image classifier of transformers.
+        model: An image classifier of transformers; the adapters of a `peft.PeftModel` are merged into it.
         path: The file, `.onnx`; one that exists is replaced by a whole one.
         image_size: Pixels a side of the images that the model was trained on.
 
@@ -56,7 +56,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], image_size: int)
         raise ImportError(
             f"ONNX export needs {' and '.join(missing)}: pip install 'hf_balancemix[onnx]' (or {' '.join(_NEEDED)})."
         )
-    model = copy.deepcopy(getattr(model, "_orig_mod", model))  # out of torch.compile's wrapper
+    model = merged_copy(getattr(model, "_orig_mod", model))  # out of torch.compile's wrapper
     model.__dict__.pop("forward", None)  # accelerate's wrapper for mixed precision, which is about the original
     logits = _Logits(model).float().cpu().eval()
     with whole_file(path) as temporary:

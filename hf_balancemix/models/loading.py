@@ -8,12 +8,15 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -25,14 +28,17 @@ from transformers import (
 from transformers.utils import cached_file
 
 from hf_balancemix.core.evaluation import evaluation_mode
-from hf_balancemix.models.configuration_balancemix import BalanceMixConfig, check_timm_files, config_entries
+from hf_balancemix.models.configuration_balancemix import HEADS, BalanceMixConfig, check_timm_files, config_entries
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
+    backbone_class,
     backbone_features,
     build_backbone,
+    image_config,
     own_memory,
     without_pooler,
 )
+from hf_balancemix.models.peft_models import has_adapters
 from hf_balancemix.models.processing import squash_processor
 from hf_balancemix.models.timm_models import resize_timm, timm_config, timm_defaults, timm_model
 from hf_balancemix.models.weights import read_state, split_head
@@ -66,7 +72,8 @@ def load_model(
     Args:
         name_or_path: A folder saved by `save_pretrained`, a Hub name (`microsoft/resnet-50`, `timm/resnet50.tv_in1k`),
             or, with `backbone_weights` or `pretrained=False`, a timm architecture (`resnet50`, or with the
-            normalisation of certain weights `resnet50.tv_in1k`).
+            normalisation of certain weights `resnet50.tv_in1k`). Of CLIP, SigLIP and the like the vision tower is
+            used.
         class_names: Names of the K classes.
         image_size: Pixels a side that images are squashed to; by default what the model was made for. A timm
             transformer is resized to it (its position embedding is interpolated).
@@ -75,7 +82,8 @@ def load_model(
         pretrained: False draws the weights anew.
         model_kwargs: Arguments of `timm.create_model`, for timm architectures.
         head: `"mlp"`, `"ml_decoder"` or `"q2l"` puts that head on the backbone, as :func:`model_from_backbone`;
-            `"linear"` is the plain model. None: plain, or the head that a saved BalanceMix model has.
+            `"linear"` is the plain model, or ours where transformers has no classifier of it (DINOv3). None: the same,
+            or the head that a saved BalanceMix model has.
         head_args: Arguments of the head's class.
 
     Returns:
@@ -93,9 +101,15 @@ def load_model(
         raise ValueError(f"head_args is {head_args}; it must be left out for the plain linear head; set head as well.")
     if from_hub:
         _no_model_kwargs(name_or_path, model_kwargs)
-    if from_hub and (plain or _is_ours(name_or_path)):
+    bare = from_hub and plain and _lacks_classifier(name_or_path)
+    if bare:
+        text = (
+            "transformers has no classifier of %s: the linear head is ours (import hf_balancemix.models to load it)."
+        )
+        logger.info(text, name_or_path)
+    if from_hub and ((plain and not bare) or _is_ours(name_or_path)):
         model = _from_pretrained(name_or_path, labels, head, head_args)
-    elif plain:
+    elif plain and not bare:
         size = image_size if backbone_weights is None else None  # a file's weights are resized later
         timm_labelled = timm_config(name_or_path, model_kwargs, size, **labels)
         state = None if backbone_weights is None else read_state(Path(backbone_weights))
@@ -104,7 +118,7 @@ def load_model(
         model = model_from_backbone(
             name_or_path,
             class_names,
-            head=head,
+            head=head or "linear",
             head_args=head_args,
             backbone_weights=backbone_weights,
             pretrained=pretrained,
@@ -118,7 +132,7 @@ def load_model(
     if hasattr(config, "label_names"):
         config.label_names = list(class_names)
     if image_size is None and processor is None:
-        image_size = getattr(getattr(config, "backbone_config", config), "image_size", None)
+        image_size = _own_size(config)
     processor = squash_processor(processor, image_size)
     size = processor.size["height"]
     resize_timm(model, size)
@@ -170,7 +184,7 @@ def model_from_backbone(
     """
     labels = label_settings(class_names)
     BalanceMixConfig(head=head, head_args=head_args)  # raises before anything is loaded
-    config = copy.deepcopy(name_or_config) if isinstance(name_or_config, PreTrainedConfig) else None
+    config = copy.deepcopy(image_config(name_or_config)) if isinstance(name_or_config, PreTrainedConfig) else None
     from_hub = config is None and backbone_weights is None and pretrained
     if config is not None or from_hub:
         _no_model_kwargs(name_or_config if config is None else "a config", model_kwargs)
@@ -181,8 +195,15 @@ def model_from_backbone(
         config = timm_config(name_or_config, model_kwargs, image_size if state is None else None)
     if from_hub:
         with _loading(name_or_config):
-            config = _checked_config(name_or_config, AutoModel)
-            backbone = _filled(AutoModel, name_or_config, config, name_or_config)
+            whole = _checked_config(name_or_config, AutoModel)
+            config = image_config(whole)
+            backbone = _filled(
+                backbone_class(type(config)) or AutoModel,
+                name_or_config,
+                config,
+                name_or_config,
+                tower=config is not whole,
+            )
     elif isinstance(config, TimmWrapperConfig):
         backbone = timm_model(config, AutoModel, state, backbone_weights)
     elif state is None:
@@ -213,18 +234,36 @@ def check_image_size(model: nn.Module, size: int) -> None:
         size: S.
     """
     parameter = next(model.parameters(), torch.zeros(0))
+    problem, output = "it gives no logits", None
     try:
         with torch.no_grad(), evaluation_mode(model):
-            model(pixel_values=torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+            output = model(pixel_values=torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
     except torch.OutOfMemoryError:
         raise
+    except TypeError as error:
+        problem = str(error)
     except (ValueError, RuntimeError, AssertionError) as error:
         config = getattr(model, "config", None)
-        own = getattr(getattr(config, "backbone_config", config), "image_size", None)
-        hint = f"{own}, its own" if own else "the size that it was made for"
+        patches = str(getattr(config, "model_type", "")).startswith("siglip2")  # it wants those, not images
+        if not patches and "input_ids" not in str(error):
+            own = _own_size(config)
+            hint = f"{own}, its own" if own else "the size that it was made for"
+            raise ValueError(
+                f"the model takes no images of {size} x {size} pixels ({error}); set image_size to {hint}."
+            ) from error
+        problem = str(error)
+    if getattr(output, "logits", None) is None:
         raise ValueError(
-            f"the model takes no images of {size} x {size} pixels ({error}); set image_size to {hint}."
-        ) from error
+            f"the model, a {type(model).__name__}, does not classify plain images ({problem}); it must; put a head "
+            f"on it with hf_balancemix.model_from_backbone(FOLDER, class_names, head=...): {', '.join(HEADS)}."
+        )
+
+
+def _own_size(config: Any) -> int | None:
+    """Pixels a side that a model was made for, where its config says so."""
+    config = image_config(getattr(config, "backbone_config", config))
+    patches = getattr(config, "num_patches", None)
+    return math.isqrt(patches) * config.patch_size if patches else getattr(config, "image_size", None)
 
 
 # ---- folders and Hub names ----
@@ -276,7 +315,7 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
         OSError: There is no such config, or the network is down.
         ValueError: It is as said, makes timm read other files, or is no config of that kind of model.
     """
-    values = PreTrainedConfig.get_config_dict(name)[0]
+    values = _config_values(name)
     if values.get("model_type") == "balancemix_feature_classifier":  # of hf_balancemix.frozen
         raise ValueError(
             "it is a head on cached features, as checkpoints of --frozen_backbone are, and takes no images; the "
@@ -287,6 +326,11 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
             f"it is a BalanceMix model with the head {values.get('head')}, not a backbone; leave head out (--head) to "
             "go on with it, or name a backbone"
         )
+    if kind is AutoModelForImageClassification and _lacks_classifier(name):
+        raise ValueError(
+            f"it is a {values['model_type']}, of which transformers has no classifier; put a head on it, with "
+            f"load_model or model_from_backbone and one of the heads {', '.join(HEADS)} (--head)"
+        )
     check_timm_files(values)
     for key, value in config_entries(values):
         most = min((limit for part, limit in _LOOPS.items() if part in key), default=math.inf)
@@ -295,7 +339,7 @@ def _checked_config(name: str, kind: Any = AutoModelForImageClassification) -> P
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
-            described = kind.from_config(config)
+            described = build_backbone(config) if kind is AutoModel else kind.from_config(config)
     except Exception as error:  # transformers and timm raise what they like
         raise ValueError(f"its config describes no model ({textwrap.shorten(str(error), 200)})") from error
     count = sum(parameter.numel() for parameter in described.parameters())
@@ -316,9 +360,30 @@ def _stored_bytes(name: str) -> int | None:
     return None if file is None else Path(file).stat().st_size
 
 
+def _config_values(name: str) -> dict[str, Any]:
+    if has_adapters(name):
+        raise ValueError(
+            "it holds adapters of peft, not a whole model; save the merged model, "
+            "trainer.model.merge_and_unload(), in a folder of its own"
+        )
+    return PreTrainedConfig.get_config_dict(name)[0]
+
+
+def _lacks_classifier(name: str) -> bool:
+    """Whether transformers has the backbone, but no classifier of it that takes plain images."""
+    with _loading(name):
+        kind = _config_values(name).get("model_type")
+    if kind == "siglip2":  # its classifier wants patches
+        return True
+    if kind not in CONFIG_MAPPING or kind == BalanceMixConfig.model_type:
+        return False
+    config = CONFIG_MAPPING[kind]
+    return config not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and backbone_class(config) is not None
+
+
 def _is_ours(name: str) -> bool:
     with _loading(name):
-        return PreTrainedConfig.get_config_dict(name)[0].get("model_type") == BalanceMixConfig.model_type
+        return _config_values(name).get("model_type") == BalanceMixConfig.model_type
 
 
 def _from_pretrained(
@@ -368,9 +433,18 @@ def _own_processor(name_or_path: str, model: PreTrainedModel) -> Any:
 # ---- backbones ----
 
 
-def _filled(cls: type, name: str | None, config: PreTrainedConfig, source: str, **kwargs: Any) -> PreTrainedModel:
-    """A backbone loaded through `from_pretrained`, which knows how keys are renamed; nothing may be left random."""
-    backbone, info = cls.from_pretrained(name, config=config, **without_pooler(config), **_WITH_INFO, **kwargs)
+def _filled(
+    cls: Any, name: str | None, config: PreTrainedConfig, source: str, tower: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """A backbone loaded through `from_pretrained`, which knows how keys are renamed; nothing may be left random.
+
+    Args:
+        tower: It is the vision tower of the model in `name`.
+    """
+    load = partial(cls.from_pretrained, name, config=config, **without_pooler(config), **_WITH_INFO, **kwargs)
+    backbone, info = load()
+    if tower and info["missing_keys"]:  # not every tower's class knows what it is called in the whole
+        backbone, info = load(key_mapping={r"^vision_model\.": ""})
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -388,8 +462,16 @@ def _channels(backbone: PreTrainedModel, head: str) -> int:
         native = cfg["input_size"][-1] if cfg.get("fixed_input_size") else 64
         size = (backbone.config.model_args or {}).get("img_size", native)
     else:
-        size = getattr(backbone.config, "image_size", None) or 64
+        size = _own_size(backbone.config) or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    with torch.no_grad():
-        features = backbone_features(backbone.eval(), head, torch.zeros(1, 3, height, width))
+    try:
+        with torch.no_grad():
+            features = backbone_features(backbone.eval(), head, torch.zeros(1, 3, height, width))
+    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+        if isinstance(error, ValueError) and "input_ids" not in str(error):
+            raise
+        raise ValueError(
+            f"{backbone.config.model_type} is no backbone for the head {head} ({error}); it must give features of "
+            f"images of {height} x {width} pixels; name another backbone."
+        ) from error
     return features.shape[-1 if features.ndim == 3 else 1]

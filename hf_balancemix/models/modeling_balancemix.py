@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
@@ -20,7 +21,8 @@ class BalanceMixForImageClassification(PreTrainedModel):
     """A backbone of transformers or timm with a multi-label head.
 
     The heads linear and mlp stand on the backbone's own pooling (its class token where it has none). ML-Decoder sees
-    all features, class token included; Query2Label the feature map alone.
+    all features, class token included; Query2Label the feature map alone. Of CLIP, SigLIP and the like the backbone is
+    the vision tower.
 
     Attributes:
         backbone: As `AutoModel` builds it, without a random pooler.
@@ -114,9 +116,38 @@ def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     return {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
 
 
+def image_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of CLIP, SigLIP and others that see images and text, the config of the vision tower; any other as it is."""
+    tower = getattr(config, "vision_config", None)
+    return config if backbone_class(type(tower)) is None else tower
+
+
+def backbone_class(config: type) -> Any:
+    """What makes a backbone of such a config: `AutoModel`, or the class of a vision tower that it does not know, such
+    as BLIP's; None where there is none."""
+    if config in MODEL_MAPPING:
+        return AutoModel
+    name = config.__name__
+    return getattr(transformers, f"{name.removesuffix('Config')}Model", None) if "Vision" in name else None
+
+
+def naflex_inputs(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
+    """Images `(N, C, H, W)` of one size as SigLIP2's NaFlex models take them: patches, all of which count."""
+    patches = pixel_values.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # N C h w P P
+    n, _, h, w = patches.shape[:4]
+    return {
+        "pixel_values": patches.permute(0, 2, 3, 4, 5, 1).reshape(n, h * w, -1),
+        "pixel_attention_mask": patches.new_ones(n, h * w, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[h, w]] * n, device=patches.device),
+    }
+
+
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """The backbone of a config, with weights drawn anew."""
-    return AutoModel.from_config(config, **without_pooler(config))
+    kind = backbone_class(type(config)) or AutoModel  # whose error says what it knows
+    if kind is AutoModel:
+        return AutoModel.from_config(config, **without_pooler(config))
+    return kind._from_config(config)
 
 
 def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor) -> Tensor:
@@ -125,11 +156,17 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
     Raises:
         ValueError: Query2Label needs a map, and the backbone's sequence cannot be made one.
     """
-    output = backbone(pixel_values=pixel_values)
+    kind = backbone.config.model_type
+    inputs = {"pixel_values": pixel_values}
+    if kind == "siglip2_vision_model":
+        inputs = naflex_inputs(pixel_values, backbone.config.patch_size)
+    output = backbone(**inputs)
     features = output.last_hidden_state
     if head in POOLED_HEADS:
         pooled = getattr(output, "pooler_output", None)
-        return (features[:, 0] if pooled is None else pooled).flatten(1)
+        if pooled is None:  # SigLIP has no class token
+            pooled = features.mean(1) if kind.startswith("siglip") else features[:, 0]
+        return pooled.flatten(1)
     timm_model = getattr(backbone, "timm_model", None)
     if features.ndim == 4 and getattr(timm_model, "output_fmt", None) == "NHWC":
         return features.permute(0, 3, 1, 2)
@@ -137,6 +174,8 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
         return features
     stages, depths = getattr(timm_model, "feature_info", None), getattr(backbone.config, "depths", None)
     stride = stages[-1]["reduction"] if stages else getattr(backbone.config, "patch_size", None)
+    if kind == "dinov3_convnext":  # whose config does not say it
+        stride = 4
     if isinstance(stride, int):
         if depths:  # hierarchical ones merge patches and pad, the others leave out what is over
             stride *= 2 ** (len(depths) - 1)
@@ -144,6 +183,6 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
         if h * w <= features.shape[1]:  # class tokens come first
             return features[:, features.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
     raise ValueError(
-        f"{backbone.config.model_type} gives {features.shape[1]} tokens for {tuple(pixel_values.shape[-2:])} pixels, "
+        f"{kind} gives {features.shape[1]} tokens for {tuple(pixel_values.shape[-2:])} pixels, "
         "of which no map can be made; use the head ml_decoder, which needs none."
     )

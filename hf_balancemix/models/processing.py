@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ def squash_processor(
         resample = getattr(processor, "resample", None)
         resample = BICUBIC if resample is None else int(resample)
         size = _side(getattr(processor, "crop_size", None)) or _side(getattr(processor, "size", None))
+        if getattr(processor, "max_num_patches", None):  # SigLIP2's, for images of any shape
+            size = math.isqrt(processor.max_num_patches) * processor.patch_size
         normalise = normalise and bool(processor is None or getattr(processor, "do_normalize", True))  # None means no
     if not normalise:
         mean, std = [0.0] * 3, [1.0] * 3

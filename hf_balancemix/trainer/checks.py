@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_balancemix.data.labels import class_names, given_labels, has_class_names, label_matrix
 from hf_balancemix.data.training_data import undecoded_images
 from hf_balancemix.models.loading import check_image_size
+from hf_balancemix.models.peft_models import check_adapters
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ def check_model(
 ) -> None:
     """K outputs, and images of `image_size` are taken; sets the problem type, and the class names if there are some,
     that pipelines and users of the saved model need. None: not checked."""
+    check_adapters(model)
     config = getattr(model, "config", None)
     num_labels = getattr(config, "num_labels", None)
     num_classes = num_classes if names is None else len(names)

@@ -41,7 +41,10 @@ CREATION = 15.0  # seconds that a run waits for its repository before it starts 
 LAST_CHECKPOINT = "last-checkpoint"  # where strategy "checkpoint" keeps it in the repository
 _LINKED_FROM = 2**20  # bytes; smaller files are copied
 # The names that from_pretrained looks for: one that an earlier push left behind could be loaded instead of ours.
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+# An adapter_config.json is enough for that: adapters would be put on a model that they are merged into.
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
 
 
 def describe(error: Exception, token: str | bool | None) -> str:

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from hf_balancemix.core.distributed import broadcast_buffers
+from hf_balancemix.models.peft_models import (
+    base_digest,
+    has_adapters,
+    is_peft_model,
+    load_adapters,
+    stored_adapters,
+    without_card_of_peft,
+)
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
 from hf_balancemix.trainer.non_finite import FiniteTrainer
@@ -29,7 +37,8 @@ class ResumableTrainer(FiniteTrainer):
     """Trainer with whole checkpoints.
 
     A manifest is written last, after a barrier and before any push; only checkpoints that it fits are resumed from,
-    kept or counted in rotation. Weights come back through `from_pretrained`. No pickled arguments are written.
+    kept or counted in rotation. Weights come back through `from_pretrained`. No pickled arguments are written. Of a
+    `peft.PeftModel` a checkpoint holds the adapters; the model under them must be the same when a run is resumed.
     """
 
     model: nn.Module
@@ -78,6 +87,12 @@ class ResumableTrainer(FiniteTrainer):
         """What must be the same when a run is resumed; `global_batch_size`, `ranks` and `settings` should be."""
         raise NotImplementedError
 
+    def _checkpoint_facts(self) -> dict[str, Any]:
+        facts = self._run_facts()
+        if is_peft_model(self.model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            facts["base_weights"] = base_digest(self.model)
+        return facts
+
     def _check_checkpoint(self, checkpoint: Path) -> None:
         problem = checkpoints.check(checkpoint)
         if problem is None and not (checkpoint / RUN_FILE).is_file():
@@ -86,7 +101,7 @@ class ResumableTrainer(FiniteTrainer):
             raise ValueError(
                 f"cannot resume from {checkpoint}: {problem[:-1]}; it must be whole; pass another, or True, the last."
             )
-        saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._run_facts()
+        saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._checkpoint_facts()
         differing = [name for name in own if saved.get(name) != own[name]]
         for name in sorted(differing, key=_SHOULD_BE_EQUAL.__contains__):  # what is refused comes first
             then, now = saved.get(name), own[name]
@@ -99,7 +114,8 @@ class ResumableTrainer(FiniteTrainer):
             logger.warning(text, name, then, now)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with without_card_of_peft(self.model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self._output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
@@ -140,7 +156,7 @@ class ResumableTrainer(FiniteTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state = self._run_state()
         if self.args.should_save:
-            Path(output_dir, RUN_FILE).write_text(json.dumps(self._run_facts(), indent=2) + "\n")
+            Path(output_dir, RUN_FILE).write_text(json.dumps(self._checkpoint_facts(), indent=2) + "\n")
             if state:
                 save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir, STATE_FILE))
 
@@ -183,16 +199,24 @@ class ResumableTrainer(FiniteTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return lambda: None
         own: Any = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        loaded, info = type(own).from_pretrained(
-            checkpoint,
-            config=copy.deepcopy(own.config),
-            dtype=own.dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
+        if is_peft_model(own):
+            adapters, found = stored_adapters(own, str(checkpoint))
+        elif has_adapters(str(checkpoint)):
+            raise ValueError(
+                f"{checkpoint} holds adapters of peft, and the trainer's model is a {type(own).__name__}; it must be "
+                "a PeftModel; make it with peft.get_peft_model as for the checkpoint's run."
+            )
+        else:
+            loaded, info = type(own).from_pretrained(
+                checkpoint,
+                config=copy.deepcopy(own.config),
+                dtype=own.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                use_safetensors=True,
+            )
+            found = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
         # What does not come from the file would be random, without an error.
-        found = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
         if any(found.values()):
             names = sorted(name if isinstance(name, str) else name[0] for keys in found.values() for name in keys)
             counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in found.items())
@@ -201,4 +225,6 @@ class ResumableTrainer(FiniteTrainer):
                 f"tensors ({', '.join(names[:3])}, ...). Needed is a checkpoint of the same architecture and sizes: "
                 "build the model as the checkpoint's config.json says, or start in another output_dir."
             )
+        if is_peft_model(own):
+            return lambda: load_adapters(own, adapters)
         return lambda: own.load_state_dict(loaded.state_dict())

@@ -439,6 +439,8 @@ def test_stale_files():
     ours = ["model.safetensors", "last-checkpoint/run.json"]
     assert stale_files(theirs, ours) == [*theirs[:3], "last-checkpoint/scaler.pt"]
     assert stale_files(theirs, theirs) == []
+    adapters = ["adapter_config.json", "adapter_model.safetensors"]
+    assert stale_files(adapters, ["model.safetensors"]) == adapters
 
 
 @pytest.mark.parametrize("link", [True, False])
