@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_balancemix.data.labels import column_feature
+from hf_balancemix.data.files import first_few
+from hf_balancemix.data.labels import class_names, column_feature, is_class_list, stored_labels
 from hf_balancemix.data.noise import read_ids
-from hf_balancemix.data.tags import checked_names, class_lists, split_tags
+from hf_balancemix.data.tags import checked_names, class_lists, is_multi_hot, split_tags
 from hf_balancemix.data.views import undecoded_images
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def from_detection(
         flat = iter(pc.struct_field(pc.list_flatten(column), category).to_pylist())
         lengths = pc.list_value_length(column).to_pylist()
         lists = [None if length is None else list(islice(flat, length)) for length in lengths]
-    return _labelled(dataset, lists, category_feature, names, f"column '{objects}', field '{category}'")
+    where = f"column '{objects}', field '{category}'"
+    return _labelled(dataset, lists, category_feature, names, where, zeros_and_ones=False)
 
 
 def from_tags(
@@ -84,14 +86,16 @@ def from_tags(
 
     Args:
         dataset: One split, with `image` (datasets.Image) and the tags of each image.
-        column: Name of the column of tags: lists of strings, of ClassLabels or of integer ids (or of a 0 or 1 for each
-            of the classes in `names`), or strings: what `separator` splits, or a written list, `['a', 'b']`.
+        column: Name of the column of tags: lists of strings, of ClassLabels or of integer ids; strings: what
+            `separator` splits, or a written list, `['a', 'b']`; or lists of a 0 or 1 for each of the classes in
+            `names`, or -1, NaN or None where it is unknown.
         separator: What stands between the tags of a string, such as ",". Spaces around a tag are dropped, and so are
             empty tags: an empty string is an image without labels.
         names: As in `from_detection`.
 
     Returns:
-        A `datasets.Dataset` with `image`, `labels` and `image_id`, as `from_detection`.
+        A `datasets.Dataset` with `image`, `labels` and `image_id`, as `from_detection`, and `unknown_labels` where
+        some are.
 
     Raises:
         TypeError, ValueError: As `from_detection`, or `separator` is missing or out of place.
@@ -102,23 +106,51 @@ def from_tags(
     undecoded_images(dataset)
     feature = column_feature(dataset, column, "name the one that holds the tags (column=...)")
     tags = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    if not _is_string(feature):
-        if separator is not None:
-            needed = "it must be None for lists; leave it out"
-            raise ValueError(f"separator is {separator!r} and column '{column}' is {feature}; {needed}.")
-        return _labelled(dataset, tags, getattr(feature, "feature", None), names, f"column '{column}'")
 
     def where(row: int) -> str:
         return f"column '{column}', row {row}"
 
+    if not _is_string(feature):
+        if separator is not None:
+            needed = "it must be None for lists; leave it out"
+            raise ValueError(f"separator is {separator!r} and column '{column}' is {feature}; {needed}.")
+        kind = getattr(getattr(feature, "feature", None), "pa_type", pa.null())
+        integer = pa.types.is_integer(kind) and not is_class_list(feature)
+        if (
+            (pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+            or (integer and names is not None and is_multi_hot(tags, checked_names(names), where))
+        ):  # fmt: skip
+            return from_multi_hot(dataset, column, names)
+        return _labelled(dataset, tags, getattr(feature, "feature", None), names, f"column '{column}'")
     lists = [
         None if text is None else split_tags(text, separator, partial(where, row)) for row, text in enumerate(tags)
     ]
     return _labelled(dataset, lists, feature, names, f"column '{column}'")
 
 
+def from_multi_hot(
+    dataset: datasets.Dataset, column: str = "labels", names: Sequence[str] | None = None
+) -> datasets.Dataset:
+    """As `from_tags`, of a column that has a 0 or 1 for each class, or -1, NaN or None where it is unknown.
+
+    `names` are those of the K classes in the column's order; default `LABEL_0`, ...
+    """
+    labels = stored_labels(dataset, column).numpy()
+    names = checked_names(names) or class_names(dataset, column)
+    if len(names) != labels.shape[1]:
+        found = f"column '{column}' has {labels.shape[1]} values a row, and names are {first_few(names)}"
+        raise ValueError(f"{found}; there must be one for each of {labels.shape[1]} classes; correct names.")
+    unknown = [np.flatnonzero(row).tolist() for row in labels < 0]
+    return _assembled(dataset, names, [np.flatnonzero(row).tolist() for row in labels == 1], unknown)
+
+
 def _labelled(
-    dataset: datasets.Dataset, tags: list[list[Any] | None], feature: Any, names: Sequence[str] | None, what: str
+    dataset: datasets.Dataset,
+    tags: list[list[Any] | None],
+    feature: Any,
+    names: Sequence[str] | None,
+    what: str,
+    zeros_and_ones: bool = True,
 ) -> datasets.Dataset:
     """`image`, `labels` and `image_id` of a data set, from the tags of each row and the feature of one tag."""
     names, name_of = checked_names(names), None
@@ -132,15 +164,29 @@ def _labelled(
     elif not _is_string(feature):
         needed = "it must be a string, a ClassLabel or an integer id; convert the column"
         raise TypeError(f"{what}: a class is of the type {feature}; {needed}.")
-    names, labels = class_lists(tags, names, lambda row: f"{what}, row {row}", name_of)
+    names, labels = class_lists(tags, names, lambda row: f"{what}, row {row}", name_of, zeros_and_ones)
+    return _assembled(dataset, names, labels)
 
+
+def _assembled(
+    dataset: datasets.Dataset, names: list[str], labels: list[list[int]], unknown: list[list[int]] | None = None
+) -> datasets.Dataset:
+    """`image`, `labels`, `image_id` and, where there are unknown classes, `unknown_labels` of N images."""
     image_ids = _image_ids(dataset)
     columns = ["image", "image_id"] if image_ids is None else ["image"]
     result = dataset.with_format(None).select_columns(columns)
-    result = result.add_column("labels", labels, feature=datasets.List(datasets.ClassLabel(names=names)))
+    classes = datasets.List(datasets.ClassLabel(names=names))
+    result = result.add_column("labels", labels, feature=classes)
     if image_ids is not None:
         result = result.add_column("image_id", image_ids)
-    return result.select_columns(["image", "labels", "image_id"])
+    result = result.select_columns(["image", "labels", "image_id"])
+    return result.add_column("unknown_labels", unknown, feature=classes) if unknown and any(unknown) else result
+
+
+def with_image_ids(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The data set with a unique `image_id`: its own, else the file names, else row numbers."""
+    image_ids = _image_ids(dataset)
+    return dataset if image_ids is None else dataset.add_column("image_id", image_ids)
 
 
 def _image_ids(dataset: datasets.Dataset) -> list[str] | list[int] | None:

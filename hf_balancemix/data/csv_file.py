@@ -103,6 +103,8 @@ def from_csv(
     for name, value in (("unknown", unknown), ("blank", blank)):
         check_choice(name, value, (None, "negative", "masked"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    if len(delimiter) != 1:
+        raise ValueError(f"delimiter is {delimiter!r}; it must be one character, such as ',', ';' or a tab.")
     if group_column in ("image", "labels", "image_id", "unknown_labels"):
         raise ValueError(f"group_column is {group_column!r}, a column of the data set already; rename it in the file.")
     _check_arguments(label_column, separator, class_ids, confidence_column, positive_from, unknown, blank)
@@ -255,7 +257,7 @@ def _label_column(
 ) -> tuple[list[str], list[list[int]]]:
     if class_ids and names is None:
         raise ValueError("names is None; with class_ids it must be the class names in the order of the ids.")
-    name_of = {str(k): name for k, name in enumerate(names or [])} if class_ids else None
+    name_of = dict(enumerate(names or [])) if class_ids else None
 
     def where(row: int) -> str:
         return f"{table.file}, line {table.lines[row]}, column '{column}'"

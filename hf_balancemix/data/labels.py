@@ -94,6 +94,11 @@ def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
     return torch.from_numpy(labels)
 
 
+def stored_labels(dataset: datasets.Dataset, column: str) -> torch.Tensor:
+    """(N, K) int8 of 0, 1 and, where a multi-hot column has -1, NaN or None, -1; errors as `label_matrix`."""
+    return torch.from_numpy(_read(dataset, column, unknown=True))
+
+
 def check_unknown_column(dataset: datasets.Dataset) -> None:
     """Raise a ValueError where unknown labels stand in `labels` itself, which noise would write over as 0."""
     if (_read(dataset, "labels", unknown=True) < 0).any():

@@ -7,6 +7,7 @@ import io
 import json
 import tokenize
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from hf_balancemix.data.files import first_few, first_repeat
@@ -22,9 +23,11 @@ def split_tags(text: str, separator: str | None, where: Callable[[], str]) -> li
     it begins like a list and is none, or is no list and there is no separator.
     """
     text = text.strip()
+    if text == "set()":
+        return []
     if _BRACKETS.get(text[:1]) == text[-1:] and (values := _written_list(text)) is not None:
         return [tag for tag in map(str.strip, map(_as_text, values)) if tag]
-    if text.startswith("["):
+    if text.startswith(("[", "{", "array(")):
         needed = "it must be a list such as ['a', 'b'] or plain tags"
         raise ValueError(f"{where()} is {text!r}; {needed}; correct the list.")
     if separator:
@@ -64,26 +67,36 @@ def class_lists(
     tags: Sequence[Sequence[Any] | None],
     names: list[str] | None,
     where: Callable[[int], str],
-    name_of: dict[Any, str] | None = None,
+    name_of: dict[int, str] | None = None,
+    zeros_and_ones: bool = True,
 ) -> tuple[list[str], list[list[int]]]:
     """Names of the K classes (those that occur, sorted, unless they are given), and each row's in ascending order.
 
     The tags are names, or ids if there is a `name_of` to look them up in; `where` names a row, for messages. Rows of
-    K zeros and ones are read as multi-hot ones.
+    K zeros and ones are read as multi-hot ones, but where `zeros_and_ones` is false: several objects are of one class.
     """
-    if is_multi_hot(tags, names, where):
-        names = names or []
-        return names, [[k for k, value in enumerate(row or ()) if str(value) == "1"] for row in tags]
+    ids_names = names if name_of is None else list(name_of.values())
+    if zeros_and_ones and ids_names and is_multi_hot(tags, ids_names, where):
+        bits = [[_bit(value) for value in row or ()] for row in tags]
+        for row, found in enumerate(bits):
+            if -1 in found:
+                needed = "it must be zeros and ones; use a column for each class, which may have unknown labels"
+                raise ValueError(f"{where(row)} is {list(tags[row] or ())!r}; {needed}.")
+        tags = [[name for name, bit in zip(ids_names, found, strict=True) if bit == 1] for found in bits]
+        name_of = None
+    elif zeros_and_ones and not ids_names:
+        is_multi_hot(tags, None, where)  # refuses what may be
     rows: list[set[str]] = []
     for row, classes in enumerate(tags):
         if classes is None or (name_of is None and not all(classes)):
             needed = "it must be a list of class names, empty where there is none"
             raise ValueError(f"{where(row)} is {classes!r}; {needed}; drop the row.")
         try:
-            rows.append(set(classes) if name_of is None else {name_of[value] for value in classes})
-        except KeyError as error:
+            rows.append(set(classes) if name_of is None else {name_of[_id(value)] for value in classes})
+        except KeyError:
+            wrong = next(value for value in classes if _id(value) not in (name_of or ()))
             needed = f"it must be a class id, a whole number from 0 to {len(name_of or ()) - 1}"
-            raise ValueError(f"{where(row)} has {error.args[0]!r}; {needed}; correct it.") from None
+            raise ValueError(f"{where(row)} has {wrong!r}; {needed}; correct it.") from None
     names = sorted(set().union(*rows)) if names is None else names
     if not names:
         raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
@@ -95,24 +108,29 @@ def class_lists(
     return names, [sorted(index[name] for name in found) for found in rows]
 
 
-def is_multi_hot(tags: Sequence[Sequence[Any] | None], names: list[str] | None, where: Callable[[int], str]) -> bool:
-    """Whether each row has a 0 or 1 for each of the K classes, rather than ids or names of classes.
+def is_multi_hot(
+    tags: Sequence[Sequence[Any] | None], names: Sequence[str] | None, where: Callable[[int], str]
+) -> bool:
+    """Whether each row has a 0 or 1 (or -1, NaN or None: unknown) for each of the K classes, rather than ids or names.
 
     No class is listed twice by ids: where nothing but 0 and 1 occurs and a row repeats one, the rows are multi-hot.
 
     Raises:
         ValueError: Nothing but 0 and 1 occurs, and it cannot be told what they are; the message names the row.
     """
-    values = {str(value) for row in tags if row is not None for value in row}
-    if not values or not values <= {"0", "1"} or not values.isdisjoint(names or ()):
+    bits = [[_bit(value) for value in row or ()] for row in tags]
+    values = set(chain.from_iterable(bits))
+    if not values or not values <= {0, 1, -1} or not values.isdisjoint(map(_bit, names or ())):
         return False
-    repeats = next((i for i, row in enumerate(tags) if row and len(set(map(str, row))) < len(row)), None)
-    full = names is not None and all(row is not None and len(row) == len(names) for row in tags)
-    if full and (repeats is not None or (len(names or ()) == 1 and "1" in values)):
+    lengths = set(map(len, bits))
+    # What is neither an id nor a list of different classes.
+    other = next((i for i, row in enumerate(bits) if len(set(row)) < len(row) or (len(row) > 1 and -1 in row)), None)
+    full = names is not None and lengths == {len(names)}
+    if full and (other is not None or (len(names or ()) == 1 and values != {0})):
         return True
-    if repeats is None and not full:
+    if other is None and not full and not (names is None and lengths == {2}):
         return False  # ids, or classes whose names are numbers
-    row = repeats or 0
+    row = other or 0
     if names is None:
         needed = "a class must be there once, or the K classes of a multi-hot row must have names; pass names=[...]"
     elif full:
@@ -120,6 +138,28 @@ def is_multi_hot(tags: Sequence[Sequence[Any] | None], names: list[str] | None, 
     else:
         needed = f"it must be a class once, or a 0 or 1 for each of the {len(names)} classes; correct the row"
     raise ValueError(f"{where(row)} is {list(tags[row] or ())!r}, and so are all of 0 and 1; {needed}.")
+
+
+def _bit(value: Any) -> int | None:
+    """0, 1 or -1 (also NaN and None) of such a number or boolean, as a value or as text; None of anything else."""
+    if value is None:
+        return -1
+    try:
+        number = float({"True": 1, "False": 0}.get(value, value) if isinstance(value, str) else value)
+    except ValueError:
+        return None
+    if isinstance(value, str) and number != number:
+        return None  # the text nan
+    return -1 if number != number else int(number) if number in (0, 1, -1) else None
+
+
+def _id(value: Any) -> Any:
+    """The whole number that a text stands for, also pandas' "2.0"; anything else as it is."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+        return int(number) if number == int(number) else value
+    except (ValueError, OverflowError, TypeError):
+        return value
 
 
 def checked_names(names: Sequence[str] | None) -> list[str] | None:

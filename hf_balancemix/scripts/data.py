@@ -20,7 +20,9 @@ from hf_balancemix.data import (
     load_voc,
     make_scenes,
 )
+from hf_balancemix.data.adapters import from_multi_hot, with_image_ids
 from hf_balancemix.data.files import first_few
+from hf_balancemix.data.labels import is_class_list
 from hf_balancemix.scripts.parser import flag
 
 Pair = tuple[datasets.Dataset, datasets.Dataset]
@@ -144,7 +146,9 @@ class AnyData(DataArguments):
     eval_split: str | None = flag(None, "Its evaluation split. Default: held out.")
     train_dir: str | None = flag(None, "Instead: folder with the training images.")
     train_csv: str | None = flag(None, "Their labels. Default: labels.csv in the folder.")
-    eval_dir: str | None = flag(None, "Folder with the evaluation images. Default: held out.")
+    eval_dir: str | None = flag(
+        None, "Folder with the evaluation images. Default: the same with --eval_csv, else held out."
+    )
     eval_csv: str | None = flag(None, "Their labels. Default: labels.csv in the folder.")
     image_column: str | None = flag(
         None, "Column with the images (Hub) or file names (CSV). Default: image, file_name."
@@ -186,7 +190,15 @@ class AnyData(DataArguments):
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 where = "a folder with a CSV" if self.train_dir is not None else "a data set by --dataset_name"
                 raise ValueError(f"{name} is {getattr(self, name)!r}; with {where} it has no effect; leave it out.")
-        if self.group_column is not None and (self.eval_split or self.eval_dir):
+        for name, needs in (("separator", "label_column"), ("category_field", "objects_column")):
+            given = getattr(self, name) != self.__dataclass_fields__[name].default
+            if given and getattr(self, needs) is None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; without {needs} it has no effect; pass --{needs}."
+                )
+        if self.held_out != 0.1 and (self.eval_split or self.eval_dir or self.eval_csv):
+            raise ValueError(f"held_out is {self.held_out}; with evaluation data it has no effect; leave it out.")
+        if self.group_column is not None and (self.eval_csv or self.eval_split or self.eval_dir):
             needed = "it must be left out where the evaluation data is given, as nothing is held out"
             raise ValueError(f"group_column is {self.group_column!r}; {needed}; leave it out.")
 
@@ -194,8 +206,8 @@ class AnyData(DataArguments):
         """Training and evaluation set; what is held out is stratified by labels."""
         if self.train_dir is not None:
             train = self._from_folder(self.train_dir, self.train_csv)
-            if self.eval_dir:
-                return train, self._from_folder(self.eval_dir, self.eval_csv, class_names(train))
+            if self.eval_dir or self.eval_csv:
+                return train, self._from_folder(self.eval_dir or self.train_dir, self.eval_csv, class_names(train))
         else:
             train = self._from_hub(self.train_split)
             if self.eval_split:
@@ -233,16 +245,25 @@ class AnyData(DataArguments):
                 raise ValueError(f"{found}; it must be one of these; correct --{flag_name}.")
         groups = self.group_column and dataset.select_columns([self.group_column]).with_format(None)[:]
         if self.image_column not in (None, "image"):
+            dataset = dataset.remove_columns([name for name in dataset.column_names if name == "image"])
             dataset = dataset.rename_column(self.image_column, "image")
         if self.objects_column is not None:
             dataset = from_detection(dataset, objects=self.objects_column, category=self.category_field, names=names)
         elif self.label_column is not None:
             dataset = from_tags(dataset, column=self.label_column, separator=self.separator, names=names)
+        elif "labels" not in dataset.column_names:
+            found = f"the columns of the data set are {dataset.column_names}, without 'labels'"
+            raise ValueError(f"{found}; the labels must be in one of them; pass --label_column or --objects_column.")
+        elif not (
+            is_class_list(dataset.features["labels"]) or {"unknown_labels", "clean_labels"} & set(dataset.features)
+        ):
+            dataset = from_multi_hot(dataset, names=names)
         elif names is not None and names != class_names(dataset):  # the data set's own `labels`
             raise ValueError(
                 f"class_names are {first_few(names)} and the data set's classes {first_few(class_names(dataset))}; "
                 "they must be these; leave out --class_names, or name the column of tags with --label_column."
             )
+        dataset = with_image_ids(dataset)
         if groups and self.group_column not in dataset.column_names:
             dataset = dataset.add_column(self.group_column, groups[self.group_column])
         return dataset
@@ -270,8 +291,12 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
         return saved[split]
     try:
         return datasets.load_dataset(name, config, split=split)
-    except (ValueError, OSError) as error:  # OSError: files, and every kind of failed connection
-        said = str(error).splitlines()[0].rstrip(".")
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # OSError: files, and every kind of failed connection. An error in a row of metadata is the cause of another.
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        lines = [line.strip() for line in str(cause or error).splitlines()]
+        # The lines after the first say what configurations there are, or how to go on.
+        said = " ".join(lines if "config" in lines[0].lower() else lines[:1])[:600].rstrip(".")
         fix = "correct --dataset_name, --dataset_config or the split"
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"the data set {name!r} (split {split!r}) cannot be loaded: {said}; {fix}.") from error

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from hf_balancemix.data.adapters import from_detection, from_tags
 from hf_balancemix.data.coco import load_coco
-from hf_balancemix.data.labels import class_names
+from hf_balancemix.data.labels import class_names, given_labels
 
 DATA = Path(os.environ.get("BALANCEMIX_DATA", Path(__file__).parents[2] / "../shared/data"))
 STRINGS = List(Value("string"))
@@ -96,6 +96,18 @@ def test_detection_with_strings_integers_and_other_names_of_columns(images):
         from_detection(dataset, objects="things", category="label", names=["x", "y"])
 
 
+@pytest.mark.parametrize("form", ["dict of lists", "list of dicts"])
+def test_objects_of_two_classes_are_no_zeros_and_ones(images, form):
+    two = ClassLabel(names=["dog", "cat"])
+    feature = {"category": List(two)} if form == "dict of lists" else List({"category": two})
+    for rows, expected in (
+        ([[0, 0, 1], [1], [0]], [[0, 1], [1], [0]]),
+        ([[0, 0], [1, 1], [0, 1]], [[0], [1], [0, 1]]),
+    ):
+        things = [{"category": row} if form == "dict of lists" else [{"category": k} for k in row] for row in rows]
+        assert from_detection(make(images, feature, things, "objects"))["labels"][:] == expected
+
+
 def test_names_reorder_the_classes_of_a_class_label(images):
     dataset = make(images, DICT_OF_LISTS, objects([1, 0], [], [2], form="dict of lists"), "objects")
     found = from_detection(dataset, names=["ant", "bee", "cat", "dog"])
@@ -148,6 +160,25 @@ def test_tags_as_lists_of_strings_class_labels_ids_and_split_strings(images):
         assert named_labels(found) == expected
         assert found.column_names == ["image", "labels", "image_id"]
     assert class_names(from_tags(make(images, STRINGS, [["b"], ["c"], ["a"]]))) == ["a", "b", "c"]
+
+
+def test_zeros_and_ones_of_every_type_with_what_is_unknown(images):
+    names = ["x", "y", "z"]
+    for kind, rows in (
+        ("float32", [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+        ("bool", [[True, False, True], [False, False, False], [False, True, False]]),
+    ):
+        found = from_tags(make(images, List(Value(kind)), rows), names=names)
+        assert (class_names(found), found["labels"][:]) == (names, [[0, 2], [], [1]])
+        assert found.column_names == ["image", "labels", "image_id"]
+    for kind, unknown in (("float32", -1.0), ("float32", float("nan")), ("int64", -1), ("int64", None)):
+        found = from_tags(make(images, List(Value(kind)), [[1, unknown, 0], [0, 1, 0], [unknown, 0, 1]]), names=names)
+        assert given_labels(found).tolist() == [[1, -1, 0], [0, 1, 0], [-1, 0, 1]]
+    # Ids of a ClassLabel count through its own names, whatever order is asked for.
+    found = from_tags(make(images, CLASSES, [[1, 0, 1], [0, 0, 0], [0, 1, 0]]), names=["ant", "cat", "dog"])
+    assert named_labels(found) == [{"dog", "ant"}, set(), {"cat"}]
+    with pytest.raises(ValueError, match="there must be one for each of 3 classes; correct names"):
+        from_tags(make(images, List(Value("bool")), [[True, False, True]] * 3), names=["x", "y"])
 
 
 def test_names_fix_the_order_and_what_is_outside_is_an_error(images):
@@ -213,8 +244,8 @@ def test_names_fix_the_order_and_what_is_outside_is_an_error(images):
             List(Value("float32")),
             [[1], [2], [3]],
             {},
-            TypeError,
-            r"column 'tags': a class is of the type Value\('float32'\)",
+            ValueError,
+            r"column 'tags', row 1 has 2\.0; it must be of 0 and 1",
         ),
         (STRINGS, [["a"], [], []], {"column": "labels"}, ValueError, "'labels' must be among them"),
     ],

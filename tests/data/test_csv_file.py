@@ -96,6 +96,44 @@ def test_label_column_with_names(folder):
         from_csv(file, label_column="tags", separator="|", names=["dog", "cat"])
 
 
+def test_texts_of_zeros_and_ones_are_never_classes_of_that_name(folder):
+    def read(*cells, **arguments):
+        rows = "".join(f'{name}.png,"{cell}"\n' for name, cell in zip("abc", cells, strict=False))
+        return from_csv(write(folder, f"file_name,tags\n{rows}"), label_column="tags", separator=" ", **arguments)
+
+    names = ["x", "y", "z"]
+    for cells in (
+        ("1 0 1", "0 0 0"), ("1.0 0.0 1.0", "0.0 0.0 0.0"), ("True False True", "False False False"),
+        ("[True, False, True]", "[0.0, 0.0, 0.0]"),
+    ):  # fmt: skip
+        for class_ids in (False, True):
+            assert read(*cells, names=names, class_ids=class_ids)["labels"][:] == [[0, 2], []]
+        with pytest.raises(ValueError, match=r"line 2, column 'tags' is .* pass names="):
+            read(*cells)
+    for arguments in ({}, {"names": ["x", "y"], "class_ids": True}):
+        with pytest.raises(ValueError, match=r"line 2, column 'tags' is \['0', '1'\], and so are all of 0 and 1"):
+            read("0 1", "1 0", **arguments)
+    with pytest.raises(ValueError, match=r"line 2, column 'tags' is \['1', '-1', '0'\].* pass names="):
+        read("1 -1 0", "0 0 1")
+    with pytest.raises(
+        ValueError, match=r"line 3, column 'tags' is .* use a column for each class, which may have unk"
+    ):
+        read("1 0 0", "0 -1 1", names=names)
+    assert read("2.0", "0.0", names=names, class_ids=True)["labels"][:] == [[2], [0]]  # as pandas writes ids
+    assert class_names(read("0 1", "1", "0")) == ["0", "1"]
+
+
+@pytest.mark.parametrize("cell", ["{'x': 'cat'}", "{cat,dog}", "array(['cat'])", "[cat, dog]", "['cat'", "[None]"])
+def test_a_cell_that_begins_like_a_list_and_is_none(folder, cell):
+    with open(folder / "labels.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([["file_name", "tags"], ["a.png", "['dog']"], ["b.png", cell]])
+    with pytest.raises(ValueError, match=r"line 3, column 'tags' is .*; it must be a list such as"):
+        from_csv(folder / "labels.csv", label_column="tags", separator="|")
+    with open(folder / "labels.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([["file_name", "tags"], ["a.png", "{'dog'}"], ["b.png", "set()"]])
+    assert class_names(from_csv(folder / "labels.csv", label_column="tags")) == ["dog"]
+
+
 def test_label_column_with_ids(folder):
     file = write(folder, "file_name,ids\na.png,2 0\nb.png,\nc.png,1\n")
     found = from_csv(file, label_column="ids", separator=" ", class_ids=True, names=["x", "y", "z"])
@@ -181,6 +219,7 @@ def test_absent_files(folder, caplog):
     [
         ({"unknown": "zero"}, "unknown is 'zero'; it must be one of None, 'negative', 'masked'"),
         ({"on_bad_image": "drop"}, "on_bad_image is 'drop'; it must be one of"),
+        ({"delimiter": ",,"}, "delimiter is ',,'; it must be one character"),
         ({"separator": ","}, "pass label_column"),
         ({"class_ids": True, "names": ["a"]}, "pass label_column"),
         ({"label_column": "tags"}, "separator is None and .*line 2, column 'tags' is 'x'; pass what stands between"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import datasets
 import numpy as np
 import pytest
@@ -111,3 +113,43 @@ def test_every_argument_of_from_csv_is_a_flag(tags, tmp_path):
         class_names=["dog", "cat"], eval_dir=str(tmp_path), eval_csv=str(tmp_path / "ids.csv"),
     )  # fmt: skip
     assert data.load(0)[1]["labels"][:3] == [[0], [1], [0]]
+
+
+def test_a_data_set_with_zeros_and_ones_trains_with_names_ids_and_what_is_unknown(tags, tmp_path):
+    rows = [[1.0, 0.0, -1.0], [0.0, 1.0, float("nan")]] * 10
+    dataset = tags.remove_columns("tags").add_column("labels", rows).add_column("image", tags["patient"][:])
+    dataset.save_to_disk(tmp_path / "saved")
+    for column, names in (("labels", ["LABEL_0", "LABEL_1", "LABEL_2"]), ("labels", ["x", "y", "z"])):
+        data = AnyData(
+            dataset_name=str(tmp_path / "saved"), image_column="photo", held_out=0.5,
+            class_names=names if names[0] == "x" else None,
+        )  # fmt: skip
+        for part in data.load(0):
+            assert class_names(part) == names
+            assert (given_labels(part)[:, 2] == -1).all()
+            assert part["image_id"][:] and sorted(map(sum, given_labels(part).tolist())) == [0] * 10
+        data.label_column = column
+        assert class_names(data.load(0)[0]) == names
+
+
+def test_evaluation_labels_of_the_same_folder_and_arguments_without_effect(tags, tmp_path):
+    (tmp_path / "labels.csv").write_text("file_name,tags\n" + "".join(f"{i}.png,a|b\n" for i in range(20)))
+    (tmp_path / "eval.csv").write_text("file_name,tags\n0.png,b\n")
+    folder = {"train_dir": str(tmp_path), "label_column": "tags", "separator": "|"}
+    assert AnyData(**folder, eval_csv=str(tmp_path / "eval.csv")).load(0)[1]["labels"][:] == [[1]]
+    for wrong, message in (
+        (folder | {"eval_csv": "e.csv", "held_out": 0.2}, "held_out is 0.2; with evaluation data it has no effect"),
+        (folder | {"label_column": None}, "separator is '|'; without label_column it has no effect"),
+        ({"dataset_name": "a", "category_field": "c"}, "category_field is 'c'; without objects_column"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            AnyData(**wrong)
+
+
+def test_the_configurations_that_there_are(monkeypatch):
+    def several(*args, **kwargs):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
+
+    monkeypatch.setattr(datasets, "load_dataset", several)
+    with pytest.raises(ValueError, match=r"configs: \['en', 'de'\]; correct --dataset_name"):
+        AnyData(dataset_name="a/b").load(0)
