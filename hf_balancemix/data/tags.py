@@ -101,11 +101,11 @@ def class_lists(
     if not names:
         raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
     index = {name: k for k, name in enumerate(names)}
-    for row, found in enumerate(rows):
-        if other := found - index.keys():
+    for row, present in enumerate(rows):
+        if other := present - index.keys():
             needed = f"it must be one of the {len(names)} classes {first_few(names)}"
             raise ValueError(f"{where(row)} has {min(other)!r}; {needed}; add it to names.")
-    return names, [sorted(index[name] for name in found) for found in rows]
+    return names, [sorted(index[name] for name in present) for present in rows]
 
 
 def is_multi_hot(

@@ -127,7 +127,8 @@ def test_a_data_set_with_zeros_and_ones_trains_with_names_ids_and_what_is_unknow
         for part in data.load(0):
             assert class_names(part) == names
             assert (given_labels(part)[:, 2] == -1).all()
-            assert part["image_id"][:] and sorted(map(sum, given_labels(part).tolist())) == [0] * 10
+            assert part["image_id"][:]
+            assert sorted(map(sum, given_labels(part).tolist())) == [0] * 10
         data.label_column = column
         assert class_names(data.load(0)[0]) == names
 
