@@ -60,7 +60,7 @@ def _written_list(text: str) -> list[Any] | None:
 
 def _as_text(value: Any) -> str:
     """A number as its shortest text, so that 1, 1.0 and True are the same tag."""
-    return str(int(value)) if isinstance(value, int | float) and value == int(value) else str(value)
+    return str(int(value)) if isinstance(value, int | float) and float(value).is_integer() else str(value)
 
 
 def class_lists(
