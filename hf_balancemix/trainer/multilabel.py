@@ -85,7 +85,7 @@ class MultiLabelTrainer(AveragingTrainer):
     - With `args.ema_decay` the average of the weights is what is evaluated, saved and pushed, and left by training.
 
     Args:
-        model: Any image classifier of transformers with K labels.
+        model: Any image classifier of transformers with K labels, or a `peft.PeftModel` of one.
         args: :class:`MultiLabelTrainingArguments`.
         train_dataset: `datasets.Dataset` with `image` (`datasets.Image`) and `labels` (class ids as
             `List(ClassLabel)`, or multi-hot); where `clean_labels` is there too, it is used for the class groups.
