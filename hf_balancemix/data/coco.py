@@ -109,7 +109,7 @@ def load_coco(
 
 def _origin(
     root: Path, annotation_file: Path, split: str, year: int, num_classes: int, num_images: int
-) -> dict[str, str | None]:
+) -> dict[str, Any]:
     """Name, source, configuration and split for `image_dataset`: COCO is called so only where it is all there."""
     if (root / SCENES_FILE).is_file():
         source = "scenes that hf_balancemix has drawn (make_scenes), no photographs"

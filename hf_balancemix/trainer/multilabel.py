@@ -475,11 +475,14 @@ class MultiLabelTrainer(AveragingTrainer):
     @property
     def class_groups(self) -> dict[str, np.ndarray] | None:
         """Many-, medium- and few-shot classes as boolean `(K,)` masks; None as `shot_bounds`."""
-        return None if (bounds := self.shot_bounds) is None else class_groups(self.class_counts, *bounds)
+        counts, bounds = self.class_counts, self.shot_bounds
+        return None if counts is None or bounds is None else class_groups(counts, *bounds)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         bounds = self.shot_bounds
-        groups = {} if bounds is None else {"class_counts": self.class_counts, "many": bounds[0], "few": bounds[1]}
+        groups: dict[str, Any] = (
+            {} if bounds is None else {"class_counts": self.class_counts, "many": bounds[0], "few": bounds[1]}
+        )
         means, self._per_class_ap = evaluation_figures(
             prediction.predictions,
             prediction.label_ids,

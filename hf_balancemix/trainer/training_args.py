@@ -215,7 +215,6 @@ class MultiLabelTrainingArguments(TrainingArguments):
     def _check(self) -> None:
         """Raise a ValueError where a value is out of range."""
         check_pos_weight(self.pos_weight)
-        bounds = (self.many_shot, self.few_shot)
         area = "the least share of the image's area"
         columns = "False, as views are made of the image column; leave it out"
         for name, possible, required in (
@@ -228,7 +227,7 @@ class MultiLabelTrainingArguments(TrainingArguments):
             ),
             (
                 "many_shot",
-                None in bounds or self.many_shot >= self.few_shot,
+                self.many_shot is None or self.few_shot is None or self.many_shot >= self.few_shot,
                 f"at least few_shot, {self.few_shot}; change either",
             ),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
