@@ -4,7 +4,7 @@ Private hooks of transformers 5 that are relied upon, here and in averaging.py, 
 in tests/trainer/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`, `_get_collator_with_removed_columns`,
 `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`, `_save_optimizer_and_scheduler`,
 `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_finish_current_push`,
-`_hp_search_setup`.
+`_hp_search_setup`, `_issue_warnings_after_load`.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ HOOKS = {
     "_load_best_model": [],
     "_finish_current_push": [],
     "_hp_search_setup": ["trial"],
+    "_issue_warnings_after_load": ["load_result"],
     # public, but their signatures are ours too
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "call_model_init": ["trial"],
