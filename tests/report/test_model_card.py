@@ -439,8 +439,8 @@ def test_data_are_called_by_their_folder_or_title_and_are_coco_only_where_it_is_
 
 
 def test_the_settings_of_the_method_are_there_whatever_a_scripts_defaults_are(dataset, tmp_path):
-    args = SampleArguments(str(tmp_path / "out"), use_cpu=True, image_size=16, global_batch_size=8, eval_strategy="no")
-    trainer = BalanceMixTrainer(model=tiny_resnet(), args=args, train_dataset=dataset)
+    args = SampleArguments(output_dir=str(tmp_path / "out"), use_cpu=True, image_size=16, global_batch_size=8)
+    trainer = BalanceMixTrainer(model=tiny_resnet(), args=args, train_dataset=dataset, eval_dataset=dataset)
     text = write_model_card(trainer, tmp_path / "card").read_text()
     shown = rows(text, "Hyperparameters that differ from the default")
     assert [shown[name] for name in ("mixup_alpha", "label_warmup_epochs", "learning_rate")] == [
