@@ -85,8 +85,13 @@ def load_coco(
         plain_path(name, f"{annotation_file}: images[{index}]: the file_name")
         for index, name in enumerate(_file_names(content, annotation_file))
     ]
-    files = dict(zip(image_ids, file_names, strict=True))
     image_dir = _image_folder(root, split, year, annotation_file, images, file_names[:20])
+    if images is not None and not any((image_dir / name).is_file() for name in file_names[:20]):
+        # The folder of a URL, such as train2017, or of a tool's file names can be the given one itself.
+        bare = [os.path.basename(name) for name in file_names]
+        if any((image_dir / name).is_file() for name in bare[:20]) and not first_repeat(bare):
+            file_names = bare
+    files = dict(zip(image_ids, file_names, strict=True))
     present = _present_classes(content, files, class_of, annotation_file)
     unknown = _unknown_classes(content, present, class_of, annotation_file)
 
@@ -136,9 +141,9 @@ def _annotation_file(root: Path, split: str, year: int, given: str | os.PathLike
     if official.is_file():
         return official
     every_word = sorted(set().union(*_SPLIT_WORDS.values()))
-    folders = [root, root / "annotations", *(root / word for word in every_word)]
+    inner = sorted(folder for folder in root.glob("*") if folder.name.lower() in ("annotations", *every_word))
     of_split, neutral, others = [], [], []
-    for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
+    for file in (file for folder in [root, *inner] for file in sorted(folder.glob("[!.]*.json"))):  # no ._ of a Mac
         words = set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower()))
         if _OFFICIAL.fullmatch(file.name) or words & _OTHER_TASKS:
             continue

@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import datasets
@@ -59,18 +58,23 @@ def decode(image: Any) -> Image.Image:
         )
     try:
         if isinstance(image, Image.Image):
-            return _upright_rgb(image)
+            return _opened_rgb(image)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            # Pillow reads colours of 16 bits by their upper 8, which leaves nothing of 12 bits.
-            if ";16" in str(opened.tile) and not opened.mode.startswith("I"):
-                return _deep_colour(opened, image)
-            return _upright_rgb(opened)
+            return _opened_rgb(opened)
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name} does not exist; restore it or remove its row.") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"cannot decode image {name} ({error}); replace the file, or leave it out with on_bad_image='skip'."
         ) from error
+
+
+def _opened_rgb(image: Image.Image) -> Image.Image:
+    # Pillow reads colours of 16 bits by their upper 8, which leaves nothing of 12 bits; once loaded, they are lost.
+    deep = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
+    if deep and image.fp is not None:  # None: closed, which load() says
+        return _deep_colour(image)
+    return _upright_rgb(image)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -81,18 +85,23 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _deep_colour(opened: Image.Image, source: Any) -> Image.Image:
+def _deep_colour(opened: Any) -> Image.Image:
     if opened.format != "PNG":
         _say_once("16-bit colours of %s are read by their upper 8 bits.", opened.format)
         return _upright_rgb(opened)
-    opened.load()  # which refuses what is cut off; torchvision fills it up
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    position = opened.fp.tell()
+    opened.fp.seek(0)
+    content = opened.fp.read()
+    opened.fp.seek(position)
+    with Image.open(io.BytesIO(content)) as copy:  # the caller's stays unloaded, and can be decoded again
+        copy.load()  # which refuses what is cut off; torchvision fills it up
+        exif = copy.getexif()
     try:
         values = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from error
     image = Image.fromarray(_eight_bits(values.permute(1, 2, 0).numpy()))
-    image.getexif().update(opened.getexif())
+    image.getexif().update(exif)
     return ImageOps.exif_transpose(image)
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 import datasets
+from PIL import Image
 
 from hf_balancemix.data.files import (
     absolute,
@@ -19,6 +20,7 @@ from hf_balancemix.data.files import (
     check_layout,
     check_line,
     check_lines_differ,
+    first_few,
     image_dataset,
     name_of_folder,
     read_lines,
@@ -99,6 +101,8 @@ def load_voc(
     for one_year in year.split("+"):
         folder, absent = _year_folder(root, one_year, split, classes)
         ids_file = folder / "ImageSets" / "Main" / f"{split}.txt"
+        if any(ids_file == listed_in for _, _, listed_in in sources):
+            continue  # a folder without years
         ids = _read_ids(ids_file)
         if twice := set(image_ids).intersection(ids):
             problem = f"the id {min(twice)!r} is also in the split of the other year; ids must be unique"
@@ -177,9 +181,10 @@ def _read_ids(file: Path) -> list[str]:
 def _image_files(folder: Path, ids: list[str]) -> list[str]:
     """The file of each id, whatever its ending; `{id}.jpg` where that exists, or none does."""
     others: dict[str, str] = {}
+    endings = Image.registered_extensions()  # tools write .json, .txt or .xml beside an image
     for file in sorted(os.listdir(folder)):
         stem, ending = os.path.splitext(file)
-        if stem not in others or ending == ".jpg":
+        if ending == ".jpg" or (stem not in others and ending.lower() in endings):
             others[stem] = file
     return [others.get(image_id, f"{image_id}.jpg") for image_id in ids]
 
@@ -234,7 +239,9 @@ def _objects(file: Path, classes: Sequence[str]) -> list[tuple[int, bool]]:
         name = element.findtext("name", "").strip()
         if name not in classes:
             needed = f"one of the {len(classes)} classes ({classes[0]}, ..., {classes[-1]})"
-            fix = "correct the name, or pass the classes of this data set: names=[...]"
+            others = (one for xml in sorted(file.parent.glob("*.xml")) for one in _parse_xml(xml).findall("object"))
+            found = first_few(sorted({other.findtext("name", "").strip() for other in others}), 50)
+            fix = f"correct the name, or pass the classes of this data set: names=[...]; there are {found}"
             raise ValueError(f"{file}: object[{index}] is named {name!r}; it must be {needed}; {fix}.")
         flag = _DIFFICULT.get(text := element.findtext("difficult", "0").strip().lower())
         if flag is None:
@@ -271,6 +278,8 @@ def _utf8_of_xml(file: Path) -> bytes:
         encoding = "utf-16"
     elif declared and not content.startswith(codecs.BOM_UTF8):
         encoding = declared[1].decode("ascii")
+        if encoding.lower().startswith(("utf-16", "utf-32")):
+            encoding = "utf-8"  # of these the declaration would not be ASCII: .NET writes it over UTF-8
     try:
         return content.decode(encoding).encode()
     except LookupError as error:

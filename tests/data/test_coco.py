@@ -305,6 +305,7 @@ def export(root: Path, json_file: str, image_folder: str, document: dict, encodi
     [
         ("train/_annotations.coco.json", "train", "train"),  # Roboflow
         ("valid/_annotations.coco.json", "valid", "val"),
+        ("Train/_annotations.coco.json", "Train", "train"),
         ("_annotations.coco.json", "", "train"),
         ("annotations/instances_default.json", "images", "train"),  # CVAT
         ("annotations/instances_default.json", "images/default", "train"),
@@ -392,10 +393,14 @@ def test_lvis_lists_what_was_looked_for_in_vain(tmp_path):
     found = load_coco(root)
     assert (class_names(found), found["image_id"][:]) == (["dog", "cat", "car"], [30, 10, 40])
     assert given_labels(found).tolist() == [[0, -1, 1], [1, 1, 0], [1, -1, -1]]
+    (root / "images").mkdir(exist_ok=True)
+    for file in [*root.rglob("*.jpg")]:
+        file.rename(root / "images" / file.name)  # the folder of the URL is not there
+    assert given_labels(load_coco(root, images="images")).tolist() == given_labels(found).tolist()
     document["images"][0]["neg_category_ids"] = [1]
     (root / "annotations" / "lvis_v1_train.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"images\[0\] has the neg_category_ids \[1\]"):
-        load_coco(root)
+        load_coco(root, images="images")
 
 
 @pytest.mark.skipif(not (DATA / "coco_sample").is_dir(), reason="BALANCEMIX_DATA has no coco_sample")

@@ -112,6 +112,15 @@ def deep_png(values: np.ndarray) -> bytes:
     )
 
 
+def test_a_deep_image_that_pillow_has_opened_is_decoded_like_its_file():
+    content = deep_png((np.arange(48).reshape(4, 4, 3) * 80).astype(np.uint16))
+    expected = np.asarray(decode(content))
+    assert expected.max() > 200
+    opened = Image.open(io.BytesIO(content))
+    for _ in range(2):
+        assert np.array_equal(np.asarray(decode(opened)), expected)
+
+
 def test_fractions_and_pixels_of_no_known_range():
     values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
     found = np.asarray(decode(Image.fromarray(values)))[..., 0]
