@@ -69,7 +69,7 @@ def decode(image: Any) -> Image.Image:
         ) from error
 
 
-def _opened_rgb(image: Image.Image) -> Image.Image:
+def _opened_rgb(image: Any) -> Image.Image:
     # Pillow reads colours of 16 bits by their upper 8, which leaves nothing of 12 bits; once loaded, they are lost.
     deep = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
     if deep and image.fp is not None:  # None: closed, which load() says
