@@ -20,9 +20,9 @@ from .heads import MLDecoderHead, MLPHead, Query2LabelHead
 class BalanceMixForImageClassification(PreTrainedModel):
     """A backbone of transformers or timm with a multi-label head.
 
-    The heads linear and mlp stand on the backbone's own pooling (its class token where it has none). ML-Decoder sees
-    all features, class token included; Query2Label the feature map alone. Of CLIP, SigLIP and the like the backbone is
-    the vision tower.
+    The heads linear and mlp stand on the backbone's own pooling (where it has none, its class token, else the mean).
+    ML-Decoder sees all features, class token included; Query2Label the feature map alone. Of CLIP, SigLIP and the like
+    the backbone is the vision tower.
 
     Attributes:
         backbone: As `AutoModel` builds it, without a random pooler.
@@ -164,8 +164,11 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
     features = output.last_hidden_state
     if head in POOLED_HEADS:
         pooled = getattr(output, "pooler_output", None)
-        if pooled is None:  # SigLIP has no class token
-            pooled = features.mean(1) if kind.startswith("siglip") else features[:, 0]
+        if pooled is None and features.ndim == 4:
+            pooled = features.mean((2, 3))
+        elif pooled is None:  # some, such as SigLIP, have no class token
+            tokens = [getattr(m, name, None) for m in backbone.modules() for name in ("cls_token", "class_embedding")]
+            pooled = features.mean(1) if all(token is None for token in tokens) else features[:, 0]
         return pooled.flatten(1)
     timm_model = getattr(backbone, "timm_model", None)
     if features.ndim == 4 and getattr(timm_model, "output_fmt", None) == "NHWC":

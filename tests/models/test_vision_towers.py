@@ -112,13 +112,26 @@ def test_siglip2_sees_the_patches_that_its_own_processor_makes(tmp_path):
     assert load_model(str(tmp_path), NAMES)[1].size["height"] == 16
 
 
-def test_a_tower_without_pooling_or_class_token_is_averaged():
-    config = tf.SiglipVisionConfig(vision_use_head=False, **VISION)
+PYRAMID = {"hidden_sizes": [4, 4, 8, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 2]}
+UNPOOLED = {  # backbones without a pooler, and how the classifiers of transformers pool them
+    "siglip": (tf.SiglipVisionConfig(vision_use_head=False, **VISION), lambda x: x.mean(1)),
+    "aimv2": (tf.Aimv2VisionConfig(use_head=False, **VISION), lambda x: x.mean(1)),
+    "ijepa": (tf.IJepaConfig(**VISION), lambda x: x.mean(1)),
+    "pvt_v2": (tf.PvtV2Config(image_size=64, **PYRAMID), lambda x: x.mean((2, 3))),
+    "segformer": (tf.SegformerConfig(image_size=64, **PYRAMID), lambda x: x.mean((2, 3))),
+    "vit": (tf.ViTConfig(**VISION), lambda x: x[:, 0]),
+    "git": (tf.GitVisionConfig(**VISION), lambda x: x[:, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", UNPOOLED)
+def test_what_has_no_pooler_is_pooled_as_its_own_classifier_does(kind):
+    config, pool = UNPOOLED[kind]
     model = model_from_backbone(config, NAMES).eval()
-    pixels = torch.randn(2, 3, 16, 16)
+    pixels = torch.randn(2, 3, *(2 * [64 if "depths" in config.to_dict() else 16]))
     with torch.no_grad():
-        mean = model.backbone(pixel_values=pixels).last_hidden_state.mean(1)
-        torch.testing.assert_close(model(pixel_values=pixels).logits, model.head(mean))
+        features = model.backbone(pixel_values=pixels).last_hidden_state
+        torch.testing.assert_close(model(pixel_values=pixels).logits, model.head(pool(features)))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip2", "dinov3"])
