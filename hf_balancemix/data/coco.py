@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,6 @@ from hf_balancemix.data.sample import SCENES_FILE
 logger = logging.getLogger(__name__)
 
 _OFFICIAL_IMAGES = {("train", 2017): 118_287, ("val", 2017): 5_000, ("train", 2014): 82_783, ("val", 2014): 40_504}
-
-
 _SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
 _OTHER_TASKS = {"captions", "keypoints", "panoptic", "stuff", "info"}  # other files of COCO's
 _OFFICIAL = re.compile(r"instances_(train|val)(2014|2017)\.json")
@@ -162,8 +161,8 @@ def _annotation_file(root: Path, split: str, year: int, given: str | os.PathLike
     layout = _layout(root, split, year)
     if there_is := [str(file.relative_to(root)) for file in others + neutral]:
         layout = f"There is {', '.join(there_is[:5])}, not named after the split. {layout}"
-    check_layout((("folder", root, root.is_dir()), ("annotation file", official, False)), layout)
-    raise AssertionError  # check_layout raises
+    what, absent = ("annotation file", official) if root.is_dir() else ("folder", root)
+    raise FileNotFoundError(f"no {what} {absent}. {layout}")
 
 
 def _image_folder(
@@ -281,11 +280,13 @@ def _categories(content: dict[str, list[Any]], file: Path) -> tuple[dict[int | s
 
 def _root_category(content: dict[str, list[Any]]) -> int | None:
     """The position of the category that is the supercategory of all others and that no annotation uses."""
-    used = {record.get("category_id") for record in content["annotations"] if isinstance(record, dict)}
     records = content["categories"]
+    parents = Counter(parent for record in records if isinstance(parent := record.get("supercategory"), str))
+    # By repr, as JSON can hold lists, too: annotations are not checked yet.
+    used = {repr(record.get("category_id")) for record in content["annotations"] if isinstance(record, dict)}
     for index, record in enumerate(records):
-        others = {other.get("supercategory") for other in records[:index] + records[index + 1 :]}
-        if others == {record["name"]} and record["id"] not in used:
+        children = parents[record["name"]] - (record.get("supercategory") == record["name"])
+        if 0 < children == len(records) - 1 and repr(record["id"]) not in used:
             return index
     return None
 
@@ -322,7 +323,7 @@ def _unknown_classes(
     unknown = {}
     for index, record in enumerate(content["images"]):
         absent = record.get("neg_category_ids")
-        if not isinstance(absent, list) or not all(value in class_of for value in absent):
+        if not isinstance(absent, list) or any(type(v) not in (int, str) or v not in class_of for v in absent):
             needed = "it must be a list of category ids; correct it"
             raise ValueError(f"{file}: images[{index}] has the neg_category_ids {absent!r}; {needed}.")
         known = present[record["id"]] | {class_of[value] for value in absent}

@@ -379,6 +379,13 @@ def test_the_unused_supercategory_of_all_is_no_class(tmp_path, caplog):
     assert class_names(load_coco(export(tmp_path / "b", "train.json", "train", same_name))) == ["pet"]
     document["annotations"].append({"image_id": 10, "category_id": 0})
     assert class_names(load_coco(export(tmp_path / "c", "train.json", "train", document)))[0] == "things"
+    document["annotations"][-1]["category_id"] = [0]
+    for category in document["categories"]:
+        category["supercategory"] = ["things"]
+    with pytest.raises(
+        ValueError, match=r"annotations\[5\] has the category_id \[0\]; it must be an integer or a str"
+    ):
+        load_coco(export(tmp_path / "e", "train.json", "train", document))
     plain = content()  # an unused class is a class: in a small part of COCO many have no annotation
     plain["categories"] += [{"id": 95, "name": "vase", "supercategory": "indoor"}]
     assert len(class_names(load_coco(export(tmp_path / "d", "train.json", "train", plain)))) == 4
@@ -397,6 +404,10 @@ def test_lvis_lists_what_was_looked_for_in_vain(tmp_path):
     for file in [*root.rglob("*.jpg")]:
         file.rename(root / "images" / file.name)  # the folder of the URL is not there
     assert given_labels(load_coco(root, images="images")).tolist() == given_labels(found).tolist()
+    document["images"][0]["neg_category_ids"] = [[2]]
+    (root / "annotations" / "lvis_v1_train.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"images\[0\] has the neg_category_ids \[\[2\]\]"):
+        load_coco(root, images="images")
     document["images"][0]["neg_category_ids"] = [1]
     (root / "annotations" / "lvis_v1_train.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"images\[0\] has the neg_category_ids \[1\]"):
