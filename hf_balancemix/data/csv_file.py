@@ -22,7 +22,7 @@ from hf_balancemix.data.files import (
     name_of_folder,
     plain_path,
 )
-from hf_balancemix.data.tags import checked_names, class_lists, split_tags
+from hf_balancemix.data.tags import bit_of, checked_names, class_lists, split_tags
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +325,5 @@ def _code(cell: str) -> int | None:
     """0, 1, _UNKNOWN or _BLANK by the value that a cell's text stands for; None for another."""
     if (code := _WORDS.get(cell.lower())) is not None:
         return code
-    try:
-        return {0.0: 0, 1.0: 1, -1.0: _UNKNOWN}.get(float(cell))
-    except ValueError:
-        return None
+    bit = bit_of(cell)
+    return _UNKNOWN if bit == -1 else bit

@@ -77,7 +77,7 @@ def class_lists(
     """
     ids_names = names if name_of is None else list(name_of.values())
     if zeros_and_ones and ids_names and is_multi_hot(tags, ids_names, where):
-        bits = [[_bit(value) for value in row or ()] for row in tags]
+        bits = [[bit_of(value) for value in row or ()] for row in tags]
         for row, found in enumerate(bits):
             if -1 in found:
                 needed = "it must be zeros and ones; use a column for each class, which may have unknown labels"
@@ -118,9 +118,13 @@ def is_multi_hot(
     Raises:
         ValueError: Nothing but 0 and 1 occurs, and it cannot be told what they are; the message names the row.
     """
-    bits = [[_bit(value) for value in row or ()] for row in tags]
+    if not all(
+        bit_of(value) in (0, 1, -1) for row in tags for value in row or ()
+    ):  # ends at the first name of a class
+        return False
+    bits = [[bit_of(value) for value in row or ()] for row in tags]
     values = set(chain.from_iterable(bits))
-    if not values or not values <= {0, 1, -1} or not values.isdisjoint(map(_bit, names or ())):
+    if not values or not values.isdisjoint(map(bit_of, names or ())):
         return False
     lengths = set(map(len, bits))
     # What is neither an id nor a list of different classes.
@@ -140,7 +144,7 @@ def is_multi_hot(
     raise ValueError(f"{where(row)} is {list(tags[row] or ())!r}, and so are all of 0 and 1; {needed}.")
 
 
-def _bit(value: Any) -> int | None:
+def bit_of(value: Any) -> int | None:
     """0, 1 or -1 (also NaN and None) of such a number or boolean, as a value or as text; None of anything else."""
     if value is None:
         return -1

@@ -40,6 +40,16 @@ class DataArguments:
     max_eval_samples: int | None = flag(None, "Use only so many evaluation images.")
 
 
+def _check_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; it must be a share in (0, 1); pass for instance 0.1.")
+
+
+def _hold_out(dataset: datasets.Dataset, share: float, seed: int, groups: str | None = None) -> Pair:
+    train, evaluation = iterative_split(dataset, [1 - share, share], seed=seed, groups=groups)
+    return train, evaluation
+
+
 @dataclass
 class CocoData(DataArguments):
     """Data in COCO's layout or as tools export it in COCO's format, or the built-in sample."""
@@ -58,8 +68,8 @@ class CocoData(DataArguments):
     keep_unlabelled: bool = flag(False, "Keep images without any label.")
 
     def __post_init__(self) -> None:
-        if self.held_out is not None and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must be a share in (0, 1); pass for instance 0.1.")
+        if self.held_out is not None:
+            _check_share(self.held_out)
         files = [name for name in ("annotations", "images", "eval_annotations", "eval_images") if getattr(self, name)]
         if files and self.data_dir is None:
             raise ValueError(
@@ -73,8 +83,7 @@ class CocoData(DataArguments):
         options = {"year": self.year, "keep_unlabelled": self.keep_unlabelled, "on_bad_image": self.on_bad_image}
         train = load_coco(root, split="train", annotations=self.annotations, images=self.images, **options)
         if self.held_out is not None:
-            train, val = iterative_split(train, [1 - self.held_out, self.held_out], seed=seed)
-            return train, val
+            return _hold_out(train, self.held_out, seed)
         val = {"annotations": self.eval_annotations, "images": self.eval_images}
         return train, load_coco(root, split="val", **val, **options)
 
@@ -184,8 +193,7 @@ class AnyData(DataArguments):
                 f"dataset_name is {self.dataset_name!r}, and train_dir is {self.train_dir!r}; it must be one of them; "
                 "pass either --dataset_name (Hub) or --train_dir (a folder of images with a CSV)."
             )
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must be a share in (0, 1); leave it out for 0.1.")
+        _check_share(self.held_out)
         for name in self._WITHOUT_EFFECT[self.train_dir is not None]:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 where = "a folder with a CSV" if self.train_dir is not None else "a data set by --dataset_name"
@@ -212,9 +220,7 @@ class AnyData(DataArguments):
             train = self._from_hub(self.train_split)
             if self.eval_split:
                 return train, self._from_hub(self.eval_split, class_names(train))
-        sizes = [1 - self.held_out, self.held_out]
-        train, evaluation = iterative_split(train, sizes, seed=seed, groups=self.group_column)
-        return train, evaluation
+        return _hold_out(train, self.held_out, seed, self.group_column)
 
     def _from_folder(self, folder: str, csv: str | None, names: Sequence[str] | None = None) -> datasets.Dataset:
         return from_csv(

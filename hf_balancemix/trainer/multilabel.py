@@ -457,7 +457,7 @@ class MultiLabelTrainer(AveragingTrainer):
                 loss = binary_cross_entropy(logits, labels, reduction=self.args.loss_reduction)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    @property
+    @cached_property
     def class_counts(self) -> np.ndarray | None:
         """`(K,)` positive training labels a class, clean ones where they are known; None without training data."""
         labels = self.train_labels if self.clean_labels is None else self.clean_labels

@@ -44,6 +44,7 @@ class ResumableTrainer(FiniteTrainer):
     model: nn.Module
     _not_pushed = (*HubTrainer._not_pushed, RUN_FILE, STATE_FILE, checkpoints.MANIFEST)
     _hidden_arguments: dict[str, Any] | None = None  # what `args` do not say while a checkpoint is being written
+    _base: tuple[nn.Module, str] | None = None  # a PeftModel, and the digest of its frozen weights
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; with `resume_from_checkpoint=True` from the last whole checkpoint in `output_dir`, if there is one.
@@ -53,6 +54,7 @@ class ResumableTrainer(FiniteTrainer):
                 that was changed since the trainer was made is refused.
         """
         self._read_arguments()
+        self._base = None  # which may have been changed since the last training
         checkpoint = None
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False):
@@ -90,7 +92,9 @@ class ResumableTrainer(FiniteTrainer):
     def _checkpoint_facts(self) -> dict[str, Any]:
         facts = self._run_facts()
         if is_peft_model(self.model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            facts["base_weights"] = base_digest(self.model)
+            if self._base is None or self._base[0] is not self.model:
+                self._base = (self.model, base_digest(self.model))
+            facts["base_weights"] = self._base[1]
         return facts
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
