@@ -18,7 +18,9 @@ from hf_balancemix.core.checks import check_choice
 from hf_balancemix.core.losses import AsymmetricLoss, DBLoss, FocalLoss, HillLoss, LargeLoss, MultiLabelLoss, SPLCLoss
 from hf_balancemix.data.labels import given_labels
 from hf_balancemix.methods.co_teaching import CoTeachingTrainer
+from hf_balancemix.methods.elr import ELRSettings, ELRTrainer
 from hf_balancemix.methods.losses import LargeLossTrainer, LossTrainer
+from hf_balancemix.methods.nar import NARSettings, NARTrainer
 from hf_balancemix.methods.t_estimator import TEstimatorTrainer
 from hf_balancemix.trainer import BalanceMixTrainer, MixupTrainer, MultiLabelTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
@@ -36,6 +38,8 @@ METHODS = {
     "db-loss": "distribution-balanced loss on Mixup, for unbalanced classes",
     "co-teaching": "two networks, each learns from the instances that its peer's mixture calls clean; with Mixup",
     "t-estimator": "transition matrices by label correlation after the warm-up, then reweighting; with Mixup",
+    "elr": "early-learning regularisation: BCE, held to a moving average of earlier predictions; with Mixup",
+    "nar": "elr, and labels kept, left out or flipped by the model's confidence after the warm-up; with Mixup",
     "balancemix": "minority sampler and label-wise management",
     "+minority": "Table 5: mixup with the minority sampler",
     "+clean": "Table 5: and only labels that count as clean",
@@ -54,6 +58,7 @@ _LOSSES: dict[str, type[MultiLabelLoss]] = {
     "db-loss": DBLoss,
 }
 _LARGE_LOSS_MODES = {"ll-r": "reject", "ll-ct": "correct", "ll-cp": "permanent"}
+_SETTINGS: dict[str, type[ELRSettings]] = {"elr": ELRSettings, "nar": NARSettings}
 _TRAINERS: dict[str, type[MultiLabelTrainer]] = {
     **dict.fromkeys(METHODS, BalanceMixTrainer),
     **dict.fromkeys(_LOSSES, LossTrainer),
@@ -62,6 +67,8 @@ _TRAINERS: dict[str, type[MultiLabelTrainer]] = {
     "mixup": MixupTrainer,
     "co-teaching": CoTeachingTrainer,
     "t-estimator": TEstimatorTrainer,
+    "elr": ELRTrainer,
+    "nar": NARTrainer,
 }
 # BalanceMix with some of its switches set; what is not named is as the training arguments say.
 _SWITCHES: dict[str, dict[str, Any]] = {
@@ -82,8 +89,8 @@ def trainer_for(
     Args:
         method: A name in `METHODS`.
         args: For all methods alike; what a method does not know, it ignores.
-        method_args: The method's own: the settings of its loss, such as `{"gamma_neg": 2}` for asl, or `scored` of
-            co-teaching. BalanceMix's are in `args`.
+        method_args: The method's own: the settings of its loss, such as `{"gamma_neg": 2}` for asl, those of elr and
+            nar, or `scored` of co-teaching. BalanceMix's are in `args`.
         kwargs: For the trainer: model, train_dataset, eval_dataset, processing_class, ...
 
     Raises:
@@ -96,6 +103,8 @@ def trainer_for(
         train = kwargs.get("train_dataset")
         labels = given_labels(train) if method == "db-loss" and train is not None else None
         own = {"loss": _loss(method, own, labels, args.num_train_epochs, args.loss_reduction)}
+    elif method in _SETTINGS:
+        own = {"settings": _SETTINGS[method](**own)}
     elif method in _SWITCHES:
         args = copy.copy(args)  # not `replace`, which would take what is open for given
         vars(args).update(_SWITCHES[method])
@@ -170,15 +179,17 @@ def check_method_args(method: str, own: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} of {method} is {value!r}; it must be {wanted}.")
     if method in _LOSSES:
         _loss(method, own, torch.eye(2))  # refuses what is out of range
+    elif method in _SETTINGS:
+        _SETTINGS[method](**own)  # alike
 
 
 def _arguments_of(method: str) -> dict[str, tuple[Any, ...]]:
     """A method's own arguments and what each can be: types, or for a choice between words the words.
 
-    They are those of its loss's, or its trainer's, constructor that have a default and a plain type, but for what the
-    training arguments (the reduction) or the method's name (the mode) say already.
+    They are those of its loss's, its settings' or its trainer's constructor that have a default and a plain type, but
+    for what the training arguments (the reduction) or the method's name (the mode) say already.
     """
-    owner = CoTeachingTrainer if method == "co-teaching" else _LOSSES.get(method)
+    owner = CoTeachingTrainer if method == "co-teaching" else _LOSSES.get(method) or _SETTINGS.get(method)
     if owner is None:
         return {}
     known = {}

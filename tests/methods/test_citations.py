@@ -12,6 +12,7 @@ OWN = {
     "focal": "lin2017focal", "asl": "ridnik2021asymmetric", "ll-r": "kim2022large", "ll-ct": "kim2022large",
     "ll-cp": "kim2022large", "spl-hill": "zhang2021simple", "splc": "zhang2021simple",
     "db-loss": "wu2020distribution", "co-teaching": "han2018coteaching", "t-estimator": "li2022estimating",
+    "elr": "liu2020early", "nar": "burgert2026nar",
 }  # fmt: skip
 
 

@@ -377,3 +377,6 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path):
     assert 0 < alone["co-teaching"]["state"]["clean"].float().mean() < 1
     matrices = alone["t-estimator"]["state"]["matrices"]
     assert not torch.equal(matrices, torch.eye(2).double().repeat(5, 1, 1))
+    labels = alone["nar"]["state"]["labels"]
+    assert all((labels == value).any() for value in (-1, 0, 1))
+    assert alone["nar"]["state"]["targets"].all()

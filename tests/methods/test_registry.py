@@ -19,6 +19,11 @@ ALL = {  # the arguments that each method has
         "alpha": 0.2, "beta": 5, "mu": 0.3, "negative_scale": 5, "kappa": 0.1, "gamma": 1, "focal_scale": 1,
     },
     "co-teaching": {"scored": "mean"},
+    "elr": {"lam": 7, "beta": 0.9},
+    "nar": {
+        "lam": 1.5, "beta": 0, "flip_negative": 0.9, "drop_negative": 0.6, "flip_positive": 0.05, "drop_positive": 0.3,
+        "min_share": 0,
+    },
 }  # fmt: skip
 
 
@@ -61,6 +66,9 @@ def test_the_nearest_name_is_suggested():
         ("focal", {"alpha": 2}, "alpha is 2; it must be in [0, 1]."),
         ("db-loss", {"negative_scale": 0}, "negative_scale is 0; it must be positive and finite."),
         ("ll-cp", {"delta": -0.1}, "delta is -0.1; both must be 0 or more, and finite."),
+        ("elr", {"lam": -1}, "lam is -1; it must be finite and at least 0."),
+        ("nar", {"lam": True}, "lam of nar is True; it must be a number."),
+        ("nar", {"drop_negative": 0.95}, "the first must not be the smaller one"),
     ],
 )
 def test_wrong_types_and_values_are_refused(method, own, message):

@@ -520,6 +520,7 @@ def test_the_figures_that_a_method_logs_of_itself_are_kept(tmp_path, monkeypatch
         "co-teaching": {"clean_instances_first", "clean_instances_second", "clean_instances_both"},
         "t-estimator": {"t_up_mean", "t_down_mean"},
         "ll-cp": {"large_loss_corrected"},
+        "nar": {"nar_left_out", "nar_made_positive", "nar_made_negative"},
         "balancemix": {"label_clean_precision", "sampler_effective_size", "p_clean_mean"},
         "bce": set(),
     }

@@ -237,7 +237,7 @@ def test_with_preset_paper_a_step_is_eq_5_9_and_10_written_out(dataset, tmp_path
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize("method", ["balancemix", "t-estimator", "co-teaching", "ll-cp"])
+@pytest.mark.parametrize("method", ["balancemix", "t-estimator", "co-teaching", "ll-cp", "nar"])
 def test_a_second_training_is_like_the_first(method, preset, dataset, tmp_path):
     # Without momentum: Trainer keeps its optimiser.
     args = arguments(tmp_path, preset=preset, optim="sgd", optim_args="momentum=0.0", num_train_epochs=3)

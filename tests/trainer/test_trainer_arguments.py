@@ -88,7 +88,7 @@ def test_its_gradient_does_not_depend_on_accumulation_steps(function, dataset, t
     assert output.metrics["test_loss"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["asl", "ll-cp", "t-estimator", "co-teaching"])
+@pytest.mark.parametrize("method", ["asl", "ll-cp", "t-estimator", "co-teaching", "elr"])
 def test_it_is_refused_where_the_loss_is_the_method(method, dataset, tmp_path):
     args = arguments(tmp_path, num_train_epochs=3)
     with pytest.raises(ValueError, match="compute_loss_func is given; it must be left out"):
@@ -371,7 +371,7 @@ def test_class_names_that_contradict_the_data_are_refused(names, message, datase
 # ---- the warm-up ----
 
 
-@pytest.mark.parametrize("method", ["balancemix", "+clean", "co-teaching", "t-estimator"])
+@pytest.mark.parametrize("method", ["balancemix", "+clean", "co-teaching", "t-estimator", "nar"])
 def test_a_warm_up_that_never_ends_is_refused(method, dataset, tmp_path):
     def make(method=method, **changes):
         return trainer_for(method, arguments(tmp_path, **changes), model=tiny_vit(), train_dataset=dataset)
@@ -387,6 +387,7 @@ def test_a_warm_up_that_never_ends_is_refused(method, dataset, tmp_path):
     make(num_train_epochs=2.5, label_warmup_epochs=2)
     make("+minority", num_train_epochs=1)  # these have no labels to manage
     make("mixup", num_train_epochs=1)
+    make("elr", num_train_epochs=1)
 
 
 def test_the_default_warm_up_is_a_quarter_of_the_epochs(dataset, tmp_path):
