@@ -100,6 +100,16 @@ def test_a_label_that_was_predicted_early_is_not_unlearned_and_others_are_learne
     assert (x.grad[0] < 0).tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize(("lam", "share"), [(3.0, 0.101), (1.0, 0.5)])
+def test_a_label_that_can_only_be_guessed_rests_below_1_only_in_rare_classes(lam, share):
+    # docs/choices.md: of instances that look alike, a share q is given as positive, and t has become what p is.
+    p = torch.arange(0.001, 1, 0.001, dtype=torch.float64)[:, None]
+    for q, rests in ((share - 0.001, True), (share + 0.001, False)):
+        x = p.logit().requires_grad_()
+        elr_loss(x, torch.full_like(x, q), p, lam).backward()
+        assert bool((x.grad > 0).any()) == rests
+
+
 def test_without_a_strength_or_a_past_it_is_bce():
     x, y, t = (torch.tensor(a) for a in random_batch(2))
     expected = binary_cross_entropy(x, y)
