@@ -300,7 +300,7 @@ def p_clean_of(variant: Variant, s: BalanceMixSettings, losses: Tensor, y: Tenso
 def run(task: Task, variant: Variant, y: Tensor, noise: str, seed: int) -> dict[str, float]:
     """One training run on the given labels `y`: mAP by class group, and what became of the positive labels."""
     (N, K), given = y.shape, y.float()
-    settings = task.usual | {"prediction_source": "views", "max_missing": 0.0}
+    settings = task.usual | {"judge": "network", "prediction_source": "views", "max_missing": 0.0}
     settings |= {"trust_positives": noise in ("clean", "single")}
     settings |= {"relabel_threshold": 0.55} if noise == "single" else {}
     s = BalanceMixSettings(**settings | variant.settings)

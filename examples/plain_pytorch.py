@@ -29,7 +29,8 @@ images, given, clean = make_data(N, 0.4, seed=0)
 test_images, test_labels, _ = make_data(N, 0.0, seed=1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 128), torch.nn.ReLU(), torch.nn.Linear(128, K))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-state = BalanceMix(given, BalanceMixSettings(label_warmup_epochs=3, relabel_threshold=0.9))
+# With a pretrained backbone: judge="cross_fit" (the default), and state.judge(features) before the first epoch.
+state = BalanceMix(given, BalanceMixSettings(judge="network", label_warmup_epochs=3, relabel_threshold=0.9))
 sampler = PairSampler(N, seed=0, weights=lambda: state.weights)
 
 for epoch in range(EPOCHS):

@@ -74,7 +74,7 @@ def settings_by_noise(noise: str, preset: str) -> dict[str, Any]:
     """Training arguments of BalanceMix for a kind of noise, with a preset."""
     if noise == "single-positive":
         return single_positive_settings(preset)
-    return {"trust_positives": True} if noise == "clean" else {}
+    return {"trust_positives": True} if noise == "clean" and preset == "paper" else {}
 
 
 @dataclass(frozen=True)

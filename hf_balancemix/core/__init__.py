@@ -4,6 +4,7 @@ N: training instances. K: classes. B: instances in a batch. Labels are (.., K) i
 """
 
 from hf_balancemix.core.balance_mix import BalanceMix, BalanceMixSettings
+from hf_balancemix.core.judge import JudgedLabels, judge_labels
 from hf_balancemix.core.keys import keyed_generator, keyed_rng, keyed_seed
 from hf_balancemix.core.label_management import RefinedLabels, Reliability, refine_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
@@ -18,6 +19,8 @@ from hf_balancemix.core.losses import (
     splc_loss,
 )
 from hf_balancemix.core.mixing import minority_mixup, mix_images, mix_labels, mix_refined_labels, mixing_coefficient
+from hf_balancemix.core.noise_rates import NoiseRates, estimate_noise_rates
+from hf_balancemix.core.out_of_fold import out_of_fold_logits, principal_components
 from hf_balancemix.core.sampling import (
     EpochSampler,
     PairKey,
@@ -35,9 +38,11 @@ __all__ = [
     "BalanceMix",
     "BalanceMixSettings",
     "EpochSampler",
+    "JudgedLabels",
     "LossHistogram",
     "LossMixtures",
     "MixtureSettings",
+    "NoiseRates",
     "PairKey",
     "PairSampler",
     "RefinedLabels",
@@ -48,9 +53,11 @@ __all__ = [
     "class_lift",
     "db_loss",
     "effective_sample_size",
+    "estimate_noise_rates",
     "focal_loss",
     "hill_loss",
     "instance_scores",
+    "judge_labels",
     "keyed_generator",
     "keyed_rng",
     "keyed_seed",
@@ -61,6 +68,8 @@ __all__ = [
     "mix_labels",
     "mix_refined_labels",
     "mixing_coefficient",
+    "out_of_fold_logits",
+    "principal_components",
     "refine_labels",
     "sampling_weights",
     "splc_loss",

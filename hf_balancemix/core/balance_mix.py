@@ -1,6 +1,7 @@
 """The state of one BalanceMix run (Algorithm 1), composed of the parts beside this file.
 
-Before every epoch but the first a training loop shows the whole training set to the model (evaluation mode, no
+Before the first epoch a training loop gives features of the training set to :meth:`BalanceMix.judge` (not with
+`judge="network"`). Before every other epoch it shows the whole training set to the model (evaluation mode, no
 augmentation, no gradient), calls :meth:`BalanceMix.observe` with each batch and then :meth:`BalanceMix.end_epoch`. A
 step calls `refine` for both batches of a pair (where `settings.manages_labels(epoch)`), `mix_labels` and `loss`;
 `examples/plain_pytorch.py` is a whole loop. The caller runs the model and owns evaluation mode and autocast.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from hf_balancemix.core.checks import check_choice, check_range
 from hf_balancemix.core.distributed import all_reduce_sum, broadcast
+from hf_balancemix.core.judge import judge_labels
 from hf_balancemix.core.label_management import RefinedLabels, refine_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
 from hf_balancemix.core.mixing import mix_refined_labels
+from hf_balancemix.core.noise_rates import NoiseRates
 from hf_balancemix.core.sampling import (
     MINORITY_SCORES,
     confidence_sums,
@@ -33,6 +36,7 @@ from hf_balancemix.core.sampling import (
 
 logger = logging.getLogger(__name__)
 
+JUDGES = ("cross_fit", "network")
 CLEAN_PROBABILITY_SOURCES = ("scan", "views")
 PREDICTION_SOURCES = ("scan", "views")
 
@@ -45,13 +49,18 @@ class BalanceMixSettings:
         label_warmup_epochs: Epochs before label-wise management begins.
         minority_score: `"paper"` (Eq. 3 as printed), `"positive"` or `"uniform"`; see
             :func:`~hf_balancemix.core.sampling.instance_scores`.
+        judge: Whose losses the mixtures are fitted on. `"cross_fit"`: those of heads on features of a pretrained
+            backbone, that did not see the label (:func:`~hf_balancemix.core.judge.judge_labels`), once, before the
+            training; how much is wrong is estimated. `"network"`: those of the trained network in each scan, as
+            printed; for networks from scratch, which have no such features.
         select_clean: Label-wise management at all; False trains on the given labels (ablation).
         relabel: Re-label confident labels that are not clean (Eq. 9).
         ambiguous: Weigh ambiguous labels by p_G; False leaves them out.
         trust_positives: Every positive label counts as clean.
         max_missing: A class of n positive labels has at most `max_missing` n negative ones that are not clean, those
-            of the largest losses in the scan (to the width of a histogram's bin); the others count as clean whatever
-            p_G says. A class cannot lack many more labels than it has. 0: no limit, Eq. 8 as printed.
+            of the largest losses (to the width of a histogram's bin); the others count as clean whatever p_G says. A
+            class cannot lack many more labels than it has. 0: no limit, Eq. 8 as printed. None: as many as
+            `"cross_fit"` estimates, or 0.5 with `"network"`.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
         partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
@@ -60,18 +69,20 @@ class BalanceMixSettings:
         mixture_preset: Stopping rule of the mixtures, a name in `MIXTURE_PRESETS`.
         monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
         clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, kept as
-            N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory.
+            N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory, and the
+            network judges.
         prediction_source: f(x) of Eq. 9. `"scan"`: the last scan's, kept as N x K half precision; `"views"`: the mean
             over two RandAugment views that the step predicts, as printed.
     """
 
     label_warmup_epochs: int = 5
     minority_score: str = "paper"
+    judge: str = "cross_fit"
     select_clean: bool = True
     relabel: bool = True
     ambiguous: bool = True
     trust_positives: bool = False
-    max_missing: float = 0.5
+    max_missing: float | None = None
     relabel_threshold: float = 0.975
     mixup_alpha: float = 4.0
     partner_reliability: bool = True
@@ -84,6 +95,7 @@ class BalanceMixSettings:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("minority_score", MINORITY_SCORES),
+            ("judge", JUDGES),
             ("loss_reduction", LOSS_REDUCTIONS),
             ("mixture_preset", MIXTURE_PRESETS),
             ("clean_probability_source", CLEAN_PROBABILITY_SOURCES),
@@ -92,15 +104,25 @@ class BalanceMixSettings:
             check_choice(name, getattr(self, name), allowed)
         check_range("relabel_threshold", self.relabel_threshold, 0.5, 1)
         check_range("label_warmup_epochs", self.label_warmup_epochs, 0)
-        if not 0 <= self.max_missing <= 1e6:
+        if self.max_missing is not None and not 0 <= self.max_missing <= 1e6:
             raise ValueError(f"max_missing is {self.max_missing}; it must lie in [0, 1e6] (0: no limit).")
         if not 0 <= self.mixup_alpha < math.inf:
             raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must be 0 (no mixing) or positive and finite.")
+        if self.clean_probability_source == "views" and self.cross_fits:
+            raise ValueError(
+                'clean_probability_source is "views"; it must be "scan" where judge is "cross_fit", whose heads see '
+                'no views; set judge to "network".'
+            )
         if self.clean_probability_source == "views" and self.prediction_source == "scan":
             raise ValueError(
                 'clean_probability_source is "views"; it must be "scan" where prediction_source is, as nothing is '
                 "predicted in a step then; set either of them to the other's value."
             )
+
+    @property
+    def cross_fits(self) -> bool:
+        """Whether labels are judged by :meth:`BalanceMix.judge`."""
+        return self.select_clean and self.judge == "cross_fit"
 
     @property
     def needs_scan(self) -> bool:
@@ -127,8 +149,10 @@ class BalanceMix:
         weights: `(N,)` float64 sampling probabilities (Eq. 4), uniform at first.
         positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
         mixtures, loss_histogram: :class:`LossMixtures` and the :class:`LossHistogram` that they were fitted on; None
-            before the first :meth:`end_epoch`.
-        missing_loss_threshold: `(K,)` float64, the loss from which on a negative label may be not clean; 0 at first.
+            before :meth:`judge`, or with the network as judge before the first :meth:`end_epoch`.
+        noise_rates: The :class:`~hf_balancemix.core.NoiseRates` that :meth:`judge` estimated; None before.
+        missing_loss_threshold: `(K,)` float64, the loss from which on a negative label may be not clean, where the
+            network judges; 0 at first.
         clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
         scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. Empty, `(0, K)`, unless
             `prediction_source` is `"scan"`.
@@ -160,6 +184,7 @@ class BalanceMix:
         self.positive_confidence = torch.ones(k, dtype=torch.float64)
         self.negative_confidence = torch.ones(k, dtype=torch.float64)
         self.mixtures: LossMixtures | None = None
+        self.noise_rates: NoiseRates | None = None
         self.missing_loss_threshold = torch.zeros(k, dtype=torch.float64)
         self.clean_probability = torch.ones(n if self._keeps_clean_probability else 0, k, dtype=torch.float16)
         self.scan_probability = torch.full((n if self._keeps_scan_probability else 0, k), 0.5, dtype=torch.float16)
@@ -176,6 +201,37 @@ class BalanceMix:
         self._probabilities: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
+    def judge(self, features: Tensor, *, seed: int = 0, on_fold: Callable[[], object] = lambda: None) -> None:
+        """Must be called on every rank, before the first epoch, with `settings.judge="cross_fit"`: p_G of all labels.
+
+        Args:
+            features: `(N, D)` of the un-augmented instances, any floating dtype and device; of a backbone that was not
+                trained on these labels.
+            seed, on_fold: As of :func:`~hf_balancemix.core.judge.judge_labels`, which also says what is raised.
+
+        Raises:
+            ValueError: The settings leave judging to the network, or do not manage labels.
+        """
+        s = self.settings
+        if not s.cross_fits:
+            raise ValueError(
+                f"judge is {s.judge!r} and select_clean {s.select_clean}; they must be 'cross_fit' and True where "
+                "features judge; leave the call out."
+            )
+        judged = judge_labels(
+            features,
+            self.labels,
+            mixtures=s.mixture_preset,
+            monotone=s.monotone,
+            max_missing=s.max_missing,
+            seed=seed,
+            on_fold=on_fold,
+        )
+        self.clean_probability = judged.p_clean.half()
+        self.mixtures, self.loss_histogram = judged.mixtures, judged.loss_histogram
+        self.noise_rates = judged.rates
+
+    @torch.no_grad()
     def observe(self, index: Tensor, logits: Tensor) -> None:
         """Take one batch of the scan into the statistics of Eq. 2 and Eq. 6.
 
@@ -187,15 +243,16 @@ class BalanceMix:
         index, logits = index.cpu(), logits.detach().to("cpu", torch.float32)
         dropped = ~logits.isfinite()
         labels = self.labels[index].masked_fill(dropped, -1)
-        positive = labels == 1
-        losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # left out of the histograms
         probabilities = logits.masked_fill(dropped, 0).double().sigmoid()
         self._num_dropped += int(dropped.sum())
         self._confidences += torch.stack(confidence_sums(probabilities, labels))
-        self._histogram.update(losses, positive)
         self._num_observed += len(index)
-        if self._keeps_clean_probability:
-            self._losses.append((index, losses))
+        if not self.settings.cross_fits:
+            positive = labels == 1
+            losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # not in the histograms
+            self._histogram.update(losses, positive)
+            if self._keeps_clean_probability:
+                self._losses.append((index, losses))
         if self._keeps_scan_probability:
             self._probabilities.append((index, probabilities.half()))
 
@@ -221,25 +278,27 @@ class BalanceMix:
         self.positive_confidence, self.negative_confidence = P, A
         # Broadcast: P and A are equal on every rank, the matrix product over unlike machines need not be.
         self.weights = broadcast(sampling_weights(instance_scores(self.labels, P, A, settings.minority_score)))
-        self._histogram.reduce()
-        if settings.select_clean:
+        if not settings.cross_fits:
+            self._histogram.reduce()
+            self.loss_histogram = self._histogram
+        if settings.select_clean and not settings.cross_fits:
             self.mixtures = mixtures = LossMixtures.fit_histogram(self._histogram, settings.mixture_preset)
             self.missing_loss_threshold = torch.zeros_like(self.missing_loss_threshold)
-            if settings.max_missing:
-                most_missing = settings.max_missing * self._histogram.num_values[1].double()
+            max_missing = _MAX_MISSING if settings.max_missing is None else settings.max_missing
+            if max_missing:
+                most_missing = max_missing * self._histogram.num_values[1].double()
                 self.missing_loss_threshold = self._histogram.threshold_of_largest(0, most_missing)
             if self._keeps_clean_probability:
                 self.clean_probability = self._of_all_ranks(
                     (index, self._p_clean_at(mixtures, losses, self.labels[index] == 1))
                     for index, losses in self._losses
                 )
-            if self._keeps_scan_probability:
-                self.scan_probability = self._of_all_ranks(self._probabilities)
+        if self._keeps_scan_probability:
+            self.scan_probability = self._of_all_ranks(self._probabilities)
         if num_dropped := int(all_reduce_sum(torch.tensor(self._num_dropped))):
             text = "%d of %d logits that were observed before epoch %d are not finite and were left out."
             logger.warning(text, num_dropped, self.labels.numel(), epoch)
         self.epoch = epoch
-        self.loss_histogram = self._histogram
         self._begin_observing()
 
     def _of_all_ranks(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -263,7 +322,8 @@ class BalanceMix:
             :class:`RefinedLabels` on the device of `labels`.
 
         Raises:
-            ValueError: `probabilities` are absent or given where they must not be, or labels are not managed at all.
+            ValueError: `probabilities` are absent or given where they must not be, labels are not managed at all, or
+                :meth:`judge` was not called.
         """
         s = self.settings
         if not s.select_clean:
@@ -273,6 +333,11 @@ class BalanceMix:
             raise ValueError(
                 f"probabilities are {found}; with prediction_source {s.prediction_source!r} they must be {wanted}; "
                 "pass them for 'views' only."
+            )
+        if s.cross_fits and self.mixtures is None:
+            raise ValueError(
+                "the labels were not judged; they must be before they are refined; call judge with features of a "
+                'pretrained backbone before the first epoch, or set judge to "network".'
             )
         if probabilities is None:
             self.scan_probability = self.scan_probability.to(labels.device)
@@ -315,6 +380,8 @@ class BalanceMix:
         state = {"epoch": torch.tensor(self.epoch)} | {name: getattr(self, name).cpu() for name in _LEARNED}
         if self.mixtures is not None:
             state |= {f"mixtures.{name}": value for name, value in self.mixtures.state_dict().items()}
+        if self.noise_rates is not None:
+            state |= {f"noise_rates.{name}": value for name, value in self.noise_rates._asdict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -332,13 +399,18 @@ class BalanceMix:
                     f"(N, K = {tuple(self.labels.shape)}); resume with the data set and settings of the checkpoint "
                     "(prediction_source and clean_probability_source among them)."
                 )
-        mixtures = {name.removeprefix("mixtures."): v for name, v in state.items() if name.startswith("mixtures.")}
+        mixtures, rates = (
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            for prefix in ("mixtures.", "noise_rates.")
+        )
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
+        self.noise_rates = NoiseRates(**rates) if rates else None
         self.epoch = int(state["epoch"])
         for name in _LEARNED:
             setattr(self, name, state[name].clone())
 
 
+_MAX_MISSING = 0.5  # where the network judges; half as many as a class has is what 40 % mislabelling takes away
 _LEARNED = (
     "weights", "positive_confidence", "negative_confidence", "missing_loss_threshold", "clean_probability",
     "scan_probability",

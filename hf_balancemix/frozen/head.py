@@ -67,6 +67,10 @@ class FeatureClassifier(PreTrainedModel):
         if isinstance(module, nn.Linear):
             module.reset_parameters()
 
+    def pooled_features(self, pixel_values: Tensor) -> Tensor:
+        """They are what it is given."""
+        return pixel_values
+
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
         """Logits `(B, K)` of features `(B, D)`."""
         if pixel_values.ndim != 2:

@@ -89,6 +89,10 @@ class BalanceMixForImageClassification(PreTrainedModel):
             if known is None:  # else a later save without the code would point to files that are not there
                 del self.config.auto_map
 
+    def pooled_features(self, pixel_values: Tensor) -> Tensor:
+        """`(N, C)` of images `(N, 3, H, W)`: the backbone's own pooling, whatever the head sees."""
+        return backbone_features(self.backbone, "linear", pixel_values.to(self.dtype))
+
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
         """Logits `(N, K)` of images `(N, 3, H, W)`; with `labels` `(N, K)` in [0, 1] (-1: unknown) their mean BCE."""

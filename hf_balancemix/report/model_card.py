@@ -211,7 +211,9 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "given": _positives(trainer.train_labels),
         "clean": _positives(trainer.clean_labels),
         "judged": judged,
+        "noise": _noise_rates(balance_mix),
         "label_figures": newest_line(state.log_history, "label_noise_rate"),
+        "estimated_noise": newest_line(state.log_history, "noise_rate_wrong"),
         "sampler": newest_line(state.log_history, "sampler_effective_size"),
         "state": state,
         "mixtures": chosen_mixtures(balance_mix, names, good_and_bad_class(balance_mix, per_class)) if fitted else [],
@@ -425,6 +427,16 @@ def _judged_labels(balance_mix: Any) -> list[list[int]] | None:
         return None
     distrusted, labels = balance_mix.clean_probability.cpu() <= 0.5, balance_mix.labels.cpu()
     return [(distrusted & (labels == value)).sum(0).tolist() for value in (0, 1)]
+
+
+def _noise_rates(balance_mix: Any) -> dict[str, list[str]] | None:
+    """Estimated shares of wrong and of missing labels of each class, in per cent with intervals; None without."""
+    if balance_mix is None or balance_mix.noise_rates is None:
+        return None
+    return {
+        name: [f"{100 * best:.0f} ({100 * low:.0f} to {100 * high:.0f})" for best, low, high in rates.T.tolist()]
+        for name, rates in balance_mix.noise_rates._asdict().items()
+    }
 
 
 def _base_model(config: Any) -> str | None:

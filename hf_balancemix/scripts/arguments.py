@@ -263,8 +263,8 @@ def parse_script(
 ) -> tuple[Any, NoiseArguments, ModelArguments, ExperimentArguments]:
     """Data, noise, model and training arguments of a script, which logs on rank 0 from then on.
 
-    What the user has left open is as it suits the built-in sample, if there is no other data, and single-positive
-    labels, if these are the noise.
+    What the user has left open is as it suits the built-in sample, if there is no other data, single-positive labels,
+    if these are the noise, and a network from scratch.
 
     Args:
         data_format: One of `FORMATS`, or None: --data_format says it.
@@ -289,9 +289,14 @@ def parse_script(
         if model_args.model_name_or_path is None:
             model_args.model_name_or_path, model_args.from_scratch = "resnet10t", True
             model_args.model_kwargs = model_args.model_kwargs or {"channels": [24, 48, 96, 192], "stem_width": 16}
-    if noise.noise == "single_positive":
-        settings = single_positive_settings(args.preset)
-        args = replace(args, **{name: value for name, value in settings.items() if name in args.unset})
+    settings = single_positive_settings(args.preset) if noise.noise == "single_positive" else {}
+    if model_args.from_scratch:
+        settings["judge"] = "network"  # weights that were drawn make no features to judge by
+    settings = {name: value for name, value in settings.items() if name in args.unset}
+    if settings:
+        left_open = args.unset - settings.keys()
+        args = replace(args, **settings)
+        args.unset = left_open
     if args.ema_decay and "co-teaching" in model_args.methods:  # not only once the others are trained
         raise ValueError(
             f"ema_decay is {args.ema_decay}; it must be 0 for co-teaching, of whose two networks only one would be "

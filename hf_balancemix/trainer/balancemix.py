@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
-from hf_balancemix.data.training_data import TrainingPairs
+from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.metrics import LabelQuality
+from hf_balancemix.models.features import pooled_features_of
 from hf_balancemix.trainer.mixup import MixupTrainer
 
 logger = logging.getLogger(__name__)
@@ -23,10 +25,15 @@ logger = logging.getLogger(__name__)
 class BalanceMixTrainer(MixupTrainer):
     """BalanceMix (Song, Kim, Lee; AAAI 2024): Algorithm 1 for unbalanced, wrong or missing labels.
 
-    Every epoch begins with a pass over the training set. From its losses the method fits, for each class and for
-    positive and negative labels apart, a mixture of two Gaussians, and from its confidences the probability with which
-    the minority sampler draws each instance. After a warm-up each label of a batch is trusted, changed or weighed
-    down; images and labels are then mixed.
+    Before the training, small heads on the features of the backbone as it is then judge every label, none of them one
+    that it saw: for each class and for positive and negative labels apart, a mixture of two Gaussians is fitted on
+    their losses, and it is estimated how many are wrong (with `args.judge="network"`, as printed, the losses are the
+    network's own, of each epoch). Every epoch begins with a pass over the training set. From its confidences follows
+    the probability with which the minority sampler draws each instance, and its predictions re-label. After a warm-up
+    each label of a batch is trusted, changed or weighed down; images and labels are then mixed.
+
+    A network from scratch has no features worth judging by: `args.judge="network"` is for it. So is judged, too, with
+    a line in the log, where the model has no linear classifier, unless `args.judge` was given.
 
     Args:
         As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`. Where `train_dataset` has
@@ -50,6 +57,15 @@ class BalanceMixTrainer(MixupTrainer):
     def _read_arguments(self) -> None:
         super()._read_arguments()
         settings = self.args.balance_mix_settings()
+        if settings.cross_fits and self.model is not None and pooled_features_of(self.model) is None:
+            problem = f"{type(self.model).__name__} has no linear layer with {self._num_classes} outputs"
+            if "judge" not in self.args.unset:
+                raise ValueError(
+                    f"judge is 'cross_fit', and {problem}; it must have one, by whose input labels are judged; set "
+                    "judge='network'."
+                )
+            logger.info("%s: its own losses judge the labels (judge='network').", problem)
+            settings = replace(settings, judge="network")
         # Only then: what stands in a state of the same settings is forgotten, or loaded, when training begins.
         if self.train_labels is not None and (
             not hasattr(self, "balance_mix") or self.balance_mix.settings != settings
@@ -109,6 +125,28 @@ class BalanceMixTrainer(MixupTrainer):
             return (first + second) / 2
 
     # ---- between epochs ----
+
+    def _begin_epoch(self, epoch: int) -> None:
+        super()._begin_epoch(epoch)
+        if self.state.global_step == 0 and self.balance_mix.settings.cross_fits:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Must be called on every rank, before the first step: judge the labels by the backbone's features."""
+        state, model = self.balance_mix, pooled_features_of(self.model)
+        assert model is not None  # looked at when the arguments were read
+        image = collate([PlainInstances(self.train_dataset, self.views, self.train_labels)[0]])["pixel_values"]
+        with evaluation_mode(self.model):
+            size = model(self._normalise(image.to(self.args.device))).shape[1]
+        features = self._scan_table(lambda features, labels: features, size, model)
+        show = not self.args.disable_tqdm and self.is_world_process_zero()
+        with tqdm(desc="Judging labels", unit="fold", leave=False, dynamic_ncols=True, disable=not show) as bar:
+            state.judge(features.to(self.args.device), seed=self.views.seed, on_fold=bar.update)
+        assert state.noise_rates is not None
+        positive, negative = ((state.labels == value).sum(0).double() for value in (1, 0))
+        wrong, missing = state.noise_rates.wrong[0] @ positive, state.noise_rates.missing[0] @ negative
+        n = positive.sum().clamp(min=1)
+        self.log({"noise_rate_wrong": float(wrong / n), "noise_rate_missing": float(missing / n)})
 
     def _end_training(self) -> None:
         self._prepare_epoch(int(self.state.epoch))  # the last scan: final label quality

@@ -105,15 +105,21 @@ class MixupTrainer(MultiLabelTrainer):
         step of the epoch before, which is written before Trainer's `on_epoch_end`, leads to the very same.
         """
 
-    def _scan(self, observe: Callable[[Tensor, Tensor], None]) -> None:
+    def _scan(
+        self, observe: Callable[[Tensor, Tensor], None], model: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Must be called on every rank: `observe` gets the logits of every training instance once; see `scan`.
 
-        Logits that are not finite are an error, or with `args.on_nan="skip"` a warning.
+        Logits that are not finite are an error, or with `args.on_nan="skip"` a warning. `model`, from normalised
+        images to features `(B, ...)`, takes the place of the trainer's and its logits.
         """
+
+        def logits_of(images: Tensor) -> Tensor:
+            return self.model(pixel_values=images, **self._forward_options).logits
 
         def forward(batch: dict[str, Tensor]) -> Tensor:
             images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
-            return self.model(pixel_values=images, **self._forward_options).logits
+            return (model or logits_of)(images)
 
         num_bad = scan(
             forward,
@@ -126,8 +132,9 @@ class MixupTrainer(MultiLabelTrainer):
         )
         if num_bad:
             self._check_weights(f"in the scan after step {self.state.global_step}")
+            what = "logits" if model is None else "features"
             text = (
-                f"the logits of {num_bad} of {len(self._training_labels)} instances are not finite in the scan after "
+                f"the {what} of {num_bad} of {len(self._training_labels)} instances are not finite in the scan after "
                 f"step {self.state.global_step}"
             )
             if self.args.on_nan == "stop":
@@ -135,10 +142,16 @@ class MixupTrainer(MultiLabelTrainer):
             if self.is_world_process_zero():
                 logger.warning("%s: what is learned from them is left out.", text)
 
-    def _scan_table(self, row: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
+    def _scan_table(
+        self,
+        row: Callable[[Tensor, Tensor], Tensor],
+        num_columns: int,
+        model: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Must be called on every rank: `(N, num_columns)` float32, a row for each instance, the same on every rank.
 
-        `row` makes `(B, num_columns)` floats of logits `(B, ...)` and given labels `(B, K)`, all on the CPU.
+        `row` makes `(B, num_columns)` floats of logits `(B, ...)` and given labels `(B, K)`, all on the CPU; `model`
+        is as for :meth:`_scan`.
         """
         labels = self._training_labels
         table = torch.zeros(len(labels), num_columns)
@@ -147,7 +160,7 @@ class MixupTrainer(MultiLabelTrainer):
             index = index.cpu()
             table[index] = row(logits.detach().float().cpu(), labels[index]).float()
 
-        self._scan(observe)
+        self._scan(observe, model)
         return all_reduce_sum(table)  # exact: of each number at most one rank holds more than 0
 
     # ---- checkpoints ----

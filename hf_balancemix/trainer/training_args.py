@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from hf_balancemix.core import MIXTURE_PRESETS, BalanceMixSettings
-from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES, PREDICTION_SOURCES
+from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES, JUDGES, PREDICTION_SOURCES
 from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.core.sampling import MINORITY_SCORES
 from hf_balancemix.trainer.pos_weight import check_pos_weight
@@ -288,9 +288,11 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         f.name: f.default
         for f in fields(BalanceMixSettings)
         # All but the reduction of every loss, and those that have the same default in every preset.
-        if f.name not in ("loss_reduction", "select_clean", "relabel", "ambiguous", "clean_probability_source")
+        if f.name
+        not in ("loss_reduction", "max_missing", "select_clean", "relabel", "ambiguous", "clean_probability_source")
     }
     _PRINTED: ClassVar[dict[str, Any]] = {
+        "judge": "network",
         "max_missing": 0.0,
         "partner_reliability": False,
         "mixture_preset": "sklearn",
@@ -312,6 +314,11 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "of the positive labels) or 'uniform' (it prefers none).",
         choices=[*MINORITY_SCORES],
     )
+    judge: str = _argument(
+        "Whose losses say which labels are clean: 'cross_fit', heads on the features of the backbone before training, "
+        "that never saw the label, or 'network', the trained network itself, as printed; for one from scratch.",
+        choices=[*JUDGES],
+    )
     select_clean: bool = _argument(
         "Judge each label; false: train on the given labels (ablation).", BalanceMixSettings.select_clean
     )
@@ -326,9 +333,9 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     trust_positives: bool = _argument(
         "All positive labels count as clean: for labels without noise, and single positive labels."
     )
-    max_missing: float = _argument(
+    max_missing: float | None = _argument(
         "At most so many times as many negative labels of a class as it has positive ones can count as not clean; 0: "
-        "any number, as printed."
+        "any number, as printed. Default: as many as the judge estimates; 0.5 where the network judges."
     )
     relabel_threshold: float = _argument(
         "Probability from which the model is confident, eps of Eq. 9, in [0.5, 1]; the paper has 0.55 for single "
@@ -361,8 +368,9 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.clean_probability_source == "views" and self.prediction_source is None:
-            self.prediction_source = "views"  # nothing else predicts the views
+        if self.clean_probability_source == "views":  # nothing else predicts the views, or sees them
+            self.prediction_source = self.prediction_source or "views"
+            self.judge = self.judge or "network"
         open_warmup = self.label_warmup_epochs is None
         super().__post_init__()
         self._default_warmup: int | None = None

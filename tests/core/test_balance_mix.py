@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -30,7 +30,8 @@ def case(n=400, k=3, seed=0):
     return logits, torch.where(flipped, 1 - clean, clean), clean
 
 
-VIEWS = BalanceMixSettings(prediction_source="views")
+NETWORK = BalanceMixSettings(judge="network")
+VIEWS = BalanceMixSettings(judge="network", prediction_source="views")
 
 
 def observed(state, logits, order=None, batch=64):
@@ -42,7 +43,7 @@ def observed(state, logits, order=None, batch=64):
 
 def test_a_scan_gives_the_parts_own_results():
     logits, given, _ = case()
-    state = observed(BalanceMix(given, BalanceMixSettings(max_missing=0)), logits)
+    state = observed(BalanceMix(given, BalanceMixSettings(judge="network", max_missing=0)), logits)
     state.end_epoch(1)
     P, A = class_confidences(logits.double().sigmoid(), given)
     assert torch.equal(state.positive_confidence, P)
@@ -56,7 +57,7 @@ def test_a_scan_gives_the_parts_own_results():
 
 def test_wrong_labels_are_found_and_repaired():
     logits, given, clean = case()
-    state = observed(BalanceMix(given), logits)
+    state = observed(BalanceMix(given, NETWORK), logits)
     state.end_epoch(1)
     refined = state.refine(torch.arange(400), given.float())
     wrong = given != clean
@@ -70,7 +71,7 @@ def test_wrong_labels_are_found_and_repaired():
 
 def test_the_order_of_a_scan_does_not_matter():
     logits, given, _ = case()
-    one, two = (BalanceMix(given) for _ in range(2))
+    one, two = (BalanceMix(given, NETWORK) for _ in range(2))
     observed(one, logits).end_epoch(1)
     observed(two, logits, torch.randperm(400, generator=torch.Generator().manual_seed(1)), batch=7).end_epoch(1)
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
@@ -80,7 +81,7 @@ def test_the_order_of_a_scan_does_not_matter():
 @pytest.mark.parametrize("index", [list(range(399)), [*range(400), 5]])
 def test_a_scan_that_misses_or_repeats_an_instance_is_refused(index):
     logits, given, _ = case()
-    state = observed(BalanceMix(given), logits, torch.tensor(index))
+    state = observed(BalanceMix(given, NETWORK), logits, torch.tensor(index))
     with pytest.raises(RuntimeError, match=f"observed instances is {len(index)} over all ranks; it must be 400"):
         state.end_epoch(1)
     assert state.epoch == 0
@@ -89,9 +90,9 @@ def test_a_scan_that_misses_or_repeats_an_instance_is_refused(index):
 
 def test_state_comes_back_and_goes_on_the_same():
     logits, given, _ = case()
-    state = observed(BalanceMix(given), logits)
+    state = observed(BalanceMix(given, NETWORK), logits)
     state.end_epoch(4)
-    other = BalanceMix(given)
+    other = BalanceMix(given, NETWORK)
     other.load_state_dict({k: v.clone() for k, v in state.state_dict().items()})
     assert other.epoch == 4
     for name, value in state.state_dict().items():
@@ -103,9 +104,9 @@ def test_state_comes_back_and_goes_on_the_same():
 
 def test_a_state_of_another_size_is_refused_and_changes_nothing():
     logits, given, _ = case()
-    small = observed(BalanceMix(given[:100]), logits[:100])
+    small = observed(BalanceMix(given[:100], NETWORK), logits[:100])
     small.end_epoch(1)
-    state = BalanceMix(given)
+    state = BalanceMix(given, NETWORK)
     with pytest.raises(ValueError, match="weights is of shape"):
         state.load_state_dict(small.state_dict())
     assert state.epoch == 0
@@ -125,8 +126,8 @@ def hard_case(n=2000, k=3, seed=0):
 def test_no_more_labels_of_a_class_are_called_missing_than_it_may_lack(source, ratio):
     logits, given = hard_case()
     given[:40, 1] = -1  # unknown labels are none of these
-    settings = BalanceMixSettings(max_missing=ratio, clean_probability_source=source, prediction_source="views")
-    limited, free = (BalanceMix(given, s) for s in (settings, dataclasses.replace(settings, max_missing=0)))
+    settings = replace(VIEWS, max_missing=ratio, clean_probability_source=source)
+    limited, free = (BalanceMix(given, s) for s in (settings, replace(settings, max_missing=0)))
     for state in (limited, free):
         observed(state, logits).end_epoch(1)
     index = torch.arange(len(given))
@@ -145,7 +146,7 @@ def test_no_more_labels_of_a_class_are_called_missing_than_it_may_lack(source, r
 def test_a_class_without_positive_labels_lacks_none():
     logits, given = hard_case()
     given[:, 0] = 0
-    state = observed(BalanceMix(given), logits)
+    state = observed(BalanceMix(given, NETWORK), logits)
     state.end_epoch(1)
     assert state.clean_probability[:, 0].eq(1).all()
     assert not state.clean_probability[:, 1].eq(1).all()
@@ -153,7 +154,7 @@ def test_a_class_without_positive_labels_lacks_none():
 
 def test_the_limit_travels_in_the_state():
     logits, given = hard_case()
-    settings = BalanceMixSettings(clean_probability_source="views", prediction_source="views")
+    settings = replace(VIEWS, clean_probability_source="views")
     state, other = BalanceMix(given, settings), BalanceMix(given, settings)
     observed(state, logits).end_epoch(1)
     assert (state.missing_loss_threshold > 0).all()
@@ -165,9 +166,9 @@ def test_the_limit_travels_in_the_state():
 
 def test_a_state_without_one_of_its_tensors_is_refused_and_changes_nothing():
     logits, given, _ = case()
-    state = observed(BalanceMix(given), logits)
+    state = observed(BalanceMix(given, NETWORK), logits)
     state.end_epoch(1)
-    whole, other = state.state_dict(), BalanceMix(given)
+    whole, other = state.state_dict(), BalanceMix(given, NETWORK)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     learned = [name for name in whole if not name.startswith("mixtures.")]
     assert "missing_loss_threshold" in learned
@@ -180,8 +181,8 @@ def test_a_state_without_one_of_its_tensors_is_refused_and_changes_nothing():
 
 def test_a_limit_beyond_all_labels_is_none_and_one_that_was_lifted_is_gone():
     logits, given = hard_case()
-    free, wide, lifted = (BalanceMix(given, BalanceMixSettings(max_missing=m)) for m in (0, 1e6, 0))
-    limited = observed(BalanceMix(given), logits)
+    free, wide, lifted = (BalanceMix(given, replace(NETWORK, max_missing=m)) for m in (0, 1e6, 0))
+    limited = observed(BalanceMix(given, NETWORK), logits)
     limited.end_epoch(1)
     lifted.load_state_dict(limited.state_dict())  # a run that is resumed with another setting
     for state in (free, wide, lifted):
@@ -193,7 +194,7 @@ def test_a_limit_beyond_all_labels_is_none_and_one_that_was_lifted_is_gone():
 
 def test_before_the_first_scan_everything_is_uniform_and_clean():
     _, given, _ = case()
-    state = BalanceMix(given)
+    state = BalanceMix(given, NETWORK)
     assert torch.equal(state.weights, torch.full((400,), 1 / 400, dtype=torch.float64))
     refined = state.refine(torch.arange(5), given[:5])
     assert (refined.reliability == Reliability.CLEAN).all()
@@ -203,7 +204,7 @@ def test_before_the_first_scan_everything_is_uniform_and_clean():
 
 def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
     logits, given, _ = case()
-    kept = observed(BalanceMix(given), logits)
+    kept = observed(BalanceMix(given, NETWORK), logits)
     step = observed(BalanceMix(given, VIEWS), logits)
     for state in (kept, step):
         state.end_epoch(1)
@@ -226,11 +227,11 @@ def test_predictions_must_come_from_where_the_settings_say():
     labels = given[:5]
     with pytest.raises(ValueError, match="are absent; with prediction_source 'views' they must be given"):
         BalanceMix(given, VIEWS).refine(torch.arange(5), labels)
-    scan = BalanceMix(given)
+    scan = BalanceMix(given, NETWORK)
     with pytest.raises(ValueError, match="are given; with prediction_source 'scan' they must be absent"):
         scan.refine(torch.arange(5), labels, torch.zeros(5, 3))
     with pytest.raises(ValueError, match="nothing is predicted in a step"):
-        BalanceMixSettings(clean_probability_source="views")
+        BalanceMixSettings(judge="network", clean_probability_source="views")
 
 
 def test_without_label_management_there_is_nothing_to_refine():
@@ -241,11 +242,11 @@ def test_without_label_management_there_is_nothing_to_refine():
 
 def test_reset_forgets_everything():
     logits, given, _ = case()
-    state = observed(BalanceMix(given), logits)
+    state = observed(BalanceMix(given, NETWORK), logits)
     state.end_epoch(2)
     state.observe(torch.arange(3), logits[:3])
     state.reset()
-    for (name, a), b in zip(state.state_dict().items(), BalanceMix(given).state_dict().values(), strict=True):
+    for (name, a), b in zip(state.state_dict().items(), BalanceMix(given, NETWORK).state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     observed(state, logits).end_epoch(1)  # the three are not counted
 
@@ -253,7 +254,7 @@ def test_reset_forgets_everything():
 def test_p_clean_from_views_needs_no_table_and_agrees_on_the_same_losses():
     logits, given, _ = case()
     table = observed(BalanceMix(given, VIEWS), logits)
-    views = observed(BalanceMix(given, dataclasses.replace(VIEWS, clean_probability_source="views")), logits)
+    views = observed(BalanceMix(given, replace(VIEWS, clean_probability_source="views")), logits)
     for state in (table, views):
         state.end_epoch(1)
     assert len(views.clean_probability) == 0
@@ -266,7 +267,7 @@ def test_warm_up_and_the_first_epoch_manage_no_labels():
     settings = BalanceMixSettings(label_warmup_epochs=2)
     assert [settings.manages_labels(e) for e in range(4)] == [False, False, True, True]
     assert not BalanceMixSettings(label_warmup_epochs=0).manages_labels(0)
-    assert not dataclasses.replace(settings, select_clean=False).manages_labels(3)
+    assert not replace(settings, select_clean=False).manages_labels(3)
     assert not BalanceMixSettings(select_clean=False, minority_score="uniform").needs_scan
 
 
@@ -309,11 +310,11 @@ def test_unknown_labels_change_nothing_that_is_known():
     marked = given.clone()
     unknown = torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.2
     marked[unknown] = -1
-    state = observed(BalanceMix(marked), logits)
+    state = observed(BalanceMix(marked, NETWORK), logits)
     state.end_epoch(1)
     for k in range(3):
         known = ~unknown[:, k]
-        alone = observed(BalanceMix(given[known, k : k + 1]), logits[known, k : k + 1])
+        alone = observed(BalanceMix(given[known, k : k + 1], NETWORK), logits[known, k : k + 1])
         alone.end_epoch(1)
         assert state.positive_confidence[k] == alone.positive_confidence[0]
         assert state.negative_confidence[k] == alone.negative_confidence[0]
@@ -346,9 +347,9 @@ def test_logits_that_are_not_finite_are_left_out_and_said(caplog):
     labels, logits = torch.tensor([[1, 0], [1, 0], [0, 1]] * 4), torch.randn(12, 2, generator=keyed_generator(0))
     bad = logits.clone()
     bad[0, 0], bad[4, 1], bad[5, 1] = math.nan, math.inf, -math.inf
-    state, without = BalanceMix(labels), labels.clone()
+    state, without = BalanceMix(labels, NETWORK), labels.clone()
     without[0, 0] = without[4, 1] = without[5, 1] = -1
-    other = BalanceMix(without)
+    other = BalanceMix(without, NETWORK)
     state.observe(torch.arange(12), bad)
     other.observe(torch.arange(12), logits)
     assert not caplog.messages

@@ -118,8 +118,16 @@ def test_with_stop_such_a_batch_ends_the_run_before_its_update(dataset, tmp_path
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_logits_of_the_scan_that_are_not_finite_are_said(on_nan, dataset, tmp_path, caplog):
-    trainer = BalanceMixTrainer(model=tiny_vit(), args=arguments(tmp_path / "o", on_nan=on_nan), train_dataset=dataset)
+@pytest.mark.parametrize(
+    ("judge", "text"),
+    [
+        ("network", "the logits of 3 of 24 instances are not finite in the scan after step 6"),
+        ("cross_fit", "the features of 3 of 24 instances are not finite in the scan after step 0"),
+    ],
+)
+def test_what_is_not_finite_in_the_scan_is_said(judge, text, on_nan, dataset, tmp_path, caplog):
+    args = arguments(tmp_path / "o", on_nan=on_nan, judge=judge)
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=dataset)
     normalise = trainer._normalise
 
     def spoil(images):
@@ -127,7 +135,6 @@ def test_logits_of_the_scan_that_are_not_finite_are_said(on_nan, dataset, tmp_pa
         return images if trainer.model.training else images.index_fill(0, torch.tensor([0]), math.nan)
 
     trainer._normalise = spoil
-    text = "the logits of 3 of 24 instances are not finite in the scan after step 6"
     if on_nan == "stop":
         with pytest.raises(ValueError, match=text):
             trainer.train()

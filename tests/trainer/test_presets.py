@@ -35,11 +35,11 @@ METHOD = {
 }  # fmt: skip
 OURS = {
     "mixture_preset": "dividemix", "monotone": True, "partner_reliability": True, "prediction_source": "scan",
-    "max_missing": 0.5,
+    "judge": "cross_fit",
 }  # fmt: skip
 PRINTED = {
     "mixture_preset": "sklearn", "monotone": False, "partner_reliability": False, "prediction_source": "views",
-    "max_missing": 0.0,
+    "judge": "network", "max_missing": 0.0,
 }  # fmt: skip
 # Ridnik et al., WACV 2023, and its published training code.
 RECIPE = {
@@ -83,7 +83,7 @@ OTHER = {
     "loss_reduction": "mean", "ema_decay": 0.5, "normalise": None, "cutout": 0.25, "num_train_epochs": 3,
     "global_batch_size": 8, "label_warmup_epochs": 2, "minority_score": "uniform", "trust_positives": True,
     "relabel_threshold": 0.6, "mixup_alpha": 1.0, "mixture_preset": None, "monotone": None,
-    "partner_reliability": None, "prediction_source": None, "max_missing": 2.0,
+    "partner_reliability": None, "prediction_source": None, "judge": None, "max_missing": 2.0,
 }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def test_every_flag_wins_over_every_preset(preset, tmp_path):
     flipped = {
         "mixture_preset": {"sklearn": "dividemix", "dividemix": "sklearn"},
         "prediction_source": {"scan": "views", "views": "scan"},
+        "judge": {"cross_fit": "network", "network": "cross_fit"},
     }
     for name, expected in EXPECTED[preset].items():
         value = OTHER[name]
@@ -216,6 +217,7 @@ def with_recipe(tmp_path_factory):
 def test_run_coco_trains_with_the_recipe(with_recipe):
     saved = json.loads((with_recipe / "training_args.json").read_text())
     given = {"num_train_epochs": 2, "global_batch_size": 8, "learning_rate": 0.01, "label_warmup_epochs": 1}
+    given["judge"] = "network"  # from scratch
     for name, expected in (RECIPE | METHOD | OURS | given).items():
         assert saved[name] == expected, name
     start, end = (with_recipe / f"checkpoint-{step}" for step in (3, 6))
@@ -250,6 +252,7 @@ def test_run_coco_has_the_recipes_epochs_and_the_papers_for_the_other_presets(tm
     assert (one.ema_decay, one.normalise, one.optim, one.cutout, one.optim_args) == (0.0, True, "sgd", 0.5, None)
     sample = args("--preset", "ml-decoder")  # the built-in sample's schedule, all the same
     expected = EXPECTED["ml-decoder"] | {"num_train_epochs": 32, "label_warmup_epochs": 22, "global_batch_size": 32}
+    expected["judge"] = "network"  # from scratch
     assert values(sample, expected) == expected
 
 

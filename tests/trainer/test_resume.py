@@ -64,6 +64,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, configuration, moment):
     arch, workers, ranks = configuration
     flags = ("--arch", arch, "--workers", str(workers), "--clip", "1.0")
     flags += ("--predictions", "views" if (arch == "resnet") == (workers == 0) else "scan")
+    flags += ("--judge", "network" if arch == "resnet" else "cross_fit")
     run(tmp_path / "whole", *flags, ranks=ranks)
     whole = final(tmp_path / "whole")
     assert whole["world"] == ranks

@@ -187,8 +187,9 @@ def test_with_the_scans_predictions_a_step_is_one_pass_through_the_network(datas
     trainer.balance_mix.refine = lambda *given: (codes.append(refine(*given)), codes[-1])[1]
     assert "second_view" not in trainer.get_train_dataloader().dataset[PairKey(2, 0, 1)]
     trainer.train()
-    # 24 instances in batches of 4; scans in batches of 8 before the epochs 1 and 2 and after the last.
-    assert passes == {True: 3 * 6, False: 3 * 3}
+    # 24 instances in batches of 4; scans in batches of 8 before the epochs 1 and 2 and after the last, and before the
+    # first the features, whose length is looked at in one instance.
+    assert passes == {True: 3 * 6, False: 4 * 3 + 1}
     assert len(codes) == 2 * 2 * 6  # both batches of a step, from the second epoch on
     assert any((refined.reliability == Reliability.RELABELED).any() for refined in codes)
 

@@ -11,9 +11,9 @@ FLAGS = ("--arch", "vit", "--dropout", "0", "--instances", "32", "--epochs", "2"
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("predictions", ["views", "scan"])
-def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, predictions):
-    flags = (*FLAGS, "--predictions", predictions)
+@pytest.mark.parametrize(("judge", "predictions"), [("network", "views"), ("network", "scan"), ("cross_fit", "scan")])
+def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, judge, predictions):
+    flags = (*FLAGS, "--predictions", predictions, "--judge", judge)
     run(tmp_path / "one", *flags, "--batch", "8")
     run(tmp_path / "two", *flags, "--batch", "4", ranks=2)
     one, ranks = final(tmp_path / "one"), [final(tmp_path / "two", rank) for rank in (0, 1)]
@@ -22,10 +22,14 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, predictions)
     # The worker itself asserts that the method's whole state is bit-identical on both ranks.
     assert torch.equal(ranks[0]["state"]["weights"], ranks[1]["state"]["weights"])
     assert one["state"]["weights"].std() > 0
-    limits = [run["state"]["missing_loss_threshold"] for run in (one, *ranks)]
-    assert torch.equal(limits[1], limits[2])
-    assert torch.allclose(limits[0], limits[1], rtol=1 / 64)  # the width of a bin
-    assert (limits[0] > 0).all()
+    if judge == "network":
+        limits = [run["state"]["missing_loss_threshold"] for run in (one, *ranks)]
+        assert torch.equal(limits[1], limits[2])
+        assert torch.allclose(limits[0], limits[1], rtol=1 / 64)  # the width of a bin
+        assert (limits[0] > 0).all()
+    else:
+        for name in ("noise_rates.wrong", "noise_rates.missing", "clean_probability"):
+            assert torch.equal(one["state"][name], ranks[0]["state"][name]), name
 
     assert len(one["trace"]) == len(ranks[0]["trace"]) == len(ranks[1]["trace"])
     managed = 0

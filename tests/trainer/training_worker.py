@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=2)
     parser.add_argument("--clip", type=float, default=0.0)
     parser.add_argument("--predictions", choices=["views", "scan"], default="views")
+    parser.add_argument("--judge", choices=["cross_fit", "network"], default="cross_fit")
     parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--norm_head", action="store_true", help="batch norm of what was pooled")
@@ -138,6 +139,7 @@ def main() -> None:
         on_nan=options.on_nan,
         logging_strategy="epoch",
         prediction_source=options.predictions,
+        judge=options.judge,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
         **({"ddp_backend": "gloo"} if ranks > 1 else {}),

@@ -1,0 +1,128 @@
+"""What linear heads that never saw an instance's labels predict for it: cross-validation on frozen features.
+
+A network that memorises believes the labels it has learned, right or wrong. A small head that was fitted on the other
+folds cannot, so that its loss at a label says how well the label fits what the other instances look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_balancemix.core.distributed import all_reduce_sum, world
+from hf_balancemix.core.keys import keyed_generator
+
+_PENALTIES = (0.2, 0.6, 2.0, 6.0, 20.0)  # of which each class takes what predicts its held-out labels best
+_MAX_ITER = 30  # by then the logits are those of the minimum to 0.01; see tests/core/test_out_of_fold.py
+_VALUES_AT_ONCE = 1 << 25
+
+
+def principal_components(features: Tensor, num_components: int = 256) -> Tensor:
+    """Features centred, turned to their principal axes, the strongest kept, with a mean squared length of 1.
+
+    Args:
+        features: `(N, D)`, any floating dtype and device, finite.
+        num_components: Largest number of axes, at least 1.
+
+    Returns:
+        `(N, min(D, num_components))` float32 on the device of `features`; zeros where all instances are equal.
+    """
+    mean = features.double().mean(0)
+    parts = features.split(1 << 14)
+    covariance = torch.stack([x.T @ x for x in (part.double() - mean for part in parts)]).sum(0)
+    values, axes = torch.linalg.eigh(covariance)
+    keep = min(len(values), num_components)
+    axes = axes[:, -keep:] * (len(features) / values[-keep:].sum().clamp(min=1e-30)).sqrt()
+    return torch.cat([((part.double() - mean) @ axes).float() for part in parts])
+
+
+def out_of_fold_logits(
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    num_folds: int = 5,
+    seed: int = 0,
+    on_fold: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Must be called on every rank: the logits of each instance by linear heads that were fitted on the other folds.
+
+    The heads are logistic regressions with an L2 penalty: sum over the fold's complement of weight x BCE, plus
+    c / 2 |w|^2. c is chosen for each class as the one of 0.2 to 20 with the smallest loss on what was held out. The
+    ranks share the folds; what they find is the same, bit for bit, on any number of like machines.
+
+    Args:
+        features: `(N, D)` float32 as of :func:`principal_components`, the same on every rank.
+        targets: `(N, K)` float in [0, 1].
+        weights: `(N, K)` float in [0, 1]; 0 leaves a label out.
+        num_folds: At least 2 and at most N.
+        seed: Of the folds.
+        on_fold: Called after each fold of this rank.
+
+    Returns:
+        `(N, K)` float32 logits on the CPU. A class without weighted targets of both kinds has those of its frequency.
+    """
+    n, num_classes = targets.shape
+    order = torch.randperm(n, generator=keyed_generator(seed, "folds"))
+    fold = torch.empty(n, dtype=torch.int64)
+    fold[order] = torch.arange(n) % num_folds
+    chosen = torch.empty(n, num_classes)
+    for some in torch.arange(num_classes).split(max(1, _VALUES_AT_ONCE // (len(_PENALTIES) * n))):
+        y, weight = targets[:, some], weights[:, some]
+        logits = _of_all_penalties(features, y, weight, fold, num_folds, on_fold)
+        losses = torch.stack([_bce(one, y, weight).sum(0) for one in logits])
+        chosen[:, some] = logits.gather(0, losses.argmin(0).expand(1, *y.shape))[0]
+    return chosen
+
+
+def _bce(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(
+        logits, targets.expand_as(logits), weights.expand_as(logits), reduction="none"
+    )
+
+
+def _of_all_penalties(
+    features: Tensor, targets: Tensor, weights: Tensor, fold: Tensor, num_folds: int, on_fold: Callable[[], object]
+) -> Tensor:
+    """Out-of-fold logits `(C, N, K)` for each of the C penalties, on the CPU."""
+    rank, num_ranks = world()
+    logits = torch.zeros(len(_PENALTIES), *targets.shape)
+    for held_out in range(rank, num_folds, num_ranks):
+        test, train = (part.nonzero().squeeze(1) for part in (fold == held_out, fold != held_out))
+        x, x_test = (features[part.to(features.device)] for part in (train, test))
+        y, w = (table[train].to(features.device) for table in (targets, weights))
+        coefficients, bias = _fit(x, y, w)
+        logits[:, test] = (x_test @ coefficients + bias).cpu()
+        on_fold()
+    return all_reduce_sum(logits)
+
+
+def _fit(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients `(C, D, K)` and biases `(C, 1, K)` of K logistic regressions for each of the C penalties."""
+    n = len(x)
+    frequency = ((weight * y).sum(0) / weight.sum(0).clamp(min=1e-9)).clamp(1e-4, 1 - 1e-4)
+    curvature = (weight.mean(0) * frequency * (1 - frequency)).clamp(min=1e-6)
+    penalty = torch.tensor(_PENALTIES, device=x.device).view(-1, 1, 1) / n
+    # In these units the loss is about equally curved in all directions, so that few iterations do.
+    unit = ((x * x).mean(0)[:, None] * curvature + penalty).rsqrt()
+    start, bias_unit = torch.logit(frequency), curvature.rsqrt()
+    u = torch.zeros_like(unit).requires_grad_()
+    b = torch.zeros_like(unit[:, :1]).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [u, b], max_iter=_MAX_ITER, tolerance_grad=1e-7, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        w = u * unit
+        z = x @ w + (start + b * bias_unit)
+        objective = _bce(z, y, weight).sum() / n + (penalty / 2 * w * w).sum()
+        objective.backward()
+        return objective
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return (u * unit).detach(), (start + b * bias_unit).detach()
