@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     for method in model_args.methods:  # --method; each under the same conditions
         say(args, f"\n== {method}: {METHODS[method]}")
-        parts = draw_model(method, model_args, names, args) if frozen is None else frozen.draw(args)
+        parts = draw_model(method, model_args, train, args) if frozen is None else frozen.draw(args)
         own_args = args_of(method, model_args, args)  # a folder of the method's name
         if method == "balancemix":
             trainer = BalanceMixTrainer(args=own_args, train_dataset=train, eval_dataset=val, **parts)

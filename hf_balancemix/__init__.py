@@ -19,9 +19,9 @@ _ROOMS = {
     "make_scenes",
     "methods": "LossTrainer METHODS trainer_for",
     "metrics": "evaluate_path mean_average_precision",
-    "models": "BalanceMixConfig BalanceMixForImageClassification MLDecoderHead Query2LabelHead export_onnx "
-    "load_model load_trained model_from_backbone pipeline_labels predict_labels squash_processor "
-    "tune_thresholds",
+    "models": "BalanceMixConfig BalanceMixForImageClassification MLDecoderHead MSCMAHead Query2LabelHead "
+    "export_onnx label_graph_embeddings load_model load_trained model_from_backbone pipeline_labels predict_labels "
+    "squash_processor tune_thresholds",
     "report.description": "describe",
     "trainer": "BalanceMixTrainer BalanceMixTrainingArguments MultiLabelTrainer MultiLabelTrainingArguments",
 }

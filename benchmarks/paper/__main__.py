@@ -56,7 +56,7 @@ class GridArguments(NetworkArguments):
     model_name_or_path: str = flag(
         "timm/resnet50.tv_in1k", "Hub name, folder, or with --backbone_weights or --from_scratch a timm architecture."
     )
-    head: str = flag("ml_decoder", "A frozen backbone brings its own.", ["ml_decoder", "q2l", "linear"])
+    head: str = flag("ml_decoder", "A frozen backbone brings its own.", ["ml_decoder", "q2l", "ms_cma", "linear"])
     image_size: int = flag(448, "Images are squashed to so many pixels a side.")
 
     preset: str = flag("default", "Of the training arguments.", [*BalanceMixTrainingArguments.PRESETS])

@@ -207,16 +207,12 @@ class GridData:
         positives = [(given_labels(part) == 1).sum(0).numpy() for part in (self.train, self.evaluation)]
         return np.minimum(*positives) >= max(self.setup.min_positives, 1)
 
-    def model(self, cell: Cell, args: BalanceMixTrainingArguments) -> dict[str, Any]:
-        """The trainer's arguments `model`, `processing_class` and `views`, drawn with the cell's seed."""
-        if not self.setup.frozen_backbone:
-            set_seed(cell.seed)
-            model, processor = self._load_model(**dict(cell.model))
-            return {"model": model, "processing_class": processor}
-        if self._frozen is None:
+    def freeze(self, args: BalanceMixTrainingArguments) -> None:
+        """Compute a frozen backbone's features, once; both data sets then have a column that says where they are."""
+        if self.setup.frozen_backbone and self._frozen is None:
             set_seed(0)  # the same backbone in every process, even one from scratch
             self._frozen = FrozenBackbone(
-                *self._load_model(),
+                *self._load_model(self.train),
                 self.train,
                 self.evaluation,
                 args,
@@ -225,9 +221,17 @@ class GridData:
                 hidden_size=self.setup.hidden_size,
             )
             self.train, self.evaluation = self._frozen.train, self._frozen.evaluation
-        return self._frozen.draw(args)
 
-    def _load_model(self, **changes: Any) -> tuple[Any, Any]:
+    def model(self, cell: Cell, args: BalanceMixTrainingArguments, train: datasets.Dataset) -> dict[str, Any]:
+        """The trainer's arguments `model`, `processing_class` and `views`, drawn with the cell's seed for the labels
+        of `train`, after :meth:`freeze`."""
+        if self._frozen is not None:
+            return self._frozen.draw(args)
+        set_seed(cell.seed)
+        model, processor = self._load_model(train, **dict(cell.model))
+        return {"model": model, "processing_class": processor}
+
+    def _load_model(self, train: datasets.Dataset, **changes: Any) -> tuple[Any, Any]:
         s = self.setup
         options = {"model_name_or_path": s.model_name_or_path, "image_size": s.image_size, "head": s.head}
         options |= changes
@@ -238,7 +242,7 @@ class GridData:
             model_kwargs=s.model_kwargs,
             head=None if options["head"] == "linear" or s.frozen_backbone else options["head"],
         )
-        return load_model_from(flags, class_names(self.train), options["image_size"])
+        return load_model_from(flags, train, options["image_size"])
 
 
 def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> BalanceMixTrainingArguments:
@@ -296,10 +300,11 @@ def run_cell(
     lock_file = folder.with_name(f"{folder.name}.lock")
     with process_lock(lock_file, wait=False) if args.process_index == 0 else nullcontext():
         began, cpu = time.monotonic(), time.process_time()
-        network = data.model(cell, args)  # before the noise: the features' column is added to data.train
+        data.freeze(args)  # before the noise: the features' column is added to data.train
         noise = {"single-positive": "single_positive"}.get(cell.noise, cell.noise)
         with args.main_process_first():
             train = add_noise(data.train, NoiseArguments(noise=noise, noise_rate=cell.rate, noise_seed=cell.seed))
+        network = data.model(cell, args, train)  # after the noise: the head ms_cma is made of the labels
         trainer = trainer_for(cell.method, args, train_dataset=train, eval_dataset=data.evaluation, **network)
         if args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)

@@ -97,8 +97,9 @@ def clean_instances(losses: Tensor, monotone: bool = True) -> Tensor:
 def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A network like `model` whose classifier is drawn anew: the same (pretrained) backbone, another start.
 
-    Everything outside the backbone, as `base_model_prefix` names it (for timm models: timm's classifier), is drawn by
-    the architecture's own initialisation, as a pure function of `seed`.
+    Every parameter outside the backbone, as `base_model_prefix` names it (for timm models: timm's classifier), is
+    drawn by the architecture's own initialisation, as a pure function of `seed`. Buffers, such as the label embeddings
+    of MS-CMA, are `model`'s.
 
     Raises:
         ValueError: It cannot be told where the classifier is; `model` must be one of transformers.
@@ -106,7 +107,7 @@ def second_network(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     head: list[str] = []
     if isinstance(model, PreTrainedModel):
         with keyed_rng(seed, "second network"):
-            drawn = type(model)(copy.deepcopy(model.config)).state_dict()
+            drawn = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
         if hasattr(model, "timm_model"):
             names = getattr(model.timm_model, "pretrained_cfg", {}).get("classifier") or ()
             prefixes = tuple(f"timm_model.{name}." for name in ([names] if isinstance(names, str) else names))

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_balancemix.models.configuration_balancemix import BalanceMixConfig
 from hf_balancemix.models.export import export_onnx
-from hf_balancemix.models.heads import MLDecoderHead, Query2LabelHead
+from hf_balancemix.models.heads import MLDecoderHead, MSCMAHead, Query2LabelHead
+from hf_balancemix.models.label_graph import label_graph_embeddings
 from hf_balancemix.models.loading import check_image_size, load_model, load_trained, model_from_backbone
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 from hf_balancemix.models.processing import squash_processor
@@ -27,11 +28,13 @@ __all__ = [
     "BalanceMixConfig",
     "BalanceMixForImageClassification",
     "MLDecoderHead",
+    "MSCMAHead",
     "Query2LabelHead",
     "check_image_size",
     "class_thresholds",
     "export_onnx",
     "iter_probabilities",
+    "label_graph_embeddings",
     "load_model",
     "load_trained",
     "model_from_backbone",

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 POOLED_HEADS = ("linear", "mlp")
-HEADS = (*POOLED_HEADS, "ml_decoder", "q2l")
+HEADS = (*POOLED_HEADS, "ml_decoder", "q2l", "ms_cma")
 # Arguments with which timm.create_model would read or fetch another file than the repository's own.
 _READS_FILES = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
@@ -19,9 +19,11 @@ class BalanceMixConfig(PreTrainedConfig):
     Args:
         backbone_config: Config of the backbone, any that `AutoModel` builds an image model from (timm's as
             `TimmWrapperConfig`), or that config as a dict.
-        in_channels: Channels of the backbone's features (its pooled output for the heads linear and mlp).
-        head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
+        in_channels: Channels of the backbone's features (its pooled output for the heads linear and mlp; for ms_cma a
+            list, those of each map).
+        head: `"linear"`, `"mlp"`, `"ml_decoder"`, `"q2l"` or `"ms_cma"`.
         head_args: Arguments of the head's class beyond `in_channels` and `num_labels`.
+        stages: Which of the backbone's hidden states the head ms_cma sees beside the last map.
         thresholds: K probabilities; a class is predicted where its probability is above. None: 0.5 each.
 
     Raises:
@@ -34,9 +36,10 @@ class BalanceMixConfig(PreTrainedConfig):
     def __init__(
         self,
         backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
-        in_channels: int = 1,
+        in_channels: int | Sequence[int] = 1,
         head: str = "linear",
         head_args: dict[str, Any] | None = None,
+        stages: Sequence[int] = (),
         thresholds: Sequence[float] | None = None,
         problem_type: str = "multi_label_classification",
         **kwargs: Any,
@@ -53,9 +56,10 @@ class BalanceMixConfig(PreTrainedConfig):
                 )
             backbone_config = CONFIG_MAPPING[kind].from_dict(backbone_config)
         self.backbone_config = backbone_config
-        self.in_channels = in_channels
+        self.in_channels = in_channels if isinstance(in_channels, int) else list(in_channels)
         self.head = head
         self.head_args = dict(head_args or {})
+        self.stages = list(stages)
         self.thresholds = None if thresholds is None else [float(t) for t in thresholds]
         super().__init__(problem_type=problem_type, **kwargs)
 

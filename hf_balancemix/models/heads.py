@@ -1,4 +1,4 @@
-"""A hidden layer on pooled features; ML-Decoder and Query2Label on feature maps. Remote code has it too: torch only.
+"""A hidden layer on pooled features; ML-Decoder, Query2Label and MS-CMA on maps. Remote code has it too: torch only.
 
 The decoders' submodules are named as in the references, so that published state dicts load by their own key names.
 Their layers are written out, because `nn.TransformerDecoder` refuses layers without self-attention since torch 2.1.
@@ -7,6 +7,7 @@ Their layers are written out, because `nn.TransformerDecoder` refuses layers wit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -218,6 +219,74 @@ class Query2LabelHead(nn.Module):
             x = layer(x, queries, memory, position)
         x = self.transformer.decoder.norm(x)
         return (self.fc.W * x).sum(-1) + self.fc.b
+
+
+class MSCMAHead(nn.Module):
+    """MS-CMA (You et al., AAAI 2020): each class attends to the places of several maps that look like its embedding.
+
+    In every map, 1 x 1 convolutions make v_i of D channels of place i (CMT). With z_ki = ReLU(cos(v_i, e_k)) and P
+    places, a_ki = (z_ki + eps / P) / (sum_i z_ki + eps) is the attention of class k and h_k = sum_i a_ki v_i (CMA).
+    The logit of class k is <w_k, h_k> + b_k, where h_k is that of all maps, joined. eps is 1e-3: a class that no place
+    looks like sees the mean of all places. The rest is of the description, which has no published code;
+    docs/choices.md says what it leaves open.
+
+    Args:
+        in_channels: C_s, channels of each map s.
+        num_labels: K.
+        embed_dim: D, 1 or more.
+
+    Attributes:
+        label_embeddings: Buffer `(K, D)`, e_k: made of the training labels by
+            `hf_balancemix.models.label_graph_embeddings`, not trained, saved with the weights. 0 until it is set: all
+            places count the same.
+
+    Shapes: a list of maps `(N, C_s, H_s, W_s)`, of any sizes -> logits `(N, K)`.
+
+    Raises:
+        ValueError: `embed_dim` is less than 1.
+    """
+
+    label_embeddings: Tensor
+
+    def __init__(self, in_channels: Sequence[int], num_labels: int, embed_dim: int = 256) -> None:
+        super().__init__()
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim is {embed_dim}; it must be 1 or more; leave it out for 256.")
+        self.transforms = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, embed_dim, 1), nn.ReLU(), nn.Conv2d(embed_dim, embed_dim, 1))
+            for channels in in_channels
+        )
+        self.weight = nn.Parameter(torch.empty(num_labels, len(self.transforms) * embed_dim))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+        self.register_buffer("label_embeddings", torch.empty(num_labels, embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the layers as torch does, and forget the label embeddings."""
+        _reset_layers(self)
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.label_embeddings)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        seen = []
+        for transform, features in zip(self.transforms, maps, strict=True):
+            places = transform(features).flatten(2)  # (N, D, P)
+            attention = cross_modality_attention(places, self.label_embeddings)
+            seen.append(attention.to(places.dtype) @ places.transpose(1, 2))
+        return (self.weight * torch.cat(seen, dim=-1)).sum(-1) + self.bias
+
+
+def cross_modality_attention(places: Tensor, embeddings: Tensor, eps: float = 1e-3) -> Tensor:
+    """`(N, K, P)` attention of K classes with embeddings `(K, D)` to P places `(N, D, P)`, which sums to 1 over them.
+
+    As of :class:`MSCMAHead`; not negative, and finite with finite gradients for any finite input. In float32 at least.
+    """
+    directions = F.normalize(embeddings, dim=1, eps=1e-6), F.normalize(places, dim=1, eps=1e-6)  # not 0 in float16
+    similarity = F.relu(directions[0] @ directions[1])
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+    return (similarity + eps / similarity.shape[-1]) / (similarity.sum(-1, keepdim=True) + eps)
 
 
 def sine_positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:

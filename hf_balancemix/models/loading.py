@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -29,11 +29,13 @@ from transformers.utils import cached_file
 
 from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.models.configuration_balancemix import HEADS, BalanceMixConfig, check_timm_files, config_entries
+from hf_balancemix.models.label_graph import label_graph_embeddings
 from hf_balancemix.models.modeling_balancemix import (
     BalanceMixForImageClassification,
     backbone_class,
     backbone_features,
     build_backbone,
+    find_stages,
     image_config,
     own_memory,
     without_pooler,
@@ -66,6 +68,7 @@ def load_model(
     model_kwargs: dict[str, Any] | None = None,
     head: str | None = None,
     head_args: dict[str, Any] | None = None,
+    train_labels: Tensor | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A multi-label image classifier and the processor that squashes its images.
 
@@ -81,10 +84,12 @@ def load_model(
             another number of classes are left out; any other mismatch is an error.
         pretrained: False draws the weights anew.
         model_kwargs: Arguments of `timm.create_model`, for timm architectures.
-        head: `"mlp"`, `"ml_decoder"` or `"q2l"` puts that head on the backbone, as :func:`model_from_backbone`;
-            `"linear"` is the plain model, or ours where transformers has no classifier of it (DINOv3). None: the same,
-            or the head that a saved BalanceMix model has.
+        head: `"mlp"`, `"ml_decoder"`, `"q2l"` or `"ms_cma"` puts that head on the backbone, as
+            :func:`model_from_backbone`; `"linear"` is the plain model, or ours where transformers has no classifier of
+            it (DINOv3). None: the same, or the head that a saved BalanceMix model has.
         head_args: Arguments of the head's class.
+        train_labels: `(N, K)` of 0, 1 and -1 (unknown), as of `hf_balancemix.data.given_labels(train)`: a new head
+            ms_cma makes its label embeddings of them. All others, and one that is loaded, need none.
 
     Returns:
         `(model, processor)`; the model is float32, with `problem_type="multi_label_classification"`.
@@ -93,7 +98,7 @@ def load_model(
         FileNotFoundError: `backbone_weights` does not exist, or there is no such folder or Hub name (or no network).
         ValueError: There is no such architecture or head, the weights do not belong to it or are no safetensors, the
             config describes a far larger model than the weights, the model does not take images of `image_size`, or
-            class names are absent or repeated.
+            class names are absent or repeated; for ms_cma also: no `train_labels`, or a backbone without stages.
     """
     labels = label_settings(class_names)
     plain, from_hub = head in (None, "linear"), backbone_weights is None and pretrained
@@ -108,7 +113,7 @@ def load_model(
         )
         logger.info(text, name_or_path)
     if from_hub and ((plain and not bare) or _is_ours(name_or_path)):
-        model = _from_pretrained(name_or_path, labels, head, head_args)
+        model = _from_pretrained(name_or_path, labels, head, head_args, train_labels)
     elif plain and not bare:
         size = image_size if backbone_weights is None else None  # a file's weights are resized later
         timm_labelled = timm_config(name_or_path, model_kwargs, size, **labels)
@@ -124,6 +129,7 @@ def load_model(
             pretrained=pretrained,
             model_kwargs=model_kwargs,
             image_size=image_size,
+            train_labels=train_labels,
         )
     processor = _own_processor(name_or_path, model) if from_hub else timm_defaults(model)
     config = model.config
@@ -169,6 +175,7 @@ def model_from_backbone(
     pretrained: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     image_size: int | None = None,
+    train_labels: Tensor | None = None,
 ) -> BalanceMixForImageClassification:
     """A backbone with its pretrained weights and batch-norm statistics, and a head drawn anew, in float32.
 
@@ -176,7 +183,7 @@ def model_from_backbone(
 
     Args:
         name_or_config: As `name_or_path` there, or a config of transformers, whose weights are drawn.
-        head: `"linear"`, `"mlp"`, `"ml_decoder"` or `"q2l"`.
+        head: `"linear"`, `"mlp"`, `"ml_decoder"`, `"q2l"` or `"ms_cma"`.
         head_args: Arguments of the head's class, such as `{"num_groups": 20}`.
         backbone_weights: Of any backbone; or a published checkpoint of ML-Decoder or Query2Label, whose head is taken
             too where it is of the same kind and K.
@@ -184,6 +191,8 @@ def model_from_backbone(
     """
     labels = label_settings(class_names)
     BalanceMixConfig(head=head, head_args=head_args)  # raises before anything is loaded
+    if head == "ms_cma":
+        _check_train_labels(train_labels, len(class_names))
     config = copy.deepcopy(image_config(name_or_config)) if isinstance(name_or_config, PreTrainedConfig) else None
     from_hub = config is None and backbone_weights is None and pretrained
     if config is not None or from_hub:
@@ -210,9 +219,11 @@ def model_from_backbone(
         backbone = build_backbone(config)
     else:
         backbone = _filled(type(build_backbone(config)), None, config, str(backbone_weights), state_dict=state)
-    channels = _channels(backbone, head)
+    channels, stages = _channels(backbone, head)
     backbone.config.num_labels = 1  # else it carries the class names of its pretraining
-    config = BalanceMixConfig(backbone.config, in_channels=channels, head=head, head_args=head_args, **labels)
+    config = BalanceMixConfig(
+        backbone.config, in_channels=channels, head=head, head_args=head_args, stages=stages, **labels
+    )
     try:
         model = BalanceMixForImageClassification(config)
     except TypeError as error:
@@ -223,7 +234,24 @@ def model_from_backbone(
         model.head.load_state_dict(head_state)
     elif head_state:
         logger.warning("%s holds another kind of head or number of classes; the head is drawn anew.", backbone_weights)
+    if head == "ms_cma":
+        _embed_labels(model, train_labels)
     return model
+
+
+def _check_train_labels(labels: Tensor | None, num_classes: int) -> None:
+    if labels is None or labels.ndim != 2 or labels.shape[1] != num_classes:
+        given = "None" if labels is None else f"a tensor of the shape {tuple(labels.shape)}"
+        raise ValueError(
+            f"train_labels is {given}; for a new head ms_cma it must be (N, {num_classes}), the labels of the "
+            "training set; pass hf_balancemix.data.given_labels(train) (on the command line: --head ms_cma)."
+        )
+
+
+def _embed_labels(model: BalanceMixForImageClassification, labels: Tensor) -> None:
+    """Set a head's label embeddings, with a seed of torch's generator as all that is drawn of a model."""
+    own = model.head.label_embeddings
+    own.copy_(label_graph_embeddings(labels, own.shape[1], int(torch.randint(2**31, ()))))
 
 
 def check_image_size(model: nn.Module, size: int) -> None:
@@ -387,7 +415,11 @@ def _is_ours(name: str) -> bool:
 
 
 def _from_pretrained(
-    name_or_path: str, labels: dict[str, Any], head: str | None, head_args: dict[str, Any] | None
+    name_or_path: str,
+    labels: dict[str, Any],
+    head: str | None,
+    head_args: dict[str, Any] | None,
+    train_labels: Tensor | None,
 ) -> PreTrainedModel:
     with _loading(name_or_path):
         stored = _checked_config(name_or_path)
@@ -397,6 +429,9 @@ def _from_pretrained(
                 f"it was saved with the head {stored.head}, {stored.head_args}; asked for is {head}, "
                 f"{head_args or {}}. Leave both out (--head, --head_args)"
             )
+        new_graph = ours and stored.head == "ms_cma" and stored.num_labels != labels["num_labels"]
+        if new_graph:
+            _check_train_labels(train_labels, labels["num_labels"])
         load = AutoModelForImageClassification.from_pretrained
         model, info = load(name_or_path, ignore_mismatched_sizes=True, **labels, **_WITH_INFO)
     own_memory(model)
@@ -410,6 +445,8 @@ def _from_pretrained(
             f"{name_or_path}: {len(bad)} tensors of its weights do not fit its config ({', '.join(sorted(bad)[:3])}); "
             "pass a folder whose config.json and weights belong together."
         )
+    if new_graph:
+        _embed_labels(model, train_labels)
     same_head = stored.num_labels == k and not info["missing_keys"]
     same_names = same_head and [stored.id2label[i] for i in range(k)] == list(labels["label2id"])
     if same_head and not same_names:
@@ -455,8 +492,9 @@ def _filled(
     return backbone
 
 
-def _channels(backbone: PreTrainedModel, head: str) -> int:
-    """Channels of what the head is given, found by showing the backbone an image."""
+def _channels(backbone: PreTrainedModel, head: str) -> tuple[int | list[int], list[int]]:
+    """Channels of what the head is given (of each map for ms_cma), and for ms_cma the backbone's stages, found by
+    showing the backbone an image."""
     if isinstance(backbone.config, TimmWrapperConfig):
         cfg = backbone.timm_model.pretrained_cfg
         native = cfg["input_size"][-1] if cfg.get("fixed_input_size") else 64
@@ -464,9 +502,12 @@ def _channels(backbone: PreTrainedModel, head: str) -> int:
     else:
         size = _own_size(backbone.config) or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
+    image, stages = torch.zeros(1, 3, height, width), []
     try:
         with torch.no_grad():
-            features = backbone_features(backbone.eval(), head, torch.zeros(1, 3, height, width))
+            if head == "ms_cma":
+                stages = find_stages(backbone.eval(), image)
+            features = backbone_features(backbone.eval(), head, image, stages)
     except (TypeError, RuntimeError, AttributeError, ValueError) as error:
         if isinstance(error, ValueError) and "input_ids" not in str(error):
             raise
@@ -474,4 +515,12 @@ def _channels(backbone: PreTrainedModel, head: str) -> int:
             f"{backbone.config.model_type} is no backbone for the head {head} ({error}); it must give features of "
             f"images of {height} x {width} pixels; name another backbone."
         ) from error
-    return features.shape[-1 if features.ndim == 3 else 1]
+    if head == "ms_cma":
+        if not stages:
+            raise ValueError(
+                f"{getattr(backbone.config, 'architecture', backbone.config.model_type)} has maps of one size only; "
+                "the head ms_cma needs those of two or more stages; name a backbone with stages (ResNet, ConvNeXt, "
+                "Swin), or take the head q2l."
+            )
+        return [feature_map.shape[1] for feature_map in features], stages
+    return features.shape[-1 if features.ndim == 3 else 1], []

@@ -1,8 +1,9 @@
-"""Any image backbone with a linear, MLP, ML-Decoder or Query2Label head. Shipped with remote code: siblings only."""
+"""Any image backbone with one of the heads of heads.py or a linear one. Shipped with remote code: siblings only."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +15,19 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_balancemix import POOLED_HEADS, BalanceMixConfig
-from .heads import MLDecoderHead, MLPHead, Query2LabelHead
+from .heads import MLDecoderHead, MLPHead, MSCMAHead, Query2LabelHead
 
 
 class BalanceMixForImageClassification(PreTrainedModel):
     """A backbone of transformers or timm with a multi-label head.
 
     The heads linear and mlp stand on the backbone's own pooling (where it has none, its class token, else the mean).
-    ML-Decoder sees all features, class token included; Query2Label the feature map alone. Of CLIP, SigLIP and the like
-    the backbone is the vision tower.
+    ML-Decoder sees all features, class token included; Query2Label the feature map alone; MS-CMA that map and those of
+    the two stages before it. Of CLIP, SigLIP and the like the backbone is the vision tower.
 
     Attributes:
         backbone: As `AutoModel` builds it, without a random pooler.
-        head: `nn.Linear`, :class:`MLPHead`, :class:`MLDecoderHead` or :class:`Query2LabelHead`.
+        head: `nn.Linear`, :class:`MLPHead`, :class:`MLDecoderHead`, :class:`Query2LabelHead` or :class:`MSCMAHead`.
         include_code: What `save_pretrained` does unless told.
     """
 
@@ -48,13 +49,19 @@ class BalanceMixForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.backbone = build_backbone(config.backbone_config)
-        heads = {"linear": nn.Linear, "mlp": MLPHead, "ml_decoder": MLDecoderHead, "q2l": Query2LabelHead}
+        heads = {
+            "linear": nn.Linear,
+            "mlp": MLPHead,
+            "ml_decoder": MLDecoderHead,
+            "q2l": Query2LabelHead,
+            "ms_cma": MSCMAHead,
+        }
         self.head = heads[config.head](config.in_channels, config.num_labels, **config.head_args)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MLPHead | MLDecoderHead | Query2LabelHead):
+        if isinstance(module, MLPHead | MLDecoderHead | Query2LabelHead | MSCMAHead):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -96,7 +103,8 @@ class BalanceMixForImageClassification(PreTrainedModel):
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
         """Logits `(N, K)` of images `(N, 3, H, W)`; with `labels` `(N, K)` in [0, 1] (-1: unknown) their mean BCE."""
-        logits = self.head(backbone_features(self.backbone, self.config.head, pixel_values.to(self.dtype)))
+        config = self.config
+        logits = self.head(backbone_features(self.backbone, config.head, pixel_values.to(self.dtype), config.stages))
         loss = None
         if labels is not None:
             known = (labels >= 0).float()
@@ -154,17 +162,17 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return kind._from_config(config)
 
 
-def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor) -> Tensor:
+def backbone_features(
+    backbone: PreTrainedModel, head: str, pixel_values: Tensor, stages: Sequence[int] = ()
+) -> Tensor | list[Tensor]:
     """What the head is given: `(N, C)` pooled for linear and mlp, else a map `(N, C, H, W)` or a sequence `(N, T, C)`.
 
+    For ms_cma it is a list of maps: those of the hidden states `stages`, and the one that q2l is given.
+
     Raises:
-        ValueError: Query2Label needs a map, and the backbone's sequence cannot be made one.
+        ValueError: Query2Label or MS-CMA needs a map, and the backbone's sequence cannot be made one.
     """
-    kind = backbone.config.model_type
-    inputs = {"pixel_values": pixel_values}
-    if kind == "siglip2_vision_model":
-        inputs = naflex_inputs(pixel_values, backbone.config.patch_size)
-    output = backbone(**inputs)
+    output = _run(backbone, pixel_values, hidden=head == "ms_cma")
     features = output.last_hidden_state
     if head in POOLED_HEADS:
         pooled = getattr(output, "pooler_output", None)
@@ -174,11 +182,55 @@ def backbone_features(backbone: PreTrainedModel, head: str, pixel_values: Tensor
             tokens = [getattr(m, name, None) for m in backbone.modules() for name in ("cls_token", "class_embedding")]
             pooled = features.mean(1) if all(token is None for token in tokens) else features[:, 0]
         return pooled.flatten(1)
-    timm_model = getattr(backbone, "timm_model", None)
-    if features.ndim == 4 and getattr(timm_model, "output_fmt", None) == "NHWC":
-        return features.permute(0, 3, 1, 2)
-    if features.ndim == 4 or head != "q2l":
+    if head == "ml_decoder" and features.ndim == 3:
         return features
+    last = _last_map(backbone, features, pixel_values)
+    return [*(_hidden(output)[index] for index in stages), last] if head == "ms_cma" else last
+
+
+def find_stages(backbone: PreTrainedModel, pixel_values: Tensor) -> list[int]:
+    """Which hidden states hold the last map of the two stages before the last one: of the two next larger sizes.
+
+    Args:
+        backbone: Any.
+        pixel_values: `(N, 3, H, W)`, large enough for the sizes of its maps to differ.
+
+    Returns:
+        Two indices, the larger map's first; one where there is but one such size, none where there is no larger map.
+
+    Raises:
+        ValueError: As :func:`backbone_features`.
+    """
+    timm_model = getattr(backbone, "timm_model", None)
+    if timm_model is not None and not hasattr(timm_model, "forward_intermediates"):
+        return []
+    output = _run(backbone, pixel_values, hidden=True)
+    smallest = _last_map(backbone, output.last_hidden_state, pixel_values).shape[-2:].numel()
+    last_of_size = {x.shape[-2:].numel(): index for index, x in enumerate(_hidden(output)) if x.ndim == 4}
+    sizes = sorted(size for size in last_of_size if size > smallest)[:2]
+    return [last_of_size[size] for size in reversed(sizes)]
+
+
+def _run(backbone: PreTrainedModel, pixel_values: Tensor, hidden: bool) -> Any:
+    """The backbone's output for images, where asked for with its hidden states."""
+    inputs = {"pixel_values": pixel_values}
+    if backbone.config.model_type == "siglip2_vision_model":
+        inputs = naflex_inputs(pixel_values, backbone.config.patch_size)
+    return backbone(**inputs, **({"output_hidden_states": True} if hidden else {}))
+
+
+def _hidden(output: Any) -> Sequence[Tensor]:
+    """All hidden states, as maps where the backbone gives them as maps too (Swin's are sequences)."""
+    maps = getattr(output, "reshaped_hidden_states", None)
+    return (getattr(output, "hidden_states", None) if maps is None else maps) or ()
+
+
+def _last_map(backbone: PreTrainedModel, features: Tensor, pixel_values: Tensor) -> Tensor:
+    """The backbone's last features as a map `(N, C, H, W)`."""
+    timm_model = getattr(backbone, "timm_model", None)
+    if features.ndim == 4:
+        return features.permute(0, 3, 1, 2) if getattr(timm_model, "output_fmt", None) == "NHWC" else features
+    kind = backbone.config.model_type
     stages, depths = getattr(timm_model, "feature_info", None), getattr(backbone.config, "depths", None)
     stride = stages[-1]["reduction"] if stages else getattr(backbone.config, "patch_size", None)
     if kind == "dinov3_convnext":  # whose config does not say it

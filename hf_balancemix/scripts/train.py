@@ -25,7 +25,15 @@ import datasets
 from transformers import set_seed
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from hf_balancemix.data import Mislabel, RandomFlip, SinglePositive, class_names, drop_bad_images, load_noise_map
+from hf_balancemix.data import (
+    Mislabel,
+    RandomFlip,
+    SinglePositive,
+    class_names,
+    drop_bad_images,
+    given_labels,
+    load_noise_map,
+)
 from hf_balancemix.data.split import warn_of_copies
 from hf_balancemix.frozen.backbone import FrozenBackbone
 from hf_balancemix.methods.registry import METHODS, check_loss_arguments, trainer_for
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {}
     for method in model_args.methods:
         say(args, f"\n== {method}: {METHODS[method]}")
-        parts = draw_model(method, model_args, names, args) if frozen is None else frozen.draw(args)
+        parts = draw_model(method, model_args, train, args) if frozen is None else frozen.draw(args)
         parts |= {"args": args_of(method, model_args, args), "train_dataset": train, "eval_dataset": val}
         trainer = trainer_for(method, method_args=model_args.args_by_method.get(method), **parts)
         output = trainer.train(resume_from_checkpoint=args.checkpoint)
@@ -106,8 +114,10 @@ def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Datase
     return train if model is None else model(rate=noise.noise_rate, seed=noise.noise_seed).add_to(train)
 
 
-def load_model_from(flags: ModelArguments, names: Sequence[str], image_size: int | None) -> tuple[Any, Any]:
+def load_model_from(flags: ModelArguments, train: datasets.Dataset, image_size: int | None) -> tuple[Any, Any]:
     """The model that the flags describe, and its image processor; what is drawn comes from torch's generator.
+
+    Of the training set come the names of the classes and, for the head ms_cma, which of them occur together.
 
     A backbone that is to be frozen gets the head that is trained on its cached features.
     """
@@ -116,27 +126,28 @@ def load_model_from(flags: ModelArguments, names: Sequence[str], image_size: int
         head, head_args = "mlp", {"hidden_size": flags.hidden_size}
     return load_model(
         flags.model_name_or_path or "timm/resnet50.tv_in1k",
-        names,
+        class_names(train),
         image_size=image_size,
         backbone_weights=flags.backbone_weights,
         pretrained=not flags.from_scratch,
         model_kwargs=flags.model_kwargs,
         head=head,
         head_args=head_args,
+        train_labels=given_labels(train) if head == "ms_cma" else None,
     )
 
 
 def draw_model(
-    method: str, model_args: ModelArguments, names: Sequence[str], args: BalanceMixTrainingArguments
+    method: str, model_args: ModelArguments, train: datasets.Dataset, args: BalanceMixTrainingArguments
 ) -> dict[str, Any]:
     """A trainer's `model` and `processing_class`, drawn with the run's seed; for co-teaching also a `peer`."""
     parts = {}
     if method == "co-teaching" and model_args.from_scratch:
         # Networks from scratch share no pretrained backbone, so that the second one is another draw.
         set_seed(args.seed + 1)
-        parts["peer"], _ = load_model_from(model_args, names, args.image_size)
+        parts["peer"], _ = load_model_from(model_args, train, args.image_size)
     set_seed(args.seed)
-    parts["model"], parts["processing_class"] = load_model_from(model_args, names, args.image_size)
+    parts["model"], parts["processing_class"] = load_model_from(model_args, train, args.image_size)
     return parts
 
 
@@ -153,7 +164,7 @@ def freeze_backbone(
     if flags.from_scratch:
         logger.warning("--from_scratch draws the frozen backbone's weights too: its features mean little.")
     set_seed(args.seed)
-    model, processor = load_model_from(flags, class_names(train), args.image_size)
+    model, processor = load_model_from(flags, train, args.image_size)
     sizes = {"num_views": flags.num_views, "hidden_size": flags.hidden_size}
     frozen = FrozenBackbone(model, processor, train, evaluation, args, flags.features_folder, **sizes)
     frozen.image_model(frozen.draw(args)["model"])  # what cannot be saved is to be refused before the training

@@ -107,12 +107,13 @@ def test_an_instances_loss_is_its_mean_over_known_labels():
 # ---- the second network ----
 
 
-@pytest.mark.parametrize("architecture", ["resnet", "vit", "timm", "ml_decoder"])
+@pytest.mark.parametrize("architecture", ["resnet", "vit", "timm", "ml_decoder", "ms_cma"])
 def test_the_second_network_has_another_classifier_on_the_same_backbone(architecture):
     if architecture == "timm":
         model, head = load_model("test_resnet", NAMES, image_size=32, pretrained=False)[0], "timm_model.fc."
-    elif architecture == "ml_decoder":
-        model = load_model("test_resnet", NAMES, image_size=32, pretrained=False, head="ml_decoder")[0]
+    elif architecture in ("ml_decoder", "ms_cma"):
+        options = {"head": architecture, "train_labels": torch.eye(len(NAMES))}
+        model = load_model("test_resnet", NAMES, image_size=32, pretrained=False, **options)[0]
         head = "head."
     else:
         model, head = (tiny_resnet() if architecture == "resnet" else tiny_vit()), "classifier."
@@ -125,6 +126,7 @@ def test_the_second_network_has_another_classifier_on_the_same_backbone(architec
     assert differing
     assert all(name.startswith(head) for name in differing)
     assert any(not torch.equal(new[name], else_[name]) for name in differing)
+    assert "head.label_embeddings" not in differing  # of the labels, which both see
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in second.parameters()}
 
 

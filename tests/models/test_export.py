@@ -42,8 +42,9 @@ def trained_statistics(model):
 
 def with_head(head):
     model, _ = load_model(
-        "test_resnet", ["a", "b", "c"], pretrained=False, image_size=32, head=head, head_args={"embed_dim": 32}
-    )
+        "test_resnet", ["a", "b", "c"], pretrained=False, image_size=32, head=head, head_args={"embed_dim": 32},
+        train_labels=torch.eye(3),
+    )  # fmt: skip
     return model
 
 
@@ -55,8 +56,12 @@ def query2label():
     return with_head("q2l")
 
 
+def ms_cma():
+    return with_head("ms_cma")
+
+
 @needs_onnx
-@pytest.mark.parametrize("make", [tiny_resnet, tiny_convnext, ml_decoder, query2label])
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_convnext, ml_decoder, query2label, ms_cma])
 def test_a_convolutional_network_takes_any_batch_and_any_size(make, tmp_path):
     model = trained_statistics(make()).train()
     before = flat(model)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_balancemix.models import MLDecoderHead, Query2LabelHead
-from hf_balancemix.models.heads import sine_positions
+from hf_balancemix.models import MLDecoderHead, MSCMAHead, Query2LabelHead
+from hf_balancemix.models.heads import cross_modality_attention, sine_positions
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -103,6 +103,26 @@ def q2l(feature_map: Tensor, state: dict[str, Tensor], num_labels: int, heads: i
     return [float(state["fc.W"][0, k] @ t[k] + state["fc.b"][0, k]) for k in range(num_labels)]
 
 
+def ms_cma(maps: list[Tensor], state: dict[str, Tensor], num_labels: int, eps: float = 1e-3) -> list[float]:
+    """One image's logits from maps `(C, H, W)`, a place at a time."""
+    embeddings, joined = state["label_embeddings"], [[] for _ in range(num_labels)]
+    for s, feature_map in enumerate(maps):
+        name, places = f"transforms.{s}", []
+        for y in range(feature_map.shape[1]):
+            for x in range(feature_map.shape[2]):
+                inner = state[f"{name}.0.weight"][:, :, 0, 0] @ feature_map[:, y, x] + state[f"{name}.0.bias"]
+                inner = torch.stack([value if value > 0 else value * 0 for value in inner])
+                places.append(state[f"{name}.2.weight"][:, :, 0, 0] @ inner + state[f"{name}.2.bias"])
+        for k in range(num_labels):
+            e = embeddings[k]
+            z = [max(0.0, float(v @ e) / math.sqrt(float(v @ v) * float(e @ e))) for v in places]
+            shares = [(value + eps / len(places)) / (sum(z) + eps) for value in z]
+            joined[k] += sum(share * v for share, v in zip(shares, places, strict=True)).tolist()
+    weight, bias = state["weight"], state["bias"]
+    return [sum(float(w) * h for w, h in zip(weight[k], joined[k], strict=True)) + float(bias[k])
+            for k in range(num_labels)]  # fmt: skip
+
+
 # ---- agreement ----
 
 
@@ -124,6 +144,55 @@ def test_query2label_follows_its_formula_for_any_size(embed_dim, height, width):
     torch.testing.assert_close(head(x), torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
+@pytest.mark.parametrize("sizes", [[(3, 2)], [(4, 5), (2, 2), (1, 1)]], ids=["one map", "three maps"])
+def test_ms_cma_follows_its_formula_for_any_sizes(sizes):
+    channels = [6, 4, 5][: len(sizes)]
+    head = randomised(MSCMAHead(channels, 7, embed_dim=3))
+    head.label_embeddings.copy_(features(7, 3))
+    maps = [features(2, c, *size) + 0.3 for c, size in zip(channels, sizes, strict=True)]
+    expected = [ms_cma([m[n] for m in maps], head.state_dict(), 7) for n in range(2)]
+    torch.testing.assert_close(head(maps), torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_a_class_attends_to_the_places_that_look_like_it():
+    # Three places: like the first class, half like both, like neither.
+    places = torch.tensor([[[2.0, 1.0, -1.0], [0.0, 1.0, -1.0]]], dtype=torch.float64)
+    attention = cross_modality_attention(places, torch.tensor([[5.0, 0.0], [0.0, 0.1], [-1.0, 0.0]]).double())
+    half = 0.5**0.5
+    printed = torch.tensor([[1 / (1 + half), half / (1 + half), 0], [0, 1, 0], [0, 0, 1]])  # without eps
+    assert (attention[0] - printed).abs().max() < 1.5e-3
+    assert torch.allclose(attention.sum(-1), torch.ones(1, 3, dtype=torch.float64), **EXACT)
+    # The scale of a place or of an embedding says nothing.
+    again = cross_modality_attention(places * torch.tensor([9, 0.2, 3]), torch.tensor([[1.0, 0]]).double())
+    torch.testing.assert_close(again[0, 0], attention[0, 0], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["away from all classes", "nothing at all", "no label embeddings"])
+def test_maps_that_no_class_looks_like_have_finite_logits_and_gradients(case, dtype):
+    head = MSCMAHead([4, 4], 3, embed_dim=4)
+    head.label_embeddings.fill_(0.0 if case == "no label embeddings" else 1.0)
+    for transform in head.transforms:
+        transform[0].weight.data = torch.eye(4)[:, :, None, None]
+        transform[0].bias.data.fill_(1.0 if case == "away from all classes" else 0.0)
+        transform[2].weight.data = -torch.eye(4)[:, :, None, None]
+        transform[2].bias.data.fill_(0.0)
+    maps = [torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 1, 1)]
+    if case == "no label embeddings":
+        maps = [torch.rand(2, 4, 3, 3), torch.rand(2, 4, 1, 1)]
+    head, maps = head.to(dtype), [m.to(dtype).requires_grad_() for m in maps]
+    logits = head(maps)
+    logits.sum().backward()
+    assert torch.isfinite(logits).all()
+    gradients = [p.grad for p in (*head.parameters(), *maps)]
+    assert all(torch.isfinite(g).all() for g in gradients)
+    if case != "nothing at all":  # all places count the same, and learn
+        means = torch.cat([t(m).mean((2, 3)) for t, m in zip(head.transforms, maps, strict=True)], dim=1)
+        tolerance = {"rtol": 0, "atol": 1e-6 if dtype in (torch.float64, torch.float32) else 0.05}
+        torch.testing.assert_close(logits, means @ head.weight.T + head.bias, **tolerance)
+        assert all(m.grad.any() for m in maps)
+
+
 @pytest.mark.parametrize("head", [MLDecoderHead(8, 4, embed_dim=16), Query2LabelHead(8, 4)], ids=["ml", "q2l"])
 def test_float32_agrees_with_float64_and_bfloat16_runs(head):
     x = features(2, 8, 5, 3)
@@ -132,6 +201,17 @@ def test_float32_agrees_with_float64_and_bfloat16_runs(head):
     low = head.bfloat16()(x.bfloat16())
     assert low.dtype == torch.bfloat16
     assert torch.isfinite(low).all()
+
+
+def test_ms_cma_in_float32_agrees_with_float64_and_in_bfloat16_runs():
+    head = MSCMAHead([8, 6], 4, embed_dim=16)
+    head.label_embeddings.normal_(generator=torch.Generator().manual_seed(0))
+    maps = [features(2, 8, 5, 3), features(2, 6, 2, 2)]
+    exact = head.double()(maps)
+    assert torch.allclose(head.float()([m.float() for m in maps]).double(), exact, atol=5e-6)
+    low = head.bfloat16()([m.bfloat16() for m in maps])
+    assert low.dtype == torch.bfloat16
+    assert torch.allclose(low.double(), exact, atol=0.02)
 
 
 def test_positions_do_not_repeat_and_tell_rows_from_columns():
@@ -244,6 +324,19 @@ def test_query2label_trains_all_of_its_weights():
     assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_ms_cma_trains_all_of_its_weights_and_not_the_label_embeddings():
+    head = MSCMAHead([8, 6], 4, embed_dim=16)
+    head.label_embeddings.normal_()
+    before = head.label_embeddings.clone()
+    optimiser = torch.optim.SGD(head.parameters(), 0.1)
+    head([torch.rand(2, 8, 3, 3), torch.rand(2, 6, 2, 2)]).square().sum().backward()
+    optimiser.step()
+    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert torch.equal(head.label_embeddings, before)
+    assert "label_embeddings" in head.state_dict()
+    assert head.weight.abs().max().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
 def test_dropout_acts_in_training_only():
     for head in (MLDecoderHead(8, 4, embed_dim=16), Query2LabelHead(8, 4)):
         x = torch.rand(2, 8, 3, 3)
@@ -256,6 +349,8 @@ def test_what_cannot_be_built_is_refused():
         MLDecoderHead(8, 4, num_groups=0)
     with pytest.raises(ValueError, match="embed_dim is 20; it must be a multiple of num_heads, 8"):
         MLDecoderHead(8, 4, embed_dim=20)
+    with pytest.raises(ValueError, match="embed_dim is 0; it must be 1 or more"):
+        MSCMAHead([8], 4, embed_dim=0)
     with pytest.raises(ValueError, match=r"width is 6; it must be a multiple of 4 .*; set embed_dim"):
         Query2LabelHead(6, 4)
 

@@ -43,6 +43,7 @@ from hf_balancemix.models import (
     model_from_backbone,
     squash_processor,
 )
+from hf_balancemix.models.label_graph import embedding_loss, label_graph
 
 CLASSES = ["zebra", "ant", "cat"]
 HOME = Path(hf_balancemix.models.__file__).parent
@@ -51,7 +52,9 @@ HEAD_ARGS = {
     "linear": {},
     "ml_decoder": {"num_groups": 2, "embed_dim": 16, "inner_dim": 16},
     "q2l": {"embed_dim": 16, "inner_dim": 16},
+    "ms_cma": {"embed_dim": 8},
 }
+ONE_SIZE = ("vit", "deit", "beit", "dinov2", "registers", "test_vit", "test_vit2")  # backbones without stages
 _VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 CONFIGS = {
     "resnet": lambda **k: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **k),
@@ -70,7 +73,19 @@ CONFIGS = {
 def ours(backbone="resnet", head: str = "ml_decoder", *, names=CLASSES, seed: int = 0, **kwargs):
     torch.manual_seed(seed)
     config = CONFIGS[backbone]() if isinstance(backbone, str) and backbone in CONFIGS else backbone
+    if head == "ms_cma":
+        kwargs.setdefault("train_labels", some_labels(len(names)))
     return model_from_backbone(config, names, head=head, head_args=HEAD_ARGS[head], **kwargs)
+
+
+def some_labels(num_classes: int) -> torch.Tensor:
+    draws = torch.rand(40, num_classes, generator=torch.Generator().manual_seed(1))
+    return (draws < 0.4).to(torch.int8) - (draws > 0.9).to(torch.int8)
+
+
+def heads_of(backbones) -> list[tuple[str, str]]:
+    """All pairs of a backbone and a head but those that ms_cma refuses."""
+    return [(b, h) for b in backbones for h in HEAD_ARGS if h != "ms_cma" or b not in ONE_SIZE]
 
 
 def images(size: int, num: int = 2) -> torch.Tensor:
@@ -94,8 +109,7 @@ def shaken(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 # ---- backbones and heads ----
 
 
-@pytest.mark.parametrize("head", HEAD_ARGS)
-@pytest.mark.parametrize("backbone", CONFIGS)
+@pytest.mark.parametrize(("backbone", "head"), heads_of(CONFIGS))
 def test_every_backbone_takes_every_head_and_trains_it(backbone, head):
     model = ours(backbone, head)
     output = model(pixel_values=images(16), labels=torch.tensor([[1.0, 0, 1], [0, 0, -1]]))
@@ -107,8 +121,9 @@ def test_every_backbone_takes_every_head_and_trains_it(backbone, head):
     assert model.config.problem_type == "multi_label_classification"
 
 
-@pytest.mark.parametrize("head", HEAD_ARGS)
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_vit2"])
+@pytest.mark.parametrize(
+    ("name", "head"), heads_of(["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_vit2"])
+)
 def test_timm_backbones_take_every_head(name, head):
     kwargs = {"model_kwargs": {"img_size": 32}} if "vit" in name else {}
     model = ours(name, head, pretrained=False, **kwargs)
@@ -156,6 +171,66 @@ def test_query2label_sees_the_patches_in_their_places(backbone):
         for column in range(side):
             place = tokens.shape[1] - side * side + row * side + column
             assert torch.equal(feature_map[:, :, row, column], tokens[:, place])
+
+
+@pytest.mark.parametrize("backbone", [*(b for b in CONFIGS if b not in ONE_SIZE), "test_resnet", "test_convnext",
+                                      "test_efficientnet", "swin_tiny_patch4_window7_224"])  # fmt: skip
+def test_ms_cma_sees_the_last_map_of_the_last_stages(backbone):
+    from hf_balancemix.models.modeling_balancemix import backbone_features
+
+    kwargs = {} if backbone in CONFIGS else {"pretrained": False}
+    model, size = ours(backbone, "ms_cma", **kwargs).eval(), {"swin_tiny_patch4_window7_224": 224}.get(backbone, 16)
+    size = 128 if backbone.startswith("test_") else size
+    # What each stage puts out, by hooks on the modules that the architectures are made of.
+    inner = getattr(model.backbone, "timm_model", model.backbone)
+    stages = getattr(inner, "stages", None) or getattr(inner, "layers", None) or getattr(inner, "blocks", None)
+    if backbone == "test_resnet":
+        stages = [inner.layer1, inner.layer2, inner.layer3, inner.layer4]
+    elif backbone in CONFIGS:
+        stages = getattr(inner.encoder, "stages", None) or inner.encoder.layers
+    seen = []
+    hooks = [s.register_forward_hook(lambda module, inputs, output: seen.append(output)) for s in stages]
+    with torch.no_grad():
+        maps = backbone_features(model.backbone, "ms_cma", images(size), model.config.stages)
+        last = backbone_features(model.backbone, "q2l", images(size))
+    for hook in hooks:
+        hook.remove()
+    assert [m.shape[1] for m in maps] == model.config.in_channels
+    sides = [m.shape[-1] for m in maps]
+    assert sides == sorted(set(sides), reverse=True)
+    assert len(maps) == (2 if backbone in CONFIGS else 3)
+    assert torch.equal(maps[-1], last)
+    if backbone == "swin":  # the maps of transformers' Swin come after the merging of patches, the first before all
+        with torch.no_grad():
+            first = model.backbone.embeddings(images(size))[0]
+        assert torch.equal(maps[0].flatten(2).transpose(1, 2), first)
+    else:
+        for found in maps[:-1]:
+            outputs = [s if s.ndim == 4 else None for s in seen if isinstance(s, torch.Tensor)]
+            outputs += [s.permute(0, 3, 1, 2) for s in outputs if "swin" in backbone]
+            assert any(s.shape == found.shape and torch.equal(s, found) for s in outputs)
+
+
+@pytest.mark.parametrize("backbone", ONE_SIZE)
+def test_a_backbone_without_stages_is_refused_for_ms_cma(backbone):
+    kwargs = {"pretrained": False, "model_kwargs": {"img_size": 32}} if "test" in backbone else {}
+    with pytest.raises(ValueError, match=r"has maps of one size only; the head ms_cma needs .*; name a backbone"):
+        ours(backbone, "ms_cma", **kwargs)
+
+
+def test_ms_cmas_label_embeddings_are_those_of_the_training_labels():
+    labels = some_labels(3)
+    first, second, other = (ours("resnet", "ms_cma", train_labels=y) for y in (labels, labels, labels.flip(0, 1)))
+    embeddings = first.head.label_embeddings
+    assert embeddings.shape == (3, 8)
+    assert embedding_loss(embeddings.double(), label_graph(labels)) < 1e-3
+    assert embedding_loss(embeddings.double(), label_graph(labels.flip(1))) > 0.02
+    assert torch.equal(second.head.label_embeddings, embeddings)  # by the seed that draws the model
+    assert not torch.equal(other.head.label_embeddings, embeddings)
+    assert not torch.equal(ours("resnet", "ms_cma", seed=1).head.label_embeddings, embeddings)
+    for bad in (None, labels[:, :2], labels[0]):
+        with pytest.raises(ValueError, match=r"train_labels is .*; for a new head ms_cma it must be \(N, 3\).*; pass"):
+            ours("resnet", "ms_cma", train_labels=bad)
 
 
 def test_heads_on_backbones_are_drawn_as_heads_alone():
@@ -298,7 +373,8 @@ def our_models() -> dict[str, tuple]:
     for head in HEAD_ARGS:
         found[f"{head} on timm"] = (ours("test_resnet", head, pretrained=False), 32)
         found[f"{head} on resnet"] = (ours("resnet", head), 16)
-        found[f"{head} on vit"] = (ours("vit", head), 16)  # keys renamed on save
+        if head != "ms_cma":
+            found[f"{head} on vit"] = (ours("vit", head), 16)  # keys renamed on save
     return found
 
 
@@ -449,6 +525,28 @@ def test_load_model_puts_a_head_on_and_goes_on_with_a_saved_one(tmp_path):
         ours(folder)
 
 
+def test_a_saved_ms_cma_needs_no_labels_but_for_other_classes(tmp_path):
+    labels = {k: some_labels(k) for k in (3, 5)}
+    options = {"head": "ms_cma", "head_args": {"embed_dim": 8}}
+    model, processor = load_model(
+        "test_resnet", CLASSES, pretrained=False, image_size=64, train_labels=labels[3], **options
+    )
+    folder = str(tmp_path / "m")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert model.head.label_embeddings.any()
+    for given in ({}, {"head": "ms_cma"}, {"train_labels": labels[3].flip(1)}):
+        again, _ = load_model(folder, CLASSES, **given)
+        assert torch.equal(again.head.label_embeddings, model.head.label_embeddings)
+        assert torch.equal(logits(again, 64), logits(model, 64))
+    other, _ = load_model(folder, NAMES, train_labels=labels[5])
+    assert other.head.label_embeddings.shape == (5, 8)
+    assert embedding_loss(other.head.label_embeddings.double(), label_graph(labels[5])) < 1e-3
+    assert torch.isfinite(logits(other, 64)).all()
+    with pytest.raises(ValueError, match=r"train_labels is None; for a new head ms_cma it must be \(N, 5\)"):
+        load_model(folder, NAMES)
+
+
 def test_load_model_without_a_head_or_with_a_linear_one_is_the_plain_model():
     for head in (None, "linear"):
         model, _ = load_model("test_resnet", CLASSES, pretrained=False, image_size=32, head=head)
@@ -468,7 +566,7 @@ def test_a_backbone_of_weights_of_another_size_is_resized(tmp_path):
 
 
 def test_bad_arguments_are_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="head is 'conv'; it must be one of linear, mlp, ml_decoder, q2l"):
+    with pytest.raises(ValueError, match="head is 'conv'; it must be one of linear, mlp, ml_decoder, q2l, ms_cma"):
         load_model("test_resnet", CLASSES, pretrained=False, head="conv")
     with pytest.raises(ValueError, match=r"head ml_decoder cannot be built with {'width': 3}: .*'width'"):
         load_model("test_resnet", CLASSES, pretrained=False, head="ml_decoder", head_args={"width": 3})
@@ -507,7 +605,8 @@ def test_training_then_the_saved_model_is_the_trained_one(head, tmp_path):
 
 @pytest.mark.parametrize(
     "model_class", [SwinForImageClassification, DeiTForImageClassification, Dinov2ForImageClassification,
-                    BeitForImageClassification, "vit", "linear", "ml_decoder", "q2l", "ml_decoder on resnet"], ids=str
+                    BeitForImageClassification, "vit", "linear", "ml_decoder", "q2l", "ml_decoder on resnet",
+                    "ms_cma on resnet"], ids=str
 )  # fmt: skip
 def test_checkpoints_load_back_where_keys_are_renamed(model_class, tmp_path):
     def make(seed: int):

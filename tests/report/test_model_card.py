@@ -551,7 +551,8 @@ def test_the_card_of_co_teaching_is_that_of_the_saved_network(scored, dataset, t
 
 
 def with_head(head, **changes):
-    model = load_model("test_resnet", NAMES, image_size=16, pretrained=False, head=head)[0]
+    labels = torch.eye(len(NAMES)) if head == "ms_cma" else None
+    model = load_model("test_resnet", NAMES, image_size=32, pretrained=False, head=head, train_labels=labels)[0]
     model.config.backbone_config.name_or_path = "someone/backbone"
     for name, value in changes.items():
         setattr(model, name, value)
@@ -570,7 +571,9 @@ def test_a_model_that_brings_its_code_is_loaded_with_trust_remote_code(tmp_path)
         compile(code, "card", "exec")
 
 
-@pytest.mark.parametrize(("head", "author"), [("ml_decoder", "Ridnik, Tal"), ("q2l", "Liu, Shilong")])
+@pytest.mark.parametrize(
+    ("head", "author"), [("ml_decoder", "Ridnik, Tal"), ("q2l", "Liu, Shilong"), ("ms_cma", "You, Renchun")]
+)
 def test_a_decoder_head_is_cited_and_its_backbone_named(head, author, dataset, tmp_path):
     trainer = BalanceMixTrainer(model=with_head(head), args=arguments(tmp_path / "out"), train_dataset=dataset)
     path = write_model_card(trainer, tmp_path / "card")
@@ -578,7 +581,7 @@ def test_a_decoder_head_is_cited_and_its_backbone_named(head, author, dataset, t
     assert "| Started from | someone&#47;backbone |" in text
     assert metadata_load(path)["base_model"] == "someone/backbone"
     assert "\nThe method:\n" in text
-    authors = {"Ridnik, Tal", "Liu, Shilong"}
+    authors = {"Ridnik, Tal", "Liu, Shilong", "You, Renchun"}
     assert [name for name in authors if name in text] == [author]
     trainer.model.config.name_or_path = "someone/finetuned"
     assert metadata_load(write_model_card(trainer, tmp_path / "card"))["base_model"] == "someone/finetuned"

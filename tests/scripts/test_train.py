@@ -7,11 +7,14 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from conftest import arguments, make_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_balancemix import MultiLabelTrainer
-from hf_balancemix.data import NoiseMap
+from hf_balancemix.data import NoiseMap, label_matrix
+from hf_balancemix.models import load_trained
+from hf_balancemix.models.label_graph import embedding_loss, label_graph
 from hf_balancemix.report import results_table
 from hf_balancemix.scripts.arguments import ModelArguments, NoiseArguments, parse_script
 from hf_balancemix.scripts.data import DataArguments
@@ -71,6 +74,33 @@ def test_limits_take_a_seeded_part(tmp_path):
     assert first["image_id"] == again["image_id"] != other["image_id"]
     whole, whole_too, skipped = usable(data, data, DataArguments(max_train_samples=1000), 0)
     assert (len(whole), len(whole_too), skipped) == (24, 24, (0, 0))
+
+
+def test_the_head_ms_cma_is_made_of_the_labels_that_are_trained_on(tmp_path):
+    head = ["--head", "ms_cma", "--head_args", '{"embed_dim": 8}', "--image_size", "64"]
+    noise = NoiseArguments(noise="mislabel", noise_rate=0.5)
+    main(flags(tmp_path, *head, "--method", "bce", "co-teaching", "--noise", "mislabel", "--noise_rate", "0.5"))
+    clean = make_dataset(tmp_path / "t", 24)
+    noisy, clean = (label_graph(label_matrix(data)) for data in (add_noise(clean, noise), clean))
+    seen = []
+    for method in ("bce", "co-teaching"):
+        embeddings = load_trained(str(tmp_path / "out" / method))[0].head.label_embeddings.double()
+        seen.append(embeddings)
+        assert embedding_loss(embeddings, noisy) < 1e-3
+        assert embedding_loss(embeddings, clean) > 0.02
+    assert torch.equal(*seen)  # by the run's seed
+    # What was saved goes on, here with other labels, which it does not need.
+    main(flags(tmp_path, "--model_name_or_path", str(tmp_path / "out" / "bce"), "--image_size", "64",
+               "--output_dir", str(tmp_path / "more"), "--from_scratch", "false"))  # fmt: skip
+    again = load_trained(str(tmp_path / "more" / "balancemix"))[0]
+    assert torch.equal(again.head.label_embeddings.double(), seen[0])
+
+
+def test_a_backbone_without_stages_is_refused_for_ms_cma_before_the_training(tmp_path):
+    argv = flags(tmp_path, "--head", "ms_cma", "--model_name_or_path", "test_vit", "--method", "bce")
+    with pytest.raises(ValueError, match=r"test_vit has maps of one size only; the head ms_cma needs .*; name a back"):
+        main(argv)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_methods_and_bad_json_are_refused():
