@@ -46,7 +46,7 @@ from hf_balancemix.data import (
     make_scenes,
 )
 from hf_balancemix.files import process_lock, whole_file
-from hf_balancemix.frozen.backbone import FrozenBackbone
+from hf_balancemix.frozen.backbone import FrozenBackbone, FrozenStages
 from hf_balancemix.methods.registry import trainer_for
 from hf_balancemix.metrics import class_groups, mean_average_precision
 from hf_balancemix.scripts.arguments import SCHEDULES, ModelArguments, NoiseArguments
@@ -141,6 +141,8 @@ class Setup:
     image_size: int | None = 448
     frozen_backbone: bool = False
     """Train a small head on cached features."""
+    frozen_stages: int | None = None
+    """Train all but the first so many stages on cached activations."""
     num_views: int = 6
     hidden_size: int = 256
     preset: str = "default"
@@ -152,6 +154,11 @@ class Setup:
     """mAP counts the classes with so many positive labels in the training and in the evaluation set."""
     eval_classes: tuple[str, ...] | None = None
     """Instead: their names."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether cached features or activations take the place of images."""
+        return self.frozen_backbone or self.frozen_stages is not None
 
     @property
     def grid_settings(self) -> dict[str, Any]:
@@ -169,7 +176,7 @@ class Setup:
 
 
 class GridData:
-    """What a grid's cells share: the data sets and, for a frozen backbone, the features.
+    """What a grid's cells share: the data sets and, for a frozen backbone or stages, the features.
 
     Args:
         setup: The grid's.
@@ -187,7 +194,7 @@ class GridData:
         if data_dir is None and setup.dataset != "sample":
             raise ValueError(f"--data_dir is not given; {setup.dataset} needs a folder with {source.needs}.")
         self.train, self.evaluation = source.load(data_dir)
-        self._frozen: FrozenBackbone | None = None
+        self._frozen: FrozenBackbone | FrozenStages | None = None
 
     def class_counts(self) -> np.ndarray:
         """`(K,)` positive labels of each class in the training set, without noise."""
@@ -209,21 +216,19 @@ class GridData:
 
     def model(self, cell: Cell, args: BalanceMixTrainingArguments) -> dict[str, Any]:
         """The trainer's arguments `model`, `processing_class` and `views`, drawn with the cell's seed."""
-        if not self.setup.frozen_backbone:
+        if not self.setup.is_frozen:
             set_seed(cell.seed)
             model, processor = self._load_model(**dict(cell.model))
             return {"model": model, "processing_class": processor}
         if self._frozen is None:
             set_seed(0)  # the same backbone in every process, even one from scratch
-            self._frozen = FrozenBackbone(
-                *self._load_model(),
-                self.train,
-                self.evaluation,
-                args,
-                self.cache_dir,
-                num_views=self.setup.num_views,
-                hidden_size=self.setup.hidden_size,
-            )
+            data, s = (self.train, self.evaluation, args, self.cache_dir), self.setup
+            if s.frozen_stages is not None:
+                sizes = {"num_views": s.num_views, "num_stages": s.frozen_stages}
+                self._frozen = FrozenStages(self._load_model, *data, **sizes)
+            else:
+                sizes = {"num_views": s.num_views, "hidden_size": s.hidden_size}
+                self._frozen = FrozenBackbone(*self._load_model(), *data, **sizes)
             self.train, self.evaluation = self._frozen.train, self._frozen.evaluation
         return self._frozen.draw(args)
 
@@ -258,8 +263,10 @@ def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> Ba
         "per_device_eval_batch_size": 64,
         "dataloader_pin_memory": torch.cuda.is_available(),  # else a warning with every loader
     }
-    if setup.frozen_backbone:  # done in seconds: a killed cell begins again
-        values |= {"save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 512}
+    if setup.is_frozen:  # done in seconds or minutes: a killed cell begins again
+        values |= {"save_strategy": "no", "disable_tqdm": True}
+    if setup.frozen_backbone:
+        values["per_device_eval_batch_size"] = 512
     usual = SOURCES[setup.dataset].settings
     values |= usual
     chosen = dict(setup.settings) | dict(cell.settings)
