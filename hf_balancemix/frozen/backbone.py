@@ -131,8 +131,8 @@ class FrozenStages(_Frozen):
         num_stages: N, the stages that are frozen; what lies before them is, too.
 
     Raises:
-        ValueError: The model cannot be cut there (see :func:`~hf_balancemix.frozen.stages.cut_behind`), an image cannot
-            be decoded, or the disk has no room.
+        ValueError: The model cannot be cut there (see :func:`~hf_balancemix.frozen.stages.cut_behind`), an image
+            cannot be decoded, or the disk has no room.
     """
 
     def __init__(

@@ -96,7 +96,8 @@ def cut_behind(model: PreTrainedModel, num_stages: int, image_size: int) -> Cut:
     Raises:
         ValueError: The model has no stages or fewer than N, or its parts do not give what the whole does.
     """
-    kind = getattr(getattr(model.config, "backbone_config", model.config), "architecture", None) or type(model).__name__
+    config = getattr(model.config, "backbone_config", model.config)
+    kind = getattr(config, "architecture", None) or type(model).__name__  # timm's name
     works = "timm's EfficientNets, ResNets, ConvNeXts and ViTs, and transformers' ResNet, ConvNeXT and ViT, do"
     stages = stages_of(model)
     if not stages:
@@ -108,8 +109,8 @@ def cut_behind(model: PreTrainedModel, num_stages: int, image_size: int) -> Cut:
     try:
         return _checked_cut(model, stages[num_stages - 1], image_size)
     except Exception as error:  # a model that is given what it was not made for raises what it likes
-        reason = textwrap.shorten(str(error), 200)
-        raise ValueError(f"{kind} cannot be cut behind its stage {num_stages} ({reason}); {works}; use one.") from error
+        where = f"behind its stage {num_stages} ({textwrap.shorten(str(error), 200)})"
+        raise ValueError(f"{kind} cannot be cut {where}; {works}; use one.") from error
 
 
 def _checked_cut(model: PreTrainedModel, stage: str, image_size: int) -> Cut:
@@ -165,7 +166,7 @@ def activations_of(model: PreTrainedModel, stage: str) -> Callable[[Tensor], Ten
     return activations
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818, it is no error
     pass
 
 

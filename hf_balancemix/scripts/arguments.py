@@ -67,8 +67,9 @@ class NetworkArguments:
     )
     frozen_backbone: bool = flag(False, "Train a head on cached features: seconds a run, on any machine.")
     frozen_stages: int | None = flag(
-        None, "Freeze the first so many stages (blocks) and train the others with the head on cached activations of the "
-        "last of these: a network that learns, in minutes a run."
+        None,
+        "Freeze the first so many stages (blocks), and train the others and the head on cached activations of the "
+        "last of these: minutes a run.",
     )
     num_views: int = flag(6, "With a frozen backbone or frozen stages: cached RandAugment views of a training image.")
     hidden_size: int = flag(256, "With a frozen backbone: hidden units of the head; 0: a linear one.")
@@ -88,13 +89,13 @@ class NetworkArguments:
             raise ValueError(f"frozen_stages is {self.frozen_stages}; it must be 1 or more; leave it out for none.")
         if self.frozen_backbone:
             raise ValueError(
-                f"frozen_stages is {self.frozen_stages} and frozen_backbone is on, which freezes all stages; one of them "
-                "must be left out."
+                f"frozen_stages is {self.frozen_stages} and frozen_backbone is on, which freezes all stages; one of "
+                "them must be left out."
             )
         if self.hidden_size != 256:
             raise ValueError(
-                f"hidden_size is {self.hidden_size}; it must be left out with frozen_stages, as it is of the head that "
-                "frozen_backbone brings; choose one with head and head_args."
+                f"hidden_size is {self.hidden_size}; it must be left out with frozen_stages, as it is of the head "
+                "that frozen_backbone brings; choose one with head and head_args."
             )
 
     @property
