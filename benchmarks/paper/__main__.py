@@ -6,9 +6,9 @@ r"""Fill the paper's tables (1 to 15) and figures (3, 4, 6, 7) with numbers of y
 
 A table is a grid of training runs, its cells. Finished cells are never run again, and one that was stopped goes on
 from its last checkpoint: run the same command as often as needed. With --frozen_backbone a small head is trained on
-cached features of the backbone, which takes seconds to minutes a cell; with --frozen_stages N all but its first N
-stages are, on cached activations, which takes minutes. --render_only needs no data and no weights: it
-shows the finished cells of --jobs_dir.
+cached features of the backbone, which takes seconds to minutes a cell; with --frozen_stages N all but the first N
+stages, on cached activations, which takes minutes. --render_only needs no data and no weights: it shows the finished
+cells of --jobs_dir.
 """
 
 from __future__ import annotations
