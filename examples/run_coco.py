@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
 
-    # With --frozen_backbone, features that are computed once take the place of the images; otherwise None.
+    # With --frozen_backbone or --frozen_stages, features that are computed once replace the images; otherwise None.
     frozen = freeze_backbone(model_args, train, val, args)
     if frozen is not None:
         train, val = frozen.train, frozen.evaluation

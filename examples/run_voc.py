@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         train = add_noise(train, noise)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
-    frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_backbone
+    frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_...
     if frozen is not None:
         train, val = frozen.train, frozen.evaluation
 

@@ -6,8 +6,9 @@ r"""Fill the paper's tables (1 to 15) and figures (3, 4, 6, 7) with numbers of y
 
 A table is a grid of training runs, its cells. Finished cells are never run again, and one that was stopped goes on
 from its last checkpoint: run the same command as often as needed. With --frozen_backbone a small head is trained on
-cached features of the backbone, which takes seconds to minutes a cell. --render_only needs no data and no weights: it
-shows the finished cells of --jobs_dir.
+cached features of the backbone, which takes seconds to minutes a cell; with --frozen_stages N all but the first N
+stages, on cached activations, which takes minutes. --render_only needs no data and no weights: it shows the finished
+cells of --jobs_dir.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def setup_of(asked: GridArguments) -> Setup:
         model_kwargs=asked.model_kwargs or {},
         image_size=asked.image_size,
         frozen_backbone=asked.frozen_backbone,
+        frozen_stages=asked.frozen_stages,
         num_views=asked.num_views,
         hidden_size=asked.hidden_size,
         preset=asked.preset,
@@ -142,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"noise {', '.join(unknown)} is none of these tables'; choose from {', '.join(known)}.")
         cells = [cell for cell in cells if cell.noise_name in asked.noises]
     cells.sort(key=lambda cell: cell.seed)  # a first run of everything before the second of anything
-    if asked.frozen_backbone and any(cell.model for cell in cells):
-        raise ValueError("Table 6 compares whole networks; leave out --frozen_backbone.")
+    if setup.is_frozen and any(cell.model for cell in cells):
+        raise ValueError("Table 6 compares whole networks; leave out --frozen_backbone or --frozen_stages.")
 
     counts, failed = None, False
     if not asked.render_only:
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         counts = data.class_counts().tolist()
         data.eval_classes()
         grid.check_setup(setup)
-        if setup.frozen_backbone:
+        if setup.is_frozen:
             run_one = in_this_process(setup, data)
         else:
             run_one = launched(setup, data_dir, cache_dir, asked.accelerate_config)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.core.sampling import class_confidences
 from hf_balancemix.data import (
     class_names,
+    from_csv,
     given_labels,
     label_matrix,
     load_coco,
@@ -46,7 +48,7 @@ from hf_balancemix.data import (
     make_scenes,
 )
 from hf_balancemix.files import process_lock, whole_file
-from hf_balancemix.frozen.backbone import FrozenBackbone
+from hf_balancemix.frozen.backbone import FrozenBackbone, FrozenStages
 from hf_balancemix.methods.registry import trainer_for
 from hf_balancemix.metrics import class_groups, mean_average_precision
 from hf_balancemix.scripts.arguments import SCHEDULES, ModelArguments, NoiseArguments
@@ -96,6 +98,10 @@ def _deepfashion(root: str | None) -> TrainAndEvaluation:
     return load_deepfashion(root, split="train+val"), load_deepfashion(root, split="test")
 
 
+def _csv(root: str | None) -> TrainAndEvaluation:
+    return from_csv(Path(root or "", "train.csv")), from_csv(Path(root or "", "val.csv"))
+
+
 def _sample(root: str | None) -> TrainAndEvaluation:
     folder = root or make_scenes()
     return load_coco(folder, split="train"), load_coco(folder, split="val")
@@ -117,6 +123,7 @@ SOURCES: dict[str, Source] = {
         _deepfashion,
         SCHEDULES["deepfashion"],
     ),
+    "csv": Source("train.csv and val.csv, each with file_name and one 0/1 column a class", _csv, SCHEDULES["voc"]),
     "sample": Source(
         "nothing: it is drawn",
         _sample,
@@ -141,6 +148,8 @@ class Setup:
     image_size: int | None = 448
     frozen_backbone: bool = False
     """Train a small head on cached features."""
+    frozen_stages: int | None = None
+    """Train all but the first so many stages on cached activations."""
     num_views: int = 6
     hidden_size: int = 256
     preset: str = "default"
@@ -152,6 +161,11 @@ class Setup:
     """mAP counts the classes with so many positive labels in the training and in the evaluation set."""
     eval_classes: tuple[str, ...] | None = None
     """Instead: their names."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether cached features or activations take the place of images."""
+        return self.frozen_backbone or self.frozen_stages is not None
 
     @property
     def grid_settings(self) -> dict[str, Any]:
@@ -169,7 +183,7 @@ class Setup:
 
 
 class GridData:
-    """What a grid's cells share: the data sets and, for a frozen backbone, the features.
+    """What a grid's cells share: the data sets and, for a frozen backbone or stages, the features.
 
     Args:
         setup: The grid's.
@@ -187,7 +201,7 @@ class GridData:
         if data_dir is None and setup.dataset != "sample":
             raise ValueError(f"--data_dir is not given; {setup.dataset} needs a folder with {source.needs}.")
         self.train, self.evaluation = source.load(data_dir)
-        self._frozen: FrozenBackbone | None = None
+        self._frozen: FrozenBackbone | FrozenStages | None = None
 
     def class_counts(self) -> np.ndarray:
         """`(K,)` positive labels of each class in the training set, without noise."""
@@ -208,18 +222,15 @@ class GridData:
         return np.minimum(*positives) >= max(self.setup.min_positives, 1)
 
     def freeze(self, args: BalanceMixTrainingArguments) -> None:
-        """Compute a frozen backbone's features, once; both data sets then have a column that says where they are."""
-        if self.setup.frozen_backbone and self._frozen is None:
+        """Compute what a frozen backbone gives, once; both data sets then have a column that says where it is."""
+        s = self.setup
+        if s.is_frozen and self._frozen is None:
             set_seed(0)  # the same backbone in every process, even one from scratch
-            self._frozen = FrozenBackbone(
-                *self._load_model(self.train),
-                self.train,
-                self.evaluation,
-                args,
-                self.cache_dir,
-                num_views=self.setup.num_views,
-                hidden_size=self.setup.hidden_size,
-            )
+            data, load = (self.train, self.evaluation, args, self.cache_dir), partial(self._load_model, self.train)
+            if s.frozen_stages is not None:
+                self._frozen = FrozenStages(load, *data, num_views=s.num_views, num_stages=s.frozen_stages)
+            else:
+                self._frozen = FrozenBackbone(*load(), *data, num_views=s.num_views, hidden_size=s.hidden_size)
             self.train, self.evaluation = self._frozen.train, self._frozen.evaluation
 
     def model(self, cell: Cell, args: BalanceMixTrainingArguments, train: datasets.Dataset) -> dict[str, Any]:
@@ -262,14 +273,18 @@ def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> Ba
         "per_device_eval_batch_size": 64,
         "dataloader_pin_memory": torch.cuda.is_available(),  # else a warning with every loader
     }
-    if setup.frozen_backbone:  # done in seconds: a killed cell begins again
-        values |= {"save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 512}
+    if setup.is_frozen:  # done in seconds or minutes: a killed cell begins again
+        values |= {"save_strategy": "no", "disable_tqdm": True}
+    if setup.frozen_backbone:
+        values["per_device_eval_batch_size"] = 512
     usual = SOURCES[setup.dataset].settings
     values |= usual
     chosen = dict(setup.settings) | dict(cell.settings)
     if chosen.get("num_train_epochs", usual.get("num_train_epochs")) != usual.get("num_train_epochs"):
         values.pop("label_warmup_epochs", None)  # that of other epochs
     values |= settings_by_noise(cell.noise, chosen.get("preset", setup.preset))
+    if setup.from_scratch:
+        values["judge"] = "network"  # weights that were drawn make no features to judge by
     values |= chosen
     return BalanceMixTrainingArguments(**values)
 

@@ -164,7 +164,8 @@ def run_cells(
 
 
 def in_this_process(setup: Setup, data: GridData) -> RunCell:
-    """Cells of a frozen backbone are done in seconds, most of which a process of their own would take to start."""
+    """Cells on cached features are done in seconds or minutes, many of which a process of their own would take to
+    start and to find the cache."""
 
     def run(cell: Cell, folder: Path, out: Path) -> None:
         run_cell(cell, setup, data, folder, out)
@@ -273,6 +274,8 @@ def render(
 def _conditions(setup: Setup, results: Sequence[dict[str, Any]]) -> str:
     """What a reader must know of our numbers."""
     network = f"{setup.model_name_or_path}, {setup.image_size} pixels"
+    if setup.frozen_stages is not None:
+        network += f", the first {setup.frozen_stages} stages frozen: {setup.num_views} cached views"
     if setup.frozen_backbone:
         network += f", frozen: {setup.num_views} cached views, a head of {setup.hidden_size} hidden units"
     elif setup.head != "linear":

@@ -1,7 +1,7 @@
-"""Features of a frozen backbone, computed once and kept on disk, in place of images.
+"""Features of a frozen backbone, or of its first stages, computed once and kept on disk, in place of images.
 
-The backbone runs once over every training instance, as it is and in V RandAugment views, and over the evaluation set;
-all runs then read the features. So a run sees V augmentations of an instance instead of ever new ones.
+What is frozen runs once over every training instance, as it is and in V RandAugment views, and over the evaluation
+set; all runs then read the features. So a run sees V augmentations of an instance instead of ever new ones.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -34,17 +35,22 @@ _FEATURES, _DESCRIPTION = "features.npy", "cache.json"
 
 
 class CachedViews:
-    """In place of a :class:`ViewMaker`: views are rows of a feature matrix, picked by the same kind of keys.
+    """In place of a :class:`ViewMaker`: views are rows of features, picked by the same kind of keys.
 
     Args:
-        features: `(M, D)` float32. The rows of a training instance stand together: un-augmented first, then its views.
+        features: `(M, ...)` float32 or float16. The rows of a training instance stand together: un-augmented first,
+            then its views.
         num_views: V, views of a training instance.
         seed: Seed of the picks; a run's own, as for a :class:`ViewMaker`.
         image_size: Side of the squashed images that the features were computed from, in pixels.
+        frozen: What of the network computed them and is not trained, for model cards; None: the whole backbone.
     """
 
-    def __init__(self, features: Tensor, num_views: int, seed: int, image_size: int) -> None:
+    def __init__(
+        self, features: Tensor, num_views: int, seed: int, image_size: int, frozen: str | None = None
+    ) -> None:
         self.features, self.num_views, self.seed, self.image_size = features, num_views, seed, image_size
+        self.frozen = frozen
 
     def images(self, dataset: datasets.Dataset) -> _Rows:
         """Where each instance's rows begin; a ValueError where the data set has no column that says so."""
@@ -56,12 +62,12 @@ class CachedViews:
         return _Rows(dataset.select_columns([ROW_COLUMN]).with_format("numpy")[:][ROW_COLUMN])
 
     def plain(self, row: int) -> Tensor:
-        """Features of the un-augmented instance, `(D,)` float32."""
-        return self.features[row]
+        """Features of the un-augmented instance, `(...)` float32."""
+        return self.features[row].float()
 
     def augmented(self, row: int, *key: int | str, num_views: int) -> list[Tensor]:
-        """Features of views, each `(D,)` float32, by :meth:`pick`."""
-        return [self.features[row + 1 + view] for view in self.pick(*key, num_views=num_views)]
+        """Features of views, each `(...)` float32, by :meth:`pick`."""
+        return [self.features[row + 1 + view].float() for view in self.pick(*key, num_views=num_views)]
 
     def pick(self, *key: int | str, num_views: int) -> list[int]:
         """Which of the V views, each in [0, V): a pure function of the seed and `key`, none twice in the first V."""
@@ -111,7 +117,8 @@ def cache_features(
 
     Args:
         folder: Where caches are kept.
-        backbone: From normalised images `(B, 3, S, S)` float32 on `device` to features `(B, D)`. In evaluation mode.
+        backbone: From normalised images `(B, 3, S, S)` float32 on `device` to features `(B, ...)`, which are kept in
+            half precision if they are float16, else as float32. In evaluation mode.
         backbone_digest: Changes whenever the backbone does.
         train, evaluation: With `image`.
         views: Image size and augmentation; its seed is that of the V views.
@@ -122,12 +129,13 @@ def cache_features(
         device: Where the backbone is.
 
     Returns:
-        `(features, train, evaluation)`: `(M, D)` float32, mapped from the file, M = N (1 + V) + N_eval; the data sets
-        have a new column that says where an instance's features begin. It goes with the instance through `select`,
-        `shuffle` and `map`.
+        `(features, train, evaluation)`: `(M, ...)` float32 or float16, mapped from the file, M = N (1 + V) + N_eval;
+        the data sets have a new column that says where an instance's features begin. It goes with the instance through
+        `select`, `shuffle` and `map`.
 
     Raises:
-        ValueError: `num_views` is less than 1, the view maker has a transform, or an image cannot be decoded.
+        ValueError: `num_views` is less than 1, the view maker has a transform, an image cannot be decoded, or the disk
+            has no room for the features.
         FileNotFoundError: An image is gone.
     """
     if num_views < 1:
@@ -194,14 +202,15 @@ def _write(cache: Path, batches: Iterator[Tensor], num_rows: int, facts: dict[st
     """The folder under its final name, only once its files are whole and the features on the disk."""
     partial = cache.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+    first = next(batches)
+    kept = torch.float16 if first.dtype == torch.float16 else torch.float32
+    shape, dtype = (num_rows, *first.shape[1:]), torch.empty(0, dtype=kept).numpy().dtype
+    _check_room(cache, shape, dtype)
     partial.mkdir()
-    matrix, filled = None, 0
+    matrix, filled = np.lib.format.open_memmap(partial / _FEATURES, mode="w+", dtype=dtype, shape=shape), 0
     with tqdm(total=num_rows, desc="Features of the frozen backbone", unit="view", dynamic_ncols=True) as bar:
-        for batch in batches:
-            if matrix is None:
-                shape = (num_rows, batch.shape[1])
-                matrix = np.lib.format.open_memmap(partial / _FEATURES, mode="w+", dtype=np.float32, shape=shape)
-            matrix[filled : filled + len(batch)] = batch.float().cpu().numpy()
+        for batch in chain([first], batches):
+            matrix[filled : filled + len(batch)] = batch.to(kept).cpu().numpy()
             filled += len(batch)
             bar.update(len(batch))
     matrix.flush()
@@ -211,6 +220,20 @@ def _write(cache: Path, batches: Iterator[Tensor], num_rows: int, facts: dict[st
     shutil.rmtree(cache, ignore_errors=True)
     os.replace(partial, cache)
     logger.info("Cached the features of %d views in %s.", filled, cache)
+
+
+def _check_room(cache: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Say what the disk is to hold; a ValueError where it has no room. (A mapped file that finds none ends the process
+    without a word.)"""
+    row = math.prod(shape[1:]) * dtype.itemsize
+    size, free = shape[0] * row / 1e6, shutil.disk_usage(cache.parent).free / 1e6
+    what = f"{shape[0]:,} views of {row:,} bytes are {size:,.1f} MB"
+    logger.info("Features of the frozen backbone: %s in %s.", what, cache.parent)
+    if size > free:
+        raise ValueError(
+            f"{what}, and {cache.parent} has {free:,.1f} MB left; it must have room for the features of the frozen "
+            "backbone; choose another folder (--cache_dir), or fewer num_views or pixels."
+        )
 
 
 def _is_whole(cache: Path, num_rows: int) -> bool:

@@ -161,8 +161,13 @@ def with_head(model: nn.Module, trained: FeatureClassifier) -> nn.Module:
 
 
 def backbone_digest(model: nn.Module) -> str:
-    """A digest of a classifier's config (label names apart) and of all weights but those of its last linear layer."""
+    """As :func:`digest_of`, of all weights but those of a classifier's last linear layer."""
     head = {id(p) for p in _classifier(model).parameters()}
+    return digest_of(model, lambda name, tensor: id(tensor) not in head)
+
+
+def digest_of(model: nn.Module, counts: Callable[[str, Tensor], bool]) -> str:
+    """A digest of a classifier's config (label names apart) and of the parameters and buffers that count."""
     config = getattr(model.config, "backbone_config", model.config)
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(model).__name__} {getattr(config, 'architecture', '')}".encode())
@@ -173,7 +178,7 @@ def backbone_digest(model: nn.Module) -> str:
     if settings:
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in head:
+        if counts(name, tensor):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -200,6 +200,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "image_size": trainer.views.image_size,
         "cached_views": getattr(trainer.views, "num_views", None),  # of a frozen backbone
+        "frozen_stages": getattr(trainer.views, "frozen", None),
         "class_names": names,
         "thresholds": thresholds if thresholds and len(thresholds) == len(names) else None,
         "train": _describe(trainer.train_dataset, args.dataset_title, trainer.train_labels, trainer.clean_labels),

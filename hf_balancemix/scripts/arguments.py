@@ -51,7 +51,7 @@ def single_positive_settings(preset: str) -> dict[str, Any]:
 
 @dataclass
 class NetworkArguments:
-    """Which network, its weights, and whether its backbone is frozen."""
+    """Which network, its weights, and what of it is frozen."""
 
     help_group = "model"
 
@@ -66,16 +66,37 @@ class NetworkArguments:
         None, "JSON with arguments of timm.create_model, for a timm architecture."
     )
     frozen_backbone: bool = flag(False, "Train a head on cached features: seconds a run, on any machine.")
-    num_views: int = flag(6, "With a frozen backbone: cached RandAugment views of a training image.")
+    frozen_stages: int | None = flag(
+        None,
+        "Freeze the first so many stages (blocks), and train the others and the head on cached activations of the "
+        "last of these: minutes a run.",
+    )
+    num_views: int = flag(6, "With a frozen backbone or frozen stages: cached RandAugment views of a training image.")
     hidden_size: int = flag(256, "With a frozen backbone: hidden units of the head; 0: a linear one.")
     cache_dir: str | None = flag(None, "Where features are kept. Default: ~/.cache/hf_balancemix/features.")
 
     def __post_init__(self) -> None:
         self.model_kwargs = json_mapping("model_kwargs", self.model_kwargs)
+        if self.frozen_stages is not None:
+            self._check_frozen_stages()
         if self.num_views < 1:
             raise ValueError(f"num_views is {self.num_views}; it must be 1 or more.")
         if self.hidden_size < 0:
             raise ValueError(f"hidden_size is {self.hidden_size}; it must be 0 (a linear head) or more.")
+
+    def _check_frozen_stages(self) -> None:
+        if self.frozen_stages < 1:
+            raise ValueError(f"frozen_stages is {self.frozen_stages}; it must be 1 or more; leave it out for none.")
+        if self.frozen_backbone:
+            raise ValueError(
+                f"frozen_stages is {self.frozen_stages} and frozen_backbone is on, which freezes all stages; one of "
+                "them must be left out."
+            )
+        if self.hidden_size != 256:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must be left out with frozen_stages, as it is of the head "
+                "that frozen_backbone brings; choose one with head and head_args."
+            )
 
     @property
     def features_folder(self) -> Path:

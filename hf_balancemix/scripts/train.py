@@ -5,6 +5,7 @@ r"""Train, evaluate and save a multi-label image model, with one method or with 
     balancemix train --dataset_name user/set --label_column tags
     balancemix train --data_dir coco --year 2017 --image_size 448 --head ml_decoder --preset paper --bf16
     balancemix train --data_format voc --data_dir voc --frozen_backbone --method bce mixup balancemix
+    balancemix train --data_format voc --data_dir voc --frozen_stages 3 --method bce mixup balancemix
 
 --config FILE takes all flags from YAML or JSON. Flags of `accelerate launch`, such as --num_processes 4 or
 --config_file FILE, start several processes.
@@ -18,6 +19,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from hf_balancemix.data import (
     load_noise_map,
 )
 from hf_balancemix.data.split import warn_of_copies
-from hf_balancemix.frozen.backbone import FrozenBackbone
+from hf_balancemix.frozen.backbone import FrozenBackbone, FrozenStages
 from hf_balancemix.methods.registry import METHODS, check_loss_arguments, trainer_for
 from hf_balancemix.models import load_model
 from hf_balancemix.report import results_table
@@ -153,20 +155,23 @@ def draw_model(
 
 def freeze_backbone(
     flags: ModelArguments, train: datasets.Dataset, evaluation: datasets.Dataset, args: BalanceMixTrainingArguments
-) -> FrozenBackbone | None:
-    """The backbone with the features of both data sets, as `--frozen_backbone` asks for it; None without.
+) -> FrozenBackbone | FrozenStages | None:
+    """What `--frozen_backbone` or `--frozen_stages` freezes, with its features of both data sets; None without.
 
     Raises:
-        ValueError: The model has no pooled features, or could not be saved with a trained head.
+        ValueError: The model has no pooled features, or could not be saved with a trained head; or it has no such
+            stages.
     """
-    if not flags.frozen_backbone:
+    if not flags.frozen_backbone and flags.frozen_stages is None:
         return None
     if flags.from_scratch:
         logger.warning("--from_scratch draws the frozen backbone's weights too: its features mean little.")
     set_seed(args.seed)
-    model, processor = load_model_from(flags, train, args.image_size)
-    sizes = {"num_views": flags.num_views, "hidden_size": flags.hidden_size}
-    frozen = FrozenBackbone(model, processor, train, evaluation, args, flags.features_folder, **sizes)
+    data, folder = (train, evaluation, args), flags.features_folder
+    load = partial(load_model_from, flags, train, args.image_size)
+    if flags.frozen_stages is not None:
+        return FrozenStages(load, *data, folder, num_views=flags.num_views, num_stages=flags.frozen_stages)
+    frozen = FrozenBackbone(*load(), *data, folder, num_views=flags.num_views, hidden_size=flags.hidden_size)
     frozen.image_model(frozen.draw(args)["model"])  # what cannot be saved is to be refused before the training
     return frozen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -177,6 +178,42 @@ def test_what_was_cut_off_is_not_used(tmp_path, parts, caplog):
         assert backbone.calls > 0
         assert "damaged" in caplog.text
         assert torch.equal(features, whole)
+
+
+def test_maps_in_half_precision_are_kept_as_they_are_and_read_as_float32(tmp_path, parts, caplog):
+    def backbone(images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, ::4, ::8].half()
+
+    with caplog.at_level("INFO"):
+        features, train, _ = cache(tmp_path, *parts, backbone)
+    assert (features.dtype, features.shape) == (torch.float16, (13 * 4 + 7, 3, 4, 2))
+    assert f"59 views of 48 bytes are 0.0 MB in {tmp_path}." in caplog.text
+    views, maker = CachedViews(features, 3, seed=0, image_size=16), ViewMaker(16, 0)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    for i, row in enumerate(train[ROW_COLUMN]):
+        path = train[i]["image"].filename
+        expected = [maker.plain(path), *maker.augmented(path, "cached", i, num_views=3)]
+        expected = [((view / 255 - mean) / std)[:, ::4, ::8] for view in expected]
+        picked = views.pick("key", i, num_views=2)
+        drawn = views.augmented(row, "key", i, num_views=2)
+        assert all(view.dtype == torch.float32 for view in drawn)
+        wanted_views = [expected[0], *(expected[1 + p] for p in picked)]
+        for view, wanted in zip([views.plain(row), *drawn], wanted_views, strict=True):
+            torch.testing.assert_close(view, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_disk_without_room_is_told_before_the_cache_is_written(tmp_path, parts, monkeypatch):
+    size = (13 * 4 + 7) * 4 * 4  # bytes of the rows
+    for free in (size - 1, size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(10**9, 0, free))
+        if free < size:
+            backbone = Backbone()
+            with pytest.raises(ValueError, match=r"59 views of 16 bytes are .* MB left; it must have room"):
+                cache(tmp_path, *parts, backbone)
+            assert backbone.calls == 1
+            assert not [path for path in tmp_path.iterdir() if path.is_dir() and "features-" in path.name]
+        else:
+            cache(tmp_path, *parts)
 
 
 def test_no_views_are_refused(tmp_path, parts):

@@ -28,7 +28,7 @@ from test_examples import EXAMPLES, error_of, make_coco
 
 from benchmarks.paper import cell as cell_module
 from benchmarks.paper.cell import GridData, Setup, Source, arguments_of, git_commit, run_cell
-from benchmarks.paper.grid import GridFolder, launched, render, run_cells
+from benchmarks.paper.grid import GridFolder, in_this_process, launched, render, run_cells
 from benchmarks.paper.numbers import (
     Entry,
     as_csv,
@@ -489,6 +489,34 @@ def tiny_setup(monkeypatch, tmp_path: Path, **changes) -> tuple[Setup, GridData]
     return setup, GridData(setup, None, tmp_path / "cache")
 
 
+def test_cells_on_frozen_stages_share_a_cache_and_train_what_follows(tmp_path, monkeypatch):
+    setup, data = tiny_setup(monkeypatch, tmp_path, frozen_stages=2, num_views=2)
+    cells = [Cell("sample", "flip", 0.2, method, seed) for method, seed in (("bce", 0), ("bce", 1), ("mixup", 0))]
+    run, made, scores = in_this_process(setup, data), [], []
+    for i, cell in enumerate(cells):
+        run(cell, tmp_path / "work", tmp_path / f"{i}.json")
+        (file,) = (tmp_path / "cache").glob("*/features.npy")
+        made.append(file.stat().st_mtime_ns)
+        scores.append(json.loads((tmp_path / f"{i}.json").read_text()))
+    assert len(set(made)) == 1
+    assert np.load(file, mmap_mode="r").shape[0] == 24 * 3 + 12
+    assert len({str(score["per_class_ap"]) for score in scores}) == 3  # of other seeds and methods
+    assert scores[0]["setup"]["frozen_stages"] == 2
+    again = GridData(setup, None, tmp_path / "cache")  # as another process would
+    in_this_process(setup, again)(cells[1], tmp_path / "work", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["per_class_ap"] == scores[1]["per_class_ap"]
+
+
+def test_a_grid_of_before_there_were_frozen_stages_goes_on(tmp_path):
+    grid, setup = GridFolder(tmp_path), Setup("sample")
+    facts = setup.facts()
+    del facts["frozen_stages"]
+    (tmp_path / "setup-sample.json").write_text(json.dumps(facts))
+    grid.check_setup(setup)
+    with pytest.raises(ValueError, match="frozen_stages was None and is 2"):
+        grid.check_setup(Setup("sample", frozen_stages=2))
+
+
 def test_a_cell_goes_on_from_its_checkpoint_and_counts_the_named_classes(tmp_path, monkeypatch):
     setup, data = tiny_setup(monkeypatch, tmp_path, eval_classes=("bee", "elk"))
     cell, folder, out = Cell("sample", "flip", 0.2, "balancemix", 1), tmp_path / "work", tmp_path / "cell.json"
@@ -639,5 +667,7 @@ def test_the_command_says_what_is_wrong(coco, tmp_path, monkeypatch, capsys):
     assert "method asl2" in message("--table", "1", "--methods", "asl2")
     assert "noise mislabel-0.3 is none" in message("--table", "1", "--noises", "mislabel-0.3")
     assert "do not exist" in message("--table", "1", "--backbone_weights", "gone.pth")
-    assert "leave out --frozen_backbone" in message("--table", "6", "--frozen_backbone")
+    for frozen in (["--frozen_backbone"], ["--frozen_stages", "2"]):
+        assert "leave out --frozen_backbone or --frozen_stages" in message("--table", "6", *frozen)
+    assert "frozen_backbone is on" in message("--table", "1", "--frozen_backbone", "--frozen_stages", "2")
     assert not list(tmp_path.glob("cells"))
