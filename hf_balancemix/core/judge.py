@@ -7,6 +7,7 @@ labels can be called not clean is estimated, too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import LossMixtures, MixtureSettings
 from hf_balancemix.core.noise_rates import NoiseRates, estimate_noise_rates
 from hf_balancemix.core.out_of_fold import out_of_fold_logits, principal_components
+
+logger = logging.getLogger(__name__)
 
 NUM_FOLDS, NUM_ROUNDS = 5, 3
 _CONFIDENT = 0.9  # from which on a head's prediction takes the place of a label that is not clean, in the next round
@@ -105,6 +108,11 @@ def judge_labels(
         )
         if number == 0:
             rates = estimate_noise_rates(logits, labels.masked_fill(~known, -1))
+            if not any(rate[0].any() for rate in rates):
+                logger.warning(
+                    "the features do not tell the classes apart, so that all labels count as clean; a network from "
+                    'scratch needs judge="network".'
+                )
         losses = label_losses(logits, positive)
         histogram = LossHistogram(labels.shape[1])
         histogram.update(losses.masked_fill(~known, float("nan")), positive)

@@ -39,8 +39,10 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
         pi    = (v - T01) / (1 - T01 - T10), the share of clean positives
         wrong = (1 - pi) T01 / v,   missing = pi T10 / (1 - v)
 
-    The intervals are Wilson's for the counts of T01 and T10; that predictions are not perfect, which raises both
-    rates, is not in them. T01 + T10 is cut to 0.9.
+    The intervals are Wilson's for the counts of T01 and T10. T01 + T10 is cut to 0.9. That predictions are not perfect
+    is in neither: a class that they hardly tell apart looks like one whose labels are wrong, and nothing in the labels
+    tells the two cases apart. Where over all classes together the two kinds of anchors differ by less than two
+    standard errors, the predictions say nothing, and the estimates and the lower ends are 0.
 
     Args:
         logits: `(N, K)` predictions of models that did not see the instance's own labels, such as
@@ -48,7 +50,7 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
         labels: `(N, K)` given labels in {0, 1}, or -1 where unknown, which count nothing.
 
     Returns:
-        :class:`NoiseRates` on the CPU; both are 0 for a class without a positive or without a negative label.
+        :class:`NoiseRates` on the CPU; all are 0 for a class without a positive or without a negative label.
 
     Raises:
         ValueError: The shapes differ.
@@ -66,6 +68,8 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
     estimate, least_wrong, most_wrong = (_rates(t01[i], t10[j], v) for i, j in ((0, 0), (1, 2), (2, 1)))
     wrong = torch.stack([estimate[0], least_wrong[0], most_wrong[0]])
     missing = torch.stack([estimate[1], most_wrong[1], least_wrong[1]])
+    if not _told_apart(v, top, top_negative, low, low_positive):
+        wrong[:2], missing[:2] = 0, 0  # no more than the upper ends is known
     return NoiseRates(wrong.where(usable, 0), missing.where(usable, 0))
 
 
@@ -78,6 +82,13 @@ def _anchor_counts(logits: Tensor, labels: Tensor) -> tuple[float, float, float,
     low = given[len(given) // 2 :]
     v = n / max(len(given), 1)
     return v, len(top), int((~top).sum()), max(len(low), 1), int(low.sum())
+
+
+def _told_apart(v: Tensor, top: Tensor, top_negative: Tensor, low: Tensor, low_positive: Tensor) -> bool:
+    """Whether given labels are positive more often at the top than at the bottom, by more than chance would do."""
+    apart = 1 - top_negative / top.clamp(min=1) - low_positive / low
+    variance = sum((c + 1) * (n - c + 1) / (n + 2) ** 3 for c, n in ((top_negative, top), (low_positive, low)))
+    return bool((v * apart).sum() > 2 * (v * v * variance).sum().sqrt())
 
 
 def _wilson(successes: Tensor, trials: Tensor) -> Tensor:

@@ -435,7 +435,7 @@ def _noise_rates(balance_mix: Any) -> dict[str, list[str]] | None:
     if balance_mix is None or balance_mix.noise_rates is None:
         return None
     return {
-        name: [f"{100 * best:.0f} ({100 * low:.0f} to {100 * high:.0f})" for best, low, high in rates.T.tolist()]
+        name: [Markup(f"{100 * p:.0f} ({100 * low:.0f} to {100 * high:.0f})") for p, low, high in rates.T.tolist()]
         for name, rates in balance_mix.noise_rates._asdict().items()
     }
 

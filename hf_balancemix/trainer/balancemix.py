@@ -138,7 +138,8 @@ class BalanceMixTrainer(MixupTrainer):
         image = collate([PlainInstances(self.train_dataset, self.views, self.train_labels)[0]])["pixel_values"]
         with evaluation_mode(self.model):
             size = model(self._normalise(image.to(self.args.device))).shape[1]
-        features = self._scan_table(lambda features, labels: features, size, model)
+        # In half precision, which ends at 65504.
+        features = self._scan_table(lambda x, labels: x.clamp(-6e4, 6e4), size, model, torch.float16)
         show = not self.args.disable_tqdm and self.is_world_process_zero()
         with tqdm(desc="Judging labels", unit="fold", leave=False, dynamic_ncols=True, disable=not show) as bar:
             state.judge(features.to(self.args.device), seed=self.views.seed, on_fold=bar.update)

@@ -147,18 +147,19 @@ class MixupTrainer(MultiLabelTrainer):
         row: Callable[[Tensor, Tensor], Tensor],
         num_columns: int,
         model: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Must be called on every rank: `(N, num_columns)` float32, a row for each instance, the same on every rank.
+        """Must be called on every rank: `(N, num_columns)`, a row for each instance, the same on every rank.
 
         `row` makes `(B, num_columns)` floats of logits `(B, ...)` and given labels `(B, K)`, all on the CPU; `model`
         is as for :meth:`_scan`.
         """
         labels = self._training_labels
-        table = torch.zeros(len(labels), num_columns)
+        table = torch.zeros(len(labels), num_columns, dtype=dtype)
 
         def observe(index: Tensor, logits: Tensor) -> None:
             index = index.cpu()
-            table[index] = row(logits.detach().float().cpu(), labels[index]).float()
+            table[index] = row(logits.detach().float().cpu(), labels[index]).to(dtype)
 
         self._scan(observe, model)
         return all_reduce_sum(table)  # exact: of each number at most one rank holds more than 0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,6 +54,13 @@ def test_as_many_labels_are_called_wrong_as_are_estimated_to_be():
 def test_few_clean_labels_are_called_wrong():
     features, given, _ = case(noise=0.0)
     assert (judge_labels(features, given).p_clean > 0.5).float().mean() > 0.99
+
+
+def test_features_that_tell_nothing_judge_nobody(caplog):
+    _, given, _ = case()
+    noise = torch.randn(len(given), 8, generator=torch.Generator().manual_seed(9))
+    assert (judge_labels(noise, given).p_clean == 1).all()
+    assert "the features do not tell the classes apart" in caplog.text
 
 
 def test_the_parts_are_those_of_one_round():
@@ -115,6 +127,25 @@ def test_what_cannot_be_judged_is_said(change, message):
     features, given, _ = case()
     with pytest.raises(ValueError, match=message):
         judge_labels(**({"features": features, "labels": given} | change))
+
+
+@pytest.mark.dist
+def test_two_ranks_judge_as_one(tmp_path):
+    worker = Path(__file__).with_name("judge_worker.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    for folder, start in (("one", [sys.executable]), ("two", torchrun)):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            [*start, str(worker), str(tmp_path / folder)],
+            env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, *ranks = (torch.load(tmp_path / name, weights_only=True) for name in ("one/0.pt", "two/0.pt", "two/1.pt"))
+    for rank in ranks:
+        assert all(torch.equal(a, b) for a, b in zip(one, rank, strict=True))
+    assert (one[0] <= 0.5).any()
 
 
 # ---- in BalanceMix ----

@@ -80,10 +80,18 @@ def test_what_cannot_be_estimated_is_zero_and_everything_is_a_rate():
         assert ((rate >= 0) & (rate <= 1)).all()
 
 
-def test_labels_that_the_predictions_say_nothing_of_have_rates_too():
-    g = torch.Generator().manual_seed(1)
-    rates = estimate_noise_rates(torch.randn(2_000, 3, generator=g), torch.randint(0, 2, (2_000, 3), generator=g))
-    for rate in rates:
-        assert torch.isfinite(rate).all()
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_predictions_that_say_nothing_of_the_labels_call_none_of_them_wrong(share):
+    none = 0
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        given = (torch.rand(2_000, 4, generator=g) < share).float()
+        rates = estimate_noise_rates(torch.randn(2_000, 4, generator=g), given)
+        none += not any(rate[0].any() for rate in rates)
+        assert all((rate[1] <= rate[0]).all() and (rate[0] <= rate[2]).all() for rate in rates)
+    assert none >= 18  # of 20, by chance
+
+
+def test_shapes_must_be_equal():
     with pytest.raises(ValueError, match="must be the same shape"):
         estimate_noise_rates(torch.zeros(3, 2), torch.zeros(3, 3))

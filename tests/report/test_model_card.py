@@ -112,7 +112,10 @@ def test_the_text_holds_the_recorded_figures(trained, card):
     for k, name in enumerate(NAMES):
         group = "many" if clean[k] > 12 else "few" if clean[k] < 6 else "medium"
         distrusted = int(((p_clean[:, k] <= 0.5) & (labels[:, k] == 1)).sum())
-        assert classes[name] == [f"{100 * ap[k]:.1f}", group, str(given[k]), str(clean[k]), str(distrusted)]
+        rates = [100 * rate[:, k] for rate in trainer.balance_mix.noise_rates]
+        estimates = [f"{best:.0f} ({low:.0f} to {high:.0f})" for best, low, high in rates]
+        expected = [f"{100 * ap[k]:.1f}", group, str(given[k]), str(clean[k]), str(distrusted), *estimates]
+        assert classes[name] == expected
     last = [line for line in trainer.state.log_history if "label_clean_precision" in line][-1]
     figures = rows(text, "## What it believes")
     shown = next(row for name, row in figures.items() if name.startswith("clean-label precision"))
@@ -237,7 +240,7 @@ def test_names_are_names_and_nothing_else(tmp_path):
     assert "\u202e" not in text
     classes = rows(text, "Each class")
     assert len(classes) == 2 + 5
-    assert {len(cells) for cells in classes.values()} == {5}
+    assert {len(cells) for cells in classes.values()} == {7}
     shown = [" ".join(name.split()).replace("\u202e", "\ufffd") for name in EVIL]
     assert list(classes)[2:] == shown
     data = metadata_load(path)

@@ -174,7 +174,7 @@ def test_lambda_per_batch_uses_one_lambda(dataset, tmp_path):
 
 
 def test_with_the_scans_predictions_a_step_is_one_pass_through_the_network(dataset, tmp_path):
-    args = arguments(tmp_path, prediction_source="scan", num_train_epochs=3)
+    args = arguments(tmp_path, judge="network", prediction_source="scan", num_train_epochs=3)
     trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=noisy_version(dataset))
     passes = {True: 0, False: 0}  # in training mode, in evaluation mode
 
@@ -187,9 +187,8 @@ def test_with_the_scans_predictions_a_step_is_one_pass_through_the_network(datas
     trainer.balance_mix.refine = lambda *given: (codes.append(refine(*given)), codes[-1])[1]
     assert "second_view" not in trainer.get_train_dataloader().dataset[PairKey(2, 0, 1)]
     trainer.train()
-    # 24 instances in batches of 4; scans in batches of 8 before the epochs 1 and 2 and after the last, and before the
-    # first the features, whose length is looked at in one instance.
-    assert passes == {True: 3 * 6, False: 4 * 3 + 1}
+    # 24 instances in batches of 4; scans in batches of 8 before the epochs 1 and 2 and after the last.
+    assert passes == {True: 3 * 6, False: 3 * 3}
     assert len(codes) == 2 * 2 * 6  # both batches of a step, from the second epoch on
     assert any((refined.reliability == Reliability.RELABELED).any() for refined in codes)
 

@@ -271,8 +271,8 @@ def test_a_hyperparameter_search_trains_with_each_trials_values(noisy, tmp_path)
 
     def search(values):
         trainer = BalanceMixTrainer(
-            model_init=lambda: tiny_resnet(), args=arguments(tmp_path / "search"), train_dataset=noisy,
-            eval_dataset=noisy,
+            model_init=lambda: tiny_resnet(), args=arguments(tmp_path / "search", judge="network"),
+            train_dataset=noisy, eval_dataset=noisy,
         )  # fmt: skip
         space = {name: [values[name]] for name in values}
         trainer.hyperparameter_search(
@@ -288,7 +288,7 @@ def test_a_hyperparameter_search_trains_with_each_trials_values(noisy, tmp_path)
     for values in trials:
         found: list[float] = []
         trainer = search(values)
-        args = arguments(tmp_path / "alone", **values)
+        args = arguments(tmp_path / "alone", judge="network", **values)
         alone = BalanceMixTrainer(model_init=lambda: tiny_resnet(), args=args, train_dataset=noisy)
         alone.train()
         assert found[0] == objective(alone)

@@ -43,7 +43,8 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, judge, predi
             mean = (first["loss"] + second["loss"]) / 2
             assert torch.allclose(alone["loss"], mean, atol=1e-5)
     assert managed == 2 * 4  # both batches of each of the four steps after the warm-up
-    assert not all(step["reliability"].eq(0).all() for step in one["trace"] if "index" in step)
+    if judge == "network":  # features of a network from scratch judge nothing; see tests/core/test_judge.py
+        assert not all(step["reliability"].eq(0).all() for step in one["trace"] if "index" in step)
 
     assert torch.allclose(one["parameters"], ranks[0]["parameters"], atol=1e-5, rtol=0)
     assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])

@@ -1,0 +1,124 @@
+"""The labels are judged by the features of the backbone before the training, once, and where there are none by the
+network."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import NAMES, arguments, make_dataset, tiny_resnet, tiny_vit
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_balancemix import BalanceMixTrainer, load_model
+from hf_balancemix.core import judge_labels
+from hf_balancemix.frozen import FeatureClassifier, FeatureClassifierConfig
+from hf_balancemix.models.features import pooled_features_of
+
+MODELS = {
+    "transformers": tiny_vit,
+    "batch norm": tiny_resnet,
+    "timm": lambda: load_model("test_vit", NAMES, image_size=16, pretrained=False)[0],
+    "ours": lambda: load_model("test_resnet", NAMES, image_size=32, pretrained=False, head="ml_decoder")[0],
+}
+
+
+def before_the_head(kind: str, model, images):
+    """By hand: what the classifier of each of the models above stands on."""
+    if kind == "transformers":
+        return model.vit(images).last_hidden_state[:, 0]
+    if kind == "batch norm":
+        return model.resnet(images).pooler_output.flatten(1)
+    if kind == "timm":
+        return model.timm_model.forward_head(model.timm_model.forward_features(images), pre_logits=True)
+    return model.backbone(pixel_values=images).last_hidden_state.mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_labels_are_judged_by_the_features_of_the_untrained_backbone(kind, tmp_path):
+    data, model = make_dataset(tmp_path / "images", 30), MODELS[kind]()
+    args = arguments(tmp_path / "o", image_size=32 if kind == "ours" else 16)
+    trainer = BalanceMixTrainer(model=model, args=args, train_dataset=data)
+    images = torch.stack([trainer.views.plain(image) for image in trainer.views.images(data)[range(30)]["image"]])
+    model.eval()
+    with torch.no_grad():
+        features = before_the_head(kind, model, trainer._normalise(images))
+    expected = judge_labels(features, trainer.train_labels, mixtures="sklearn", seed=args.seed)
+    trainer.train()
+    state = trainer.balance_mix
+    assert torch.allclose(state.clean_probability.float(), expected.p_clean, atol=0.02)
+    assert torch.allclose(state.noise_rates.wrong, expected.rates.wrong)
+    line = next(line for line in trainer.state.log_history if "noise_rate_wrong" in line)
+    assert line["step"] == 0
+    wrong = (expected.rates.wrong[0] * (trainer.train_labels == 1).sum(0)).sum() / (trainer.train_labels == 1).sum()
+    assert line["noise_rate_wrong"] == pytest.approx(wrong.item())
+    assert line["noise_rate_missing"] >= 0
+
+
+def test_each_training_judges_once_by_the_model_that_it_begins_with(dataset, tmp_path):
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=arguments(tmp_path), train_dataset=dataset)
+    judge, seen = trainer.balance_mix.judge, []
+    trainer.balance_mix.judge = lambda features, **options: (seen.append(features), judge(features, **options))
+    trainer.train()
+    trainer.train()
+    assert len(seen) == 2
+    assert seen[0].shape == (len(dataset), 16)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_cached_features_are_judged_as_they_are():
+    model = FeatureClassifier(FeatureClassifierConfig(7, 5, num_labels=3))
+    x = torch.randn(4, 7)
+    assert torch.equal(pooled_features_of(model)(x), x)
+
+
+class Convolutional(nn.Module):
+    """No linear layer anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_resnet().config
+        self.layer = nn.Conv2d(3, len(NAMES), 3)
+
+    def forward(self, pixel_values, labels=None):
+        return ImageClassifierOutput(logits=self.layer(pixel_values).mean((2, 3)))
+
+
+def test_without_a_linear_classifier_the_network_judges_and_says_so(dataset, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = BalanceMixTrainer(model=Convolutional(), args=arguments(tmp_path), train_dataset=dataset)
+    assert "Convolutional has no linear layer with 5 outputs: its own losses judge" in caplog.text
+    trainer.train()
+    assert trainer.balance_mix.settings.judge == "network"
+    assert trainer.balance_mix.noise_rates is None
+    assert trainer.balance_mix.mixtures is not None
+
+
+def test_a_judge_that_was_asked_for_and_cannot_be_had_is_an_error(dataset, tmp_path):
+    args = arguments(tmp_path, judge="cross_fit")
+    with pytest.raises(ValueError, match="judge is 'cross_fit', and Convolutional has no linear layer with 5 outputs"):
+        BalanceMixTrainer(model=Convolutional(), args=args, train_dataset=dataset)
+
+
+def test_where_labels_are_not_managed_nothing_is_judged(dataset, tmp_path):
+    args = arguments(tmp_path, select_clean=False)
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=dataset)
+    trainer.train()
+    assert trainer.balance_mix.noise_rates is None
+    assert not any("noise_rate_wrong" in line for line in trainer.state.log_history)
+
+
+def test_the_card_says_how_much_is_wrong(dataset, tmp_path):
+    args = arguments(tmp_path / "o")
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=dataset)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "o" / "README.md").read_text()
+    best, low, high = (100 * trainer.balance_mix.noise_rates.wrong[:, 2]).tolist()
+    row = next(line for line in text.splitlines() if line.startswith("| cat |"))
+    assert f"{best:.0f} ({low:.0f} to {high:.0f})" in row
+    assert "How many are wrong was estimated from the given labels alone" in text
+    assert "none of which saw the label" in text
+    heading = next(line for line in text.splitlines() if line.startswith("| class |"))
+    assert heading.count("|") == row.count("|")
