@@ -153,7 +153,7 @@ TABLES: dict[int, Table] = {
         (
             *_methods("bce", "mixup", "+minority"),
             # What its Figure 6 shows is not Eq. 3 (docs/choices.md).
-            Row("+minority, by positives", "+minority", {"minority_score": "positive"}),
+            Row("+minority by positives", "+minority", {"minority_score": "positive"}),
             *_methods("+clean", "+relabel"),
             Row("+ambiguous", "balancemix"),
         ),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_balancemix.core.checks import check_choice, check_range
 from hf_balancemix.core.distributed import all_reduce_sum, broadcast
-from hf_balancemix.core.judge import judge_labels
+from hf_balancemix.core.judge import NUM_FOLDS, judge_labels
 from hf_balancemix.core.label_management import RefinedLabels, refine_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures
@@ -224,6 +224,7 @@ class BalanceMix:
             mixtures=s.mixture_preset,
             monotone=s.monotone,
             max_missing=s.max_missing,
+            num_folds=max(2, min(NUM_FOLDS, len(self.labels))),
             seed=seed,
             on_fold=on_fold,
         )
@@ -399,12 +400,17 @@ class BalanceMix:
                     f"(N, K = {tuple(self.labels.shape)}); resume with the data set and settings of the checkpoint "
                     "(prediction_source and clean_probability_source among them)."
                 )
+        if self.settings.cross_fits and "noise_rates.wrong" not in state:
+            raise ValueError(
+                "the saved state's noise_rates are absent, as the network judged its labels; they must be there where "
+                "judge is 'cross_fit'; set judge to 'network'."
+            )
         mixtures, rates = (
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             for prefix in ("mixtures.", "noise_rates.")
         )
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
-        self.noise_rates = NoiseRates(**rates) if rates else None
+        self.noise_rates = NoiseRates(**rates) if rates and self.settings.cross_fits else None
         self.epoch = int(state["epoch"])
         for name in _LEARNED:
             setattr(self, name, state[name].clone())

@@ -62,7 +62,7 @@ def judge_labels(
     2. The shares of wrong and of missing labels are estimated (:func:`estimate_noise_rates`).
     3. The mixtures of Eq. 7 are fitted on the out-of-fold losses. p_G is Eq. 8, scaled in each class and polarity so
        that as many labels as are estimated to be wrong, those of the largest losses, have at most 1/2, and 1 for the
-       others.
+       others; where a mixture has no two components, all have 1.
     4. The labels are refined by that, as in Eq. 9 with eps = 0.9, and step 1 and 3 done again on them.
 
     Args:
@@ -95,7 +95,7 @@ def judge_labels(
     check_range("num_folds", num_folds, 2, len(labels))
     check_range("num_rounds", num_rounds, 1)
     labels = labels.cpu()
-    finite = features.isfinite().all(1).cpu()
+    finite = features.isfinite().all(1).cpu()  # a row that is not would turn all axes to itself
     known = (labels >= 0) & finite[:, None]
     given, positive = labels.clamp(min=0).float(), labels == 1
     # Broadcast: the axes need not be the same, bit for bit, on unlike machines.

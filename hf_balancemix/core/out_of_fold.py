@@ -30,8 +30,8 @@ def principal_components(features: Tensor, num_components: int = 256) -> Tensor:
     Returns:
         `(N, min(D, num_components))` float32 on the device of `features`; zeros where all instances are equal.
     """
-    mean = features.double().mean(0)
-    parts = features.split(1 << 14)
+    parts = features.split(1 << 14)  # never all of them in float64
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
     covariance = torch.stack([x.T @ x for x in (part.double() - mean for part in parts)]).sum(0)
     values, axes = torch.linalg.eigh(covariance)
     keep = min(len(values), num_components)

@@ -21,15 +21,18 @@ def pooled_features_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     Returns:
         From `pixel_values` as the model takes them to features `(B, D)`, without gradients and in the mode that the
-        model is in; or None where there is no such layer.
+        model is in; or None where there is no such layer. It raises a ValueError where the model does not call the
+        layer.
     """
-    own: Any = model.get_base_model() if is_peft_model(model) else model
+    own: Any = getattr(model, "_orig_mod", model)  # a compiled graph runs no hooks
+    own = own.get_base_model() if is_peft_model(own) else own
     if hasattr(own, "pooled_features"):
         return torch.no_grad()(own.pooled_features)
+    num_labels = getattr(getattr(own, "config", None), "num_labels", None)
     layers = [
         module
         for name, module in own.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == own.config.num_labels and "lora_" not in name
+        if isinstance(module, nn.Linear) and module.out_features == num_labels and "lora_" not in name
     ]
     if not layers:
         return None
@@ -42,6 +45,11 @@ def pooled_features_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
                 own(pixel_values=pixel_values)
         finally:
             hook.remove()
+        if not seen:
+            raise ValueError(
+                f"the linear layer of {type(own).__name__} with {num_labels} outputs is not what makes its logits; it "
+                "must be, as the labels are judged by what it sees; set judge='network'."
+            )
         return seen[-1].flatten(1, -2).mean(1) if seen[-1].ndim > 2 else seen[-1]
 
     return features

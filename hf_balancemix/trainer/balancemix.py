@@ -57,7 +57,8 @@ class BalanceMixTrainer(MixupTrainer):
     def _read_arguments(self) -> None:
         super()._read_arguments()
         settings = self.args.balance_mix_settings()
-        if settings.cross_fits and self.model is not None and pooled_features_of(self.model) is None:
+        judged = settings.cross_fits and self.train_labels is not None and self.model is not None
+        if judged and pooled_features_of(self.model) is None:
             problem = f"{type(self.model).__name__} has no linear layer with {self._num_classes} outputs"
             if "judge" not in self.args.unset:
                 raise ValueError(
@@ -138,11 +139,13 @@ class BalanceMixTrainer(MixupTrainer):
         image = collate([PlainInstances(self.train_dataset, self.views, self.train_labels)[0]])["pixel_values"]
         with evaluation_mode(self.model):
             size = model(self._normalise(image.to(self.args.device))).shape[1]
-        # In half precision, which ends at 65504.
-        features = self._scan_table(lambda x, labels: x.clamp(-6e4, 6e4), size, model, torch.float16)
+        # In half precision, which ends at 65504; what is larger than all of a network's features is left out.
+        features = self._scan_table(lambda x, labels: x, size, model, torch.float16)
         show = not self.args.disable_tqdm and self.is_world_process_zero()
         with tqdm(desc="Judging labels", unit="fold", leave=False, dynamic_ncols=True, disable=not show) as bar:
-            state.judge(features.to(self.args.device), seed=self.views.seed, on_fold=bar.update)
+            # The apple GPUs have no float64.
+            device = "cpu" if self.args.device.type == "mps" else self.args.device
+            state.judge(features.to(device), seed=self.views.seed, on_fold=bar.update)
         assert state.noise_rates is not None
         positive, negative = ((state.labels == value).sum(0).double() for value in (1, 0))
         wrong, missing = state.noise_rates.wrong[0] @ positive, state.noise_rates.missing[0] @ negative

@@ -115,7 +115,8 @@ def test_settings_of_the_paper_by_data_set_and_noise(tmp_path):
     voc = args("mislabel")
     assert (voc.num_train_epochs, voc.label_warmup_epochs, voc.global_batch_size, voc.seed) == (20, 5, 32, 4)
     assert (voc.relabel_threshold, voc.trust_positives, voc.mixup_alpha) == (0.975, False, 4.0)
-    assert args("clean").trust_positives
+    assert args("clean", preset="paper").trust_positives
+    assert not args("clean").trust_positives  # a user does not know it
     assert args("clean").relabel_threshold == 0.975
     assert args("single-positive").trust_positives
     assert args("single-positive").relabel_threshold == 0.9
@@ -145,7 +146,7 @@ def test_table_6_is_trained_with_the_recipe_unless_the_grid_says_otherwise(tmp_p
         assert (a.learning_rate, a.weight_decay, a.decay_vectors, a.optim_args) == (1e-4, 1e-4, False, None)
         assert (a.ema_decay, a.normalise, a.cutout) == (0.9997, False, 0.5)
         assert (a.num_train_epochs, a.global_batch_size, a.label_warmup_epochs) == (40, 56, 10)
-        assert (a.trust_positives, a.image_size) == (True, dict(cell.model)["image_size"])
+        assert (a.trust_positives, a.image_size) == (False, dict(cell.model)["image_size"])
         assert a.pos_weight == ("balanced" if dict(cell.model)["head"] == "ms_cma" else None)
     assert (cells[0].method, dict(cells[0].model)["head"]) == ("bce", "ms_cma")
     # What the grid is told holds for its cells, and is part of no name.

@@ -122,3 +122,57 @@ def test_the_card_says_how_much_is_wrong(dataset, tmp_path):
     assert "none of which saw the label" in text
     heading = next(line for line in text.splitlines() if line.startswith("| class |"))
     assert heading.count("|") == row.count("|")
+
+
+def test_a_compiled_model_is_judged_by_its_features(dataset, tmp_path):
+    compiled = torch.compile(tiny_vit(), backend="eager")
+    trainer = BalanceMixTrainer(model=compiled, args=arguments(tmp_path / "a"), train_dataset=dataset)
+    trainer.train()
+    assert trainer.balance_mix.noise_rates is not None
+
+
+def test_features_that_are_infinite_are_left_out_with_a_warning(dataset, tmp_path, caplog):
+    args = arguments(tmp_path / "o", on_nan="skip")
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=dataset)
+    judge, seen = trainer.balance_mix.judge, []
+    trainer.balance_mix.judge = lambda features, **options: (seen.append(features), judge(features, **options))
+    hook = trainer.model.classifier.register_forward_pre_hook(
+        lambda module, inputs: None if module.training else (inputs[0].index_fill(0, torch.tensor([0]), torch.inf),)
+    )
+    trainer.train()
+    hook.remove()
+    bad = ~seen[0].isfinite().all(1)
+    assert bad.sum() == 3  # the first of each batch
+    assert (trainer.balance_mix.clean_probability[bad] == 0).all()
+
+
+def test_a_trainer_for_evaluation_alone_needs_no_judge(dataset, tmp_path):
+    args = arguments(tmp_path, judge="cross_fit")
+    BalanceMixTrainer(model=Convolutional(), args=args, eval_dataset=dataset)
+
+
+@pytest.mark.parametrize("then", ["network", "cross_fit"])
+def test_a_run_that_another_judge_began_is_not_taken_for_its_own(then, tmp_path):
+    data = make_dataset(tmp_path / "images", 12)
+    now = {"network": "cross_fit", "cross_fit": "network"}[then]
+
+    def trainer(judge):
+        args = arguments(tmp_path / "o", judge=judge, save_strategy="epoch", num_train_epochs=3)
+        return BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=data)
+
+    trainer(then).train()
+    other = trainer(now)
+    if now == "cross_fit":
+        with pytest.raises(ValueError, match="the network judged its labels"):
+            other.train(resume_from_checkpoint=str(tmp_path / "o" / "checkpoint-3"))
+    else:
+        other.train(resume_from_checkpoint=str(tmp_path / "o" / "checkpoint-3"))
+        assert other.balance_mix.noise_rates is None
+
+
+def test_fewer_instances_than_folds_are_judged(tmp_path):
+    data = make_dataset(tmp_path / "images", 3)
+    args = arguments(tmp_path / "o", per_device_train_batch_size=3)
+    trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=data)
+    trainer.train()
+    assert trainer.balance_mix.clean_probability.shape == (3, 5)
