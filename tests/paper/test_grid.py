@@ -162,7 +162,8 @@ def test_table_6_is_trained_with_the_recipe_unless_the_grid_says_otherwise(tmp_p
     assert args(cell, preset="paper").optim == "sgd"
     # All other tables' cells are as they were.
     others = cells_of([table for n, table in TABLES.items() if n != 6], "coco", [0])
-    assert {name for cell in others for name, _ in cell.settings} == {"relabel_threshold", "mixup_alpha"}
+    varied = {"relabel_threshold", "mixup_alpha", "minority_score"}
+    assert {name for cell in others for name, _ in cell.settings} == varied
     usual = arguments_of(others[0], Setup("coco", settings={"use_cpu": True}), tmp_path)
     assert (usual.optim, usual.ema_decay, usual.normalise, usual.cutout) == ("sgd", 0.0, True, 0.0)
 
