@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_balancemix.models.configuration_balancemix import POOLED_HEADS
+from hf_balancemix.models.features import linear_classifier, passed_through
 from hf_balancemix.models.heads import MLPHead
 from hf_balancemix.models.modeling_balancemix import BalanceMixForImageClassification
 
@@ -89,15 +90,15 @@ AutoModelForImageClassification.register(FeatureClassifierConfig, FeatureClassif
 def _classifier(model: nn.Module) -> nn.Module:
     """What makes logits of pooled features: the head of a model of ours, else the last linear layer with K outputs."""
     if isinstance(model, BalanceMixForImageClassification):
-        layers = [model.head] if model.config.head in POOLED_HEADS else []
+        classifier = model.head if model.config.head in POOLED_HEADS else None
     else:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    if not layers:
+        classifier = linear_classifier(model)
+    if classifier is None:
         raise ValueError(
             f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs on pooled features, "
             "so there are none to cache; choose a backbone with a linear classifier."
         )
-    return layers[-1]
+    return classifier
 
 
 def pooled_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -117,13 +118,7 @@ def pooled_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
     model.eval()
 
     def features(images: Tensor) -> Tensor:
-        seen: list[tuple[Tensor, Tensor]] = []
-        hook = classifier.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-        try:
-            with torch.no_grad():
-                logits = model(pixel_values=images).logits
-        finally:
-            hook.remove()
+        seen, logits = passed_through(classifier, model, images)
         if len(seen) != 1 or seen[0][0].ndim != 2 or not torch.equal(seen[0][1], logits):
             raise ValueError(
                 f"the logits of {type(model).__name__} are not those of its last linear layer alone (distilled models "

@@ -28,28 +28,44 @@ def pooled_features_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     own = own.get_base_model() if is_peft_model(own) else own
     if hasattr(own, "pooled_features"):
         return torch.no_grad()(own.pooled_features)
-    num_labels = getattr(getattr(own, "config", None), "num_labels", None)
-    layers = [
-        module
-        for name, module in own.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == num_labels and "lora_" not in name
-    ]
-    if not layers:
+    classifier = linear_classifier(own)
+    if classifier is None:
         return None
 
     def features(pixel_values: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        hook = layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        try:
-            with torch.no_grad():
-                own(pixel_values=pixel_values)
-        finally:
-            hook.remove()
+        seen, _ = passed_through(classifier, own, pixel_values)
         if not seen:
             raise ValueError(
-                f"the linear layer of {type(own).__name__} with {num_labels} outputs is not what makes its logits; it "
-                "must be, as the labels are judged by what it sees; set judge='network'."
+                f"the linear layer of {type(own).__name__} with {classifier.out_features} outputs is not what makes "
+                "its logits; it must be, as the labels are judged by what it sees; set judge='network'."
             )
-        return seen[-1].flatten(1, -2).mean(1) if seen[-1].ndim > 2 else seen[-1]
+        x = seen[-1][0]
+        return x.flatten(1, -2).mean(1) if x.ndim > 2 else x
 
     return features
+
+
+def linear_classifier(model: nn.Module) -> nn.Linear | None:
+    """The last linear layer with as many outputs as the model's config has classes; None where there is none."""
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == num_labels and "lora_" not in name
+    ]
+    return layers[-1] if layers else None
+
+
+@torch.no_grad()
+def passed_through(
+    layer: nn.Module, model: nn.Module, pixel_values: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What a layer is given and gives, for each time that it runs, while the model makes logits of `pixel_values`; and
+    these logits."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    try:
+        logits = model(pixel_values=pixel_values).logits
+    finally:
+        hook.remove()
+    return seen, logits
