@@ -241,7 +241,7 @@ class CoTeachingTrainer(MixupTrainer):
     def _end_epoch(self, epoch: int) -> None:
         if epoch < self.warmup_epochs:
             return
-        losses = self._scan_table(instance_losses, 2)
+        losses = self._scan_table(instance_losses)
         self.clean = clean_instances(losses, monotone=self.args.monotone)
         columns = {"first": self.clean[:, 0], "second": self.clean[:, 1], "both": self.clean.all(1)}
         self.log({f"clean_instances_{name}": clean.double().mean().item() for name, clean in columns.items()})

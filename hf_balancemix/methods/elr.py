@@ -134,7 +134,7 @@ class ELRTrainer(MixupTrainer):
         self.targets = torch.zeros((0, 0) if self.train_labels is None else self.train_labels.shape)
 
     def _end_epoch(self, epoch: int) -> None:
-        self._learn(self._scan_table(lambda logits, labels: logits.sigmoid(), self._training_labels.shape[1]), epoch)
+        self._learn(self._scan_table(lambda logits, labels: logits.sigmoid()), epoch)
 
     def _learn(self, probabilities: Tensor, epoch: int) -> None:
         """What `epoch`, about to begin, needs of the model's `(N, K)` predictions, which every rank has alike."""

@@ -217,7 +217,7 @@ class TEstimatorTrainer(MixupTrainer):
     def _end_epoch(self, epoch: int) -> None:
         if epoch > self.warmup_epochs or epoch <= self.warmup_epochs - _RECORDED_EPOCHS:
             return
-        logits = self._scan_table(lambda logits, labels: logits, self._training_labels.shape[1])
+        logits = self._scan_table(lambda logits, labels: logits)
         self._recorded += scaled_losses(logits, self._training_labels)
         if epoch < self.warmup_epochs:
             return

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
-from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
+from hf_balancemix.data.training_data import TrainingPairs
 from hf_balancemix.metrics import LabelQuality
 from hf_balancemix.models.features import pooled_features_of
 from hf_balancemix.trainer.mixup import MixupTrainer
@@ -136,14 +136,11 @@ class BalanceMixTrainer(MixupTrainer):
         """Must be called on every rank, before the first step: judge the labels by the backbone's features."""
         state, model = self.balance_mix, pooled_features_of(self.model)
         assert model is not None  # looked at when the arguments were read
-        image = collate([PlainInstances(self.train_dataset, self.views, self.train_labels)[0]])["pixel_values"]
-        with evaluation_mode(self.model):
-            size = model(self._normalise(image.to(self.args.device))).shape[1]
-        # In half precision, which ends at 65504; what is larger than all of a network's features is left out.
-        features = self._scan_table(lambda x, labels: x, size, model, torch.float16)
+        # In half precision, of which 65,520 and more is infinite: such an instance is left out.
+        features = self._scan_table(lambda x, labels: x, model, torch.float16)
         show = not self.args.disable_tqdm and self.is_world_process_zero()
         with tqdm(desc="Judging labels", unit="fold", leave=False, dynamic_ncols=True, disable=not show) as bar:
-            # The apple GPUs have no float64.
+            # MPS has no float64.
             device = "cpu" if self.args.device.type == "mps" else self.args.device
             state.judge(features.to(device), seed=self.views.seed, on_fold=bar.update)
         assert state.noise_rates is not None

@@ -145,24 +145,26 @@ class MixupTrainer(MultiLabelTrainer):
     def _scan_table(
         self,
         row: Callable[[Tensor, Tensor], Tensor],
-        num_columns: int,
         model: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Must be called on every rank: `(N, num_columns)`, a row for each instance, the same on every rank.
+        """Must be called on every rank: `(N, C)` of `dtype`, a row for each instance, the same on every rank.
 
-        `row` makes `(B, num_columns)` floats of logits `(B, ...)` and given labels `(B, K)`, all on the CPU; `model`
+        `row` makes `(B, C)` floats of logits `(B, ...)` and given labels `(B, K)`, all on the CPU; `model`
         is as for :meth:`_scan`.
         """
         labels = self._training_labels
-        table = torch.zeros(len(labels), num_columns, dtype=dtype)
+        tables: list[Tensor] = []  # one, as soon as C is known; every rank has an instance
 
         def observe(index: Tensor, logits: Tensor) -> None:
             index = index.cpu()
-            table[index] = row(logits.detach().float().cpu(), labels[index]).to(dtype)
+            rows = row(logits.detach().float().cpu(), labels[index]).to(dtype)
+            if not tables:
+                tables.append(rows.new_zeros(len(labels), rows.shape[1]))
+            tables[0][index] = rows
 
         self._scan(observe, model)
-        return all_reduce_sum(table)  # exact: of each number at most one rank holds more than 0
+        return all_reduce_sum(tables[0])  # exact: of each number at most one rank holds more than 0
 
     # ---- checkpoints ----
 

@@ -330,7 +330,7 @@ def test_matrices_come_from_the_models_own_scans(data, tmp_path):
 def test_only_the_last_five_warm_up_epochs_are_recorded(data, tmp_path):
     trainer = run(tmp_path, data, epochs=8, label_warmup_epochs=7)
     scanned, now = [], 0
-    trainer._scan_table = lambda row, columns: (scanned.append(now), torch.zeros(192, 5))[1]
+    trainer._scan_table = lambda row: (scanned.append(now), torch.zeros(192, 5))[1]
     for now in range(1, 9):
         trainer._end_epoch(now)
     assert scanned == [3, 4, 5, 6, 7]
