@@ -134,9 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for rate, true in zip(rates, (wrong, missing), strict=True)
             ]
             for name, estimator in ESTIMATORS.items():
-                ours_of, theirs = estimator(logits, given), (wrong, missing)
                 line = []
-                for estimate, true, count in zip(ours_of, theirs, (n, n0), strict=True):
+                for estimate, true, count in zip(estimator(logits, given), (wrong, missing), (n, n0), strict=True):
                     by_class = (estimate - true).abs() * count / n.clamp(min=1)
                     line += [float((x * count)[counted].sum() / n[counted].sum()) for x in (true, estimate)]
                     line.append(by_class[counted].mean().item())

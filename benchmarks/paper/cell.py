@@ -51,7 +51,7 @@ from hf_balancemix.files import process_lock, whole_file
 from hf_balancemix.frozen.backbone import FrozenBackbone, FrozenStages
 from hf_balancemix.methods.registry import trainer_for
 from hf_balancemix.metrics import class_groups, mean_average_precision
-from hf_balancemix.scripts.arguments import SCHEDULES, ModelArguments, NoiseArguments
+from hf_balancemix.scripts.arguments import FROM_SCRATCH, SCHEDULES, ModelArguments, NoiseArguments
 from hf_balancemix.scripts.train import add_noise, load_model_from
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments
 
@@ -284,7 +284,7 @@ def arguments_of(cell: Cell, setup: Setup, folder: str | os.PathLike[str]) -> Ba
         values.pop("label_warmup_epochs", None)  # that of other epochs
     values |= settings_by_noise(cell.noise, chosen.get("preset", setup.preset))
     if setup.from_scratch:
-        values["judge"] = "network"  # weights that were drawn make no features to judge by
+        values |= FROM_SCRATCH
     values |= chosen
     return BalanceMixTrainingArguments(**values)
 

@@ -244,7 +244,7 @@ def _check_train_labels(labels: Tensor | None, num_classes: int) -> None:
         given = "None" if labels is None else f"a tensor of the shape {tuple(labels.shape)}"
         raise ValueError(
             f"train_labels is {given}; for a new head ms_cma it must be (N, {num_classes}), the labels of the "
-            "training set; pass hf_balancemix.data.given_labels(train) (on the command line: --head ms_cma)."
+            "training set; pass hf_balancemix.data.given_labels(train)."
         )
 
 

@@ -46,6 +46,10 @@ def single_positive_settings(preset: str) -> dict[str, Any]:
     return {"trust_positives": True, "relabel_threshold": 0.55 if preset == "paper" else 0.9}
 
 
+FROM_SCRATCH = {"judge": "network"}
+"""BalanceMix's settings for weights that were drawn, which make no features to judge by."""
+
+
 # ---- models and methods ----
 
 
@@ -312,7 +316,7 @@ def parse_script(
             model_args.model_kwargs = model_args.model_kwargs or {"channels": [24, 48, 96, 192], "stem_width": 16}
     settings = single_positive_settings(args.preset) if noise.noise == "single_positive" else {}
     if model_args.from_scratch:
-        settings["judge"] = "network"  # weights that were drawn make no features to judge by
+        settings |= FROM_SCRATCH
     settings = {name: value for name, value in settings.items() if name in args.unset}
     if settings:
         left_open = args.unset - settings.keys()
