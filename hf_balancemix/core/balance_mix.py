@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_balancemix.core.checks import check_choice, check_range
+from hf_balancemix.core.checks import check_choice, check_given_labels, check_range
 from hf_balancemix.core.distributed import all_reduce_sum, broadcast
 from hf_balancemix.core.judge import NUM_FOLDS, judge_labels
 from hf_balancemix.core.label_management import RefinedLabels, refine_labels
@@ -164,12 +164,7 @@ class BalanceMix:
                 f"labels have shape {tuple(labels.shape)}; they must be (N, K) with N, K >= 1; pass the given labels "
                 "of the whole training set."
             )
-        invalid = (labels != 0) & (labels != 1) & (labels != -1)
-        if invalid.any():
-            raise ValueError(
-                f"labels hold {labels[invalid][0].item():g}; each must be 0, 1 or -1 (unknown); pass the given "
-                "labels, not mixed or soft ones."
-            )
+        check_given_labels(labels)
         self.settings = settings or BalanceMixSettings()
         self.labels = labels.to("cpu", torch.int8)
         self._keeps_clean_probability = self.settings.select_clean and self.settings.clean_probability_source == "scan"

@@ -34,6 +34,16 @@ def check_same_shape(**tensors: Tensor) -> None:
         )
 
 
+def check_given_labels(labels: Tensor) -> None:
+    """Raise a ValueError with the first bad value unless all labels are 0, 1 or -1 (unknown), of any dtype."""
+    invalid = (labels != 0) & (labels != 1) & (labels != -1)
+    if invalid.any():
+        raise ValueError(
+            f"labels hold {labels[invalid][0].item():g}; each must be 0, 1 or -1 (unknown); pass the given labels, "
+            "not mixed or soft ones."
+        )
+
+
 def checked_positive(labels: Tensor, values: Tensor, name: str) -> Tensor:
     """Which labels are positive, bool, on their device; an error unless there is a 0 or 1 for each float of `values`.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_balancemix.core.checks import check_range
+from hf_balancemix.core.checks import check_given_labels, check_range
 from hf_balancemix.core.distributed import broadcast
 from hf_balancemix.core.label_management import refine_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
@@ -78,7 +78,8 @@ def judge_labels(
         on_fold: Called after each fit of a fold on this rank.
 
     Raises:
-        ValueError: A number is out of its range, there are fewer instances than folds, or features are no (N, D).
+        ValueError: A number is out of its range, there are fewer instances than folds, features are no (N, D), or a
+            label is none of 0, 1 and -1.
 
     Example:
         >>> features = torch.cat([torch.randn(50, 2) + 4, torch.randn(50, 2) - 4])
@@ -87,13 +88,14 @@ def judge_labels(
         >>> judge_labels(features, labels).p_clean.argmin()
         tensor(0)
     """
-    if features.ndim != 2 or len(features) != len(labels):
+    if features.ndim != 2 or len(features) != len(labels) or features.shape[1] == 0:
         raise ValueError(
-            f"features have shape {tuple(features.shape)}; they must be (N, D) with N = {len(labels)} as the labels; "
-            "pass one vector for each instance."
+            f"features have shape {tuple(features.shape)}; they must be (N, D) with N = {len(labels)} as the labels "
+            "and D >= 1; pass one vector for each instance."
         )
-    check_range("num_folds", num_folds, 2, len(labels))
+    check_given_labels(labels)
     check_range("num_rounds", num_rounds, 1)
+    check_range("max_missing", max_missing or 0, 0)
     labels = labels.cpu()
     finite = features.isfinite().all(1).cpu()  # a row that is not would turn all axes to itself
     known = (labels >= 0) & finite[:, None]

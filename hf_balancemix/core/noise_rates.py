@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_balancemix.core.checks import check_same_shape
+from hf_balancemix.core.checks import check_given_labels, check_same_shape
 
 _TOP, _LEAST = 0.1, 5  # anchors of T10: the share of n instances, and the fewest
 _PRIOR = 50  # anchors that the other classes' T10 counts for
@@ -53,9 +53,10 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
         :class:`NoiseRates` on the CPU; all are 0 for a class without a positive or without a negative label.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes differ, or a label is none of 0, 1 and -1.
     """
     check_same_shape(logits=logits, labels=labels)
+    check_given_labels(labels)
     logits, labels = logits.cpu(), labels.cpu()
     counts = torch.tensor([_anchor_counts(x, y) for x, y in zip(logits.T, labels.T, strict=True)], dtype=torch.float64)
     v, top, top_negative, low, low_positive = counts.T

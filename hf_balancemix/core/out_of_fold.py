@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_balancemix.core.checks import check_range, check_same_shape
 from hf_balancemix.core.distributed import all_reduce_sum, world
 from hf_balancemix.core.keys import keyed_generator
 
@@ -29,7 +30,11 @@ def principal_components(features: Tensor, num_components: int = 256) -> Tensor:
 
     Returns:
         `(N, min(D, num_components))` float32 on the device of `features`; zeros where all instances are equal.
+
+    Raises:
+        ValueError: `num_components` is less than 1.
     """
+    check_range("num_components", num_components, 1)
     parts = features.split(1 << 14)  # never all of them in float64
     mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
     covariance = torch.stack([x.T @ x for x in (part.double() - mean for part in parts)]).sum(0)
@@ -64,8 +69,13 @@ def out_of_fold_logits(
 
     Returns:
         `(N, K)` float32 logits on the CPU. A class without weighted targets of both kinds has those of its frequency.
+
+    Raises:
+        ValueError: The shapes of targets and weights differ, or `num_folds` is out of its range.
     """
+    check_same_shape(targets=targets, weights=weights)
     n, num_classes = targets.shape
+    check_range("num_folds", num_folds, 2, n)
     order = torch.randperm(n, generator=keyed_generator(seed, "folds"))
     fold = torch.empty(n, dtype=torch.int64)
     fold[order] = torch.arange(n) % num_folds

@@ -121,6 +121,10 @@ def test_unknown_labels_and_features_that_are_not_finite_judge_nobody():
         ({"num_folds": 1}, "num_folds is 1"),
         ({"num_folds": 1_001}, "num_folds is 1001"),
         ({"num_rounds": 0}, "num_rounds is 0"),
+        ({"features": torch.zeros(1_000, 0)}, r"features have shape \(1000, 0\)"),
+        ({"labels": torch.full((1_000, 4), 3)}, "labels hold 3; each must be 0, 1 or -1"),
+        ({"labels": torch.full((1_000, 4), 0.5)}, "labels hold 0.5"),
+        ({"max_missing": -0.5}, "max_missing is -0.5"),
     ],
 )
 def test_what_cannot_be_judged_is_said(change, message):

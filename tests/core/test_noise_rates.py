@@ -92,6 +92,8 @@ def test_predictions_that_say_nothing_of_the_labels_call_none_of_them_wrong(shar
     assert none >= 18  # of 20, by chance
 
 
-def test_shapes_must_be_equal():
+def test_labels_must_be_given_ones_and_shapes_equal():
+    with pytest.raises(ValueError, match="labels hold 2; each must be 0, 1 or -1"):
+        estimate_noise_rates(torch.zeros(3, 2), torch.full((3, 2), 2))
     with pytest.raises(ValueError, match="must be the same shape"):
         estimate_noise_rates(torch.zeros(3, 2), torch.zeros(3, 3))

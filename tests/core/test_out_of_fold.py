@@ -102,3 +102,15 @@ def test_the_global_generator_is_left_alone():
     out_of_fold_logits(x, labels, torch.ones_like(labels))
     assert torch.equal(before, torch.get_rng_state())
     assert keyed_generator(0, "folds").initial_seed() != 0
+
+
+def test_numbers_out_of_range_are_refused():
+    x, labels = case()
+    weights = torch.ones_like(labels)
+    with pytest.raises(ValueError, match="num_components is 0"):
+        principal_components(x, 0)
+    for folds in (1, len(x) + 1):
+        with pytest.raises(ValueError, match=f"num_folds is {folds}"):
+            out_of_fold_logits(x, labels, weights, num_folds=folds)
+    with pytest.raises(ValueError, match="must be the same shape"):
+        out_of_fold_logits(x, labels, weights[:, :2])
