@@ -3,7 +3,7 @@
 N: training instances. K: classes. B: instances in a batch. Labels are (.., K) in {0, 1}.
 """
 
-from hf_balancemix.core.balance_mix import BalanceMix, BalanceMixSettings
+from hf_balancemix.core.balance_mix import BalanceMix, BalanceMixSettings, SuspiciousLabels
 from hf_balancemix.core.judge import JudgedLabels, judge_labels
 from hf_balancemix.core.keys import keyed_generator, keyed_rng, keyed_seed
 from hf_balancemix.core.label_management import RefinedLabels, Reliability, refine_labels
@@ -19,7 +19,7 @@ from hf_balancemix.core.losses import (
     splc_loss,
 )
 from hf_balancemix.core.mixing import minority_mixup, mix_images, mix_labels, mix_refined_labels, mixing_coefficient
-from hf_balancemix.core.noise_rates import NoiseRates, estimate_noise_rates
+from hf_balancemix.core.noise_rates import NoiseRates, estimate_noise_rates, wrong_probability
 from hf_balancemix.core.out_of_fold import out_of_fold_logits, principal_components
 from hf_balancemix.core.sampling import (
     EpochSampler,
@@ -47,6 +47,7 @@ __all__ = [
     "PairSampler",
     "RefinedLabels",
     "Reliability",
+    "SuspiciousLabels",
     "asymmetric_loss",
     "binary_cross_entropy",
     "class_confidences",
@@ -74,4 +75,5 @@ __all__ = [
     "sampling_weights",
     "splc_loss",
     "systematic_resample",
+    "wrong_probability",
 ]

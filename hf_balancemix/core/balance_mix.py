@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
 from hf_balancemix.core.mixing import mix_refined_labels
-from hf_balancemix.core.noise_rates import NoiseRates
+from hf_balancemix.core.noise_rates import NoiseRates, transition_rates, wrong_posterior, wrong_probability
 from hf_balancemix.core.sampling import (
     MINORITY_SCORES,
     confidence_sums,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 JUDGES = ("cross_fit", "network")
 CLEAN_PROBABILITY_SOURCES = ("scan", "views")
 PREDICTION_SOURCES = ("scan", "views")
+SUSPICIOUS = 0.1  # from which score on
+_CANDIDATE = 0.01  # from which score on a label may become suspicious, as the network learns
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,23 @@ class BalanceMixSettings:
         return self.select_clean and epoch >= max(self.label_warmup_epochs, 1)
 
 
+class SuspiciousLabels(NamedTuple):
+    """The given labels that may well be wrong: M of N x K, by instance and class; all on the CPU."""
+
+    instance: Tensor
+    """`(M,)` int64 indices into the training set."""
+    label_class: Tensor
+    """`(M,)` int64 in [0, K)."""
+    score: Tensor
+    """`(M,)` float32 in [`SUSPICIOUS`, 1], how probably the label is wrong: :func:`wrong_probability`."""
+    prediction: Tensor
+    """`(M,)` float32 in [0, 1], the network's in the last scan, that the class is present; 0.5 before the first."""
+    p_clean: Tensor
+    """`(M,)` float32 in [0, 1], p_G."""
+    epochs: Tensor
+    """`(M,)` int32, in how many epochs of label management its p_G was at most 1/2."""
+
+
 class BalanceMix:
     """All that a run remembers: tensors only, the same on every rank, whole in `state_dict`.
 
@@ -151,11 +171,13 @@ class BalanceMix:
         mixtures, loss_histogram: :class:`LossMixtures` and the :class:`LossHistogram` that they were fitted on; None
             before :meth:`judge`, or with the network as judge before the first :meth:`end_epoch`.
         noise_rates: The :class:`~hf_balancemix.core.NoiseRates` that :meth:`judge` estimated; None before.
+        loss_counts: `(2, K, 36)` int64, the losses that the mixtures were fitted on, counted as
+            :attr:`LossHistogram.coarse_counts`.
         missing_loss_threshold: `(K,)` float64, the loss from which on a negative label may be not clean, where the
             network judges; 0 at first.
         clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
-        scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. Empty, `(0, K)`, unless
-            `prediction_source` is `"scan"`.
+        scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. This and the former are
+            empty, `(0, K)`, unless labels are managed and `clean_probability_source` is `"scan"`.
     """
 
     def __init__(self, labels: Tensor, settings: BalanceMixSettings | None = None) -> None:
@@ -167,8 +189,7 @@ class BalanceMix:
         check_given_labels(labels)
         self.settings = settings or BalanceMixSettings()
         self.labels = labels.to("cpu", torch.int8)
-        self._keeps_clean_probability = self.settings.select_clean and self.settings.clean_probability_source == "scan"
-        self._keeps_scan_probability = self.settings.select_clean and self.settings.prediction_source == "scan"
+        self._keeps_tables = self.settings.select_clean and self.settings.clean_probability_source == "scan"
         self.reset()
 
     def reset(self) -> None:
@@ -181,9 +202,15 @@ class BalanceMix:
         self.mixtures: LossMixtures | None = None
         self.noise_rates: NoiseRates | None = None
         self.missing_loss_threshold = torch.zeros(k, dtype=torch.float64)
-        self.clean_probability = torch.ones(n if self._keeps_clean_probability else 0, k, dtype=torch.float16)
-        self.scan_probability = torch.full((n if self._keeps_scan_probability else 0, k), 0.5, dtype=torch.float16)
+        rows = n if self._keeps_tables else 0
+        self.clean_probability = torch.ones(rows, k, dtype=torch.float16)
+        self.scan_probability = torch.full((rows, k), 0.5, dtype=torch.float16)
         self.loss_histogram: LossHistogram | None = None
+        self.loss_counts = LossHistogram(k).coarse_counts
+        # What may turn out to be suspicious: instance, class, and the judge's probability that the class is present.
+        self._candidates = torch.zeros(0, 3, dtype=torch.float64)
+        # In how many epochs p_G was at most 1/2; with other judges that follows from p_G, which stays as it is.
+        self._epochs_distrusted = torch.zeros(0 if self.settings.cross_fits else rows, k, dtype=torch.int16)
         self._begin_observing()
 
     def _begin_observing(self) -> None:
@@ -225,7 +252,11 @@ class BalanceMix:
         )
         self.clean_probability = judged.p_clean.half()
         self.mixtures, self.loss_histogram = judged.mixtures, judged.loss_histogram
+        self.loss_counts = judged.loss_histogram.coarse_counts.clone()
         self.noise_rates = judged.rates
+        score = wrong_probability(self.labels, judged.probability, judged.rates)
+        instance, label_class = (score >= _CANDIDATE).nonzero(as_tuple=True)
+        self._candidates = torch.stack([instance, label_class, judged.probability[instance, label_class]], 1).double()
 
     @torch.no_grad()
     def observe(self, index: Tensor, logits: Tensor) -> None:
@@ -247,9 +278,9 @@ class BalanceMix:
             positive = labels == 1
             losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # not in the histograms
             self._histogram.update(losses, positive)
-            if self._keeps_clean_probability:
+            if self._keeps_tables:
                 self._losses.append((index, losses))
-        if self._keeps_scan_probability:
+        if self._keeps_tables:
             self._probabilities.append((index, probabilities.half()))
 
     @torch.no_grad()
@@ -277,6 +308,7 @@ class BalanceMix:
         if not settings.cross_fits:
             self._histogram.reduce()
             self.loss_histogram = self._histogram
+            self.loss_counts = self._histogram.coarse_counts.cpu().clone()
         if settings.select_clean and not settings.cross_fits:
             self.mixtures = mixtures = LossMixtures.fit_histogram(self._histogram, settings.mixture_preset)
             self.missing_loss_threshold = torch.zeros_like(self.missing_loss_threshold)
@@ -284,12 +316,14 @@ class BalanceMix:
             if max_missing:
                 most_missing = max_missing * self._histogram.num_values[1].double()
                 self.missing_loss_threshold = self._histogram.threshold_of_largest(0, most_missing)
-            if self._keeps_clean_probability:
+            if self._keeps_tables:
+                if settings.manages_labels(self.epoch):
+                    self._epochs_distrusted += (self.clean_probability.cpu() <= 0.5) & (self.labels >= 0)
                 self.clean_probability = self._of_all_ranks(
                     (index, self._p_clean_at(mixtures, losses, self.labels[index] == 1))
                     for index, losses in self._losses
                 )
-        if self._keeps_scan_probability:
+        if self._keeps_tables:
             self.scan_probability = self._of_all_ranks(self._probabilities)
         if num_dropped := int(all_reduce_sum(torch.tensor(self._num_dropped))):
             text = "%d of %d logits that were observed before epoch %d are not finite and were left out."
@@ -351,7 +385,7 @@ class BalanceMix:
     def _p_clean(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
         if self.mixtures is None:
             return torch.ones_like(probabilities)
-        if self._keeps_clean_probability:
+        if self._keeps_tables:
             self.clean_probability = self.clean_probability.to(probabilities.device)
             return self.clean_probability[index.to(probabilities.device)].float()
         losses = label_losses(torch.logit(probabilities.float(), 1e-6), labels.clamp(min=0))
@@ -360,6 +394,60 @@ class BalanceMix:
     def _p_clean_at(self, mixtures: LossMixtures, losses: Tensor, positive: Tensor) -> Tensor:
         p_clean = mixtures.clean_probability(losses, positive, monotone=self.settings.monotone)
         return p_clean.masked_fill(~positive & (losses < self.missing_loss_threshold), 1.0)
+
+    @property
+    def has_suspicious_labels(self) -> bool:
+        """Whether :meth:`suspicious_labels` can say anything."""
+        return self.mixtures is not None and self._keeps_tables
+
+    def suspicious_labels(self) -> SuspiciousLabels:
+        """The given labels with a score of `SUSPICIOUS` or more, in the order of the instances.
+
+        The score is :func:`wrong_probability`, of the mean log-odds of two that predict the label: the heads that did
+        not see it, and the network in the last scan, which has learned by refined labels. (Each alone finds fewer.)
+        Where the network judges, the score is the mean of 1 - p_G and of how far its prediction in the last scan is
+        from the label. With what a network has learned by heart, no rates can be estimated, and no probability.
+
+        Raises:
+            ValueError: Nothing was judged, or no table of p_G is kept.
+        """
+        if self.mixtures is None:
+            raise ValueError(
+                "no label was judged; the labels must be before suspicious ones are asked for; set select_clean=True, "
+                "and train first."
+            )
+        if not self._keeps_tables:
+            raise ValueError(
+                "clean_probability_source is 'views', which remembers no label; it must be 'scan' where suspicious "
+                "labels are asked for; set it to 'scan'."
+            )
+        if self.settings.cross_fits:
+            assert self.noise_rates is not None
+            instance, label_class = self._candidates[:, :2].long().T
+            x = torch.logit(self._candidates[:, 2], 1e-6)
+            if self.epoch:
+                # In half precision 1 is anything from 1 - 2^-12 on.
+                f = self.scan_probability.cpu()[instance, label_class].double()
+                x = (x + torch.logit(f, 2.0**-12)) / 2
+            t01, t10 = transition_rates(self.labels, self.noise_rates)
+            positive = self.labels[instance, label_class] == 1
+            score = wrong_posterior(positive, x.sigmoid(), t01[label_class], t10).float()
+            keep = score >= SUSPICIOUS
+            instance, label_class, score = instance[keep], label_class[keep], score[keep]
+        else:
+            given, p_given = self.labels.clamp(min=0), self.clean_probability.cpu().float()
+            scores = ((1 - p_given) + (self.scan_probability.cpu().float() - given).abs()) / 2
+            scores = scores.masked_fill(self.labels < 0, 0)
+            instance, label_class = (scores >= SUSPICIOUS).nonzero(as_tuple=True)
+            score = scores[instance, label_class]
+        prediction, p_clean = (
+            table.cpu()[instance, label_class].float() for table in (self.scan_probability, self.clean_probability)
+        )
+        if self.settings.cross_fits:
+            epochs = (p_clean <= 0.5) * max(0, self.epoch - max(self.settings.label_warmup_epochs, 1))
+        else:
+            epochs = self._epochs_distrusted[instance, label_class]
+        return SuspiciousLabels(instance, label_class, score, prediction, p_clean, epochs.int())
 
     def mix_labels(self, random: RefinedLabels, minority: RefinedLabels, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 for refined labels, and their weights; see :func:`~hf_balancemix.core.mixing.mix_refined_labels`."""
@@ -378,6 +466,9 @@ class BalanceMix:
             state |= {f"mixtures.{name}": value for name, value in self.mixtures.state_dict().items()}
         if self.noise_rates is not None:
             state |= {f"noise_rates.{name}": value for name, value in self.noise_rates._asdict().items()}
+            state["candidates"] = self._candidates
+        if len(self._epochs_distrusted):
+            state["epochs_distrusted"] = self._epochs_distrusted
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -386,14 +477,21 @@ class BalanceMix:
         Raises:
             ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
         """
-        own = self.state_dict()
-        for name in ("epoch", *_LEARNED):
-            if name not in state or state[name].shape != own[name].shape:
-                found = "absent" if name not in state else f"of shape {tuple(state[name].shape)}"
+        own, names = self.state_dict(), ["epoch", *_LEARNED]
+        if len(self._epochs_distrusted) and "noise_rates.wrong" not in state:  # else another judge was at work before
+            names.append("epochs_distrusted")
+        judged = ["candidates"] if self.settings.cross_fits and "noise_rates.wrong" in state else []
+        for name in (*names, *judged):
+            if name not in state:
                 raise ValueError(
-                    f"the saved state's {name} is {found}; it must be of shape {tuple(own[name].shape)} in this run "
-                    f"(N, K = {tuple(self.labels.shape)}); resume with the data set and settings of the checkpoint "
-                    "(prediction_source and clean_probability_source among them)."
+                    f"the saved state's {name} is absent, as another version of hf_balancemix wrote it; it must be "
+                    "there; resume with that version, or begin anew."
+                )
+            if name not in judged and state[name].shape != own[name].shape:
+                raise ValueError(
+                    f"the saved state's {name} is of shape {tuple(state[name].shape)}; it must be of shape "
+                    f"{tuple(own[name].shape)} in this run (N, K = {tuple(self.labels.shape)}); resume with the data "
+                    "set and settings of the checkpoint (clean_probability_source among them)."
                 )
         if self.settings.cross_fits and "noise_rates.wrong" not in state:
             raise ValueError(
@@ -407,6 +505,10 @@ class BalanceMix:
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
         self.noise_rates = NoiseRates(**rates) if rates and self.settings.cross_fits else None
         self.epoch = int(state["epoch"])
+        if self.settings.cross_fits:
+            self._candidates = state["candidates"].clone()
+        if "epochs_distrusted" in names:
+            self._epochs_distrusted = state["epochs_distrusted"].clone()
         for name in _LEARNED:
             setattr(self, name, state[name].clone())
 
@@ -414,5 +516,5 @@ class BalanceMix:
 _MAX_MISSING = 0.5  # where the network judges; half as many as a class has is what 40 % mislabelling takes away
 _LEARNED = (
     "weights", "positive_confidence", "negative_confidence", "missing_loss_threshold", "clean_probability",
-    "scan_probability",
+    "scan_probability", "loss_counts",
 )  # fmt: skip

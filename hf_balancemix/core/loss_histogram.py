@@ -96,6 +96,12 @@ class LossHistogram:
         """`(2, K)` int64: how many losses each set has."""
         return self.counts.sum(-1)
 
+    @property
+    def coarse_counts(self) -> Tensor:
+        """`(2, K, 36)` int64: :attr:`counts` in bins for people, two for each doubling; edges: every 32nd of
+        :func:`bin_edges`."""
+        return self.counts.unflatten(-1, (-1, 32)).sum(-1)
+
     @torch.no_grad()
     def update(self, losses: Tensor, labels: Tensor) -> None:
         """Add a batch of losses.

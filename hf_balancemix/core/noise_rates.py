@@ -17,6 +17,7 @@ from hf_balancemix.core.checks import check_given_labels, check_same_shape
 _TOP, _LEAST = 0.1, 5  # anchors of T10: the share of n instances, and the fewest
 _PRIOR = 50  # anchors that the other classes' T10 counts for
 _BEST = 0.25  # the quantile of T10 over the classes that counts for all: hard classes have more
+_OWN = 0.25  # how much a class's own T01 counts beside that of its frequency, where labels are ordered
 _LARGEST = 0.9  # T01 + T10; at 1 the given labels say nothing
 _Z = 1.96
 
@@ -39,10 +40,12 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
         pi    = (v - T01) / (1 - T01 - T10), the share of clean positives
         wrong = (1 - pi) T01 / v,   missing = pi T10 / (1 - v)
 
-    The intervals are Wilson's for the counts of T01 and T10. T01 + T10 is cut to 0.9. That predictions are not perfect
-    is in neither: a class that they hardly tell apart looks like one whose labels are wrong, and nothing in the labels
-    tells the two cases apart. Where over all classes together the two kinds of anchors differ by less than two
-    standard errors, the predictions say nothing, and the estimates and the lower ends are 0.
+    The intervals are Wilson's for the counts of T01 and T10, and reach as low as those of the tenth of the lowest and
+    the n / 40 of the highest predictions, where few labels even of a hard class disagree unless they are wrong. T01 +
+    T10 is cut to 0.9. That predictions are not perfect is not in the estimates: a class that they hardly tell apart
+    looks like one whose labels are wrong, and nothing in the labels tells the two cases apart. Where over all classes
+    together the two kinds of anchors differ by less than two standard errors, the predictions say nothing, and the
+    estimates and the lower ends are 0.
 
     Args:
         logits: `(N, K)` predictions of models that did not see the instance's own labels, such as
@@ -59,12 +62,14 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
     check_given_labels(labels)
     logits, labels = logits.cpu(), labels.cpu()
     counts = torch.tensor([_anchor_counts(x, y) for x, y in zip(logits.T, labels.T, strict=True)], dtype=torch.float64)
-    v, top, top_negative, low, low_positive = counts.T
+    v, top, top_negative, topmost, topmost_negative, low, low_positive, lowest, lowest_positive = counts.T
     usable = (v > 0) & (v < 1)
     some = usable & (top >= _LEAST)
     common = ((top_negative + 1) / (top + 2))[some].quantile(_BEST) if some.any() else top_negative.new_zeros(())
     t10 = _wilson(top_negative + _PRIOR * common, top + _PRIOR)
     t01 = _wilson(low_positive, low)
+    t10[1] = torch.minimum(t10[1], _wilson(topmost_negative, topmost)[1])
+    t01[1] = torch.minimum(t01[1], _wilson(lowest_positive, lowest)[1])
     # More T01 means more wrong and fewer missing labels, more T10 the opposite.
     estimate, least_wrong, most_wrong = (_rates(t01[i], t10[j], v) for i, j in ((0, 0), (1, 2), (2, 1)))
     wrong = torch.stack([estimate[0], least_wrong[0], most_wrong[0]])
@@ -74,15 +79,84 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
     return NoiseRates(wrong.where(usable, 0), missing.where(usable, 0))
 
 
-def _anchor_counts(logits: Tensor, labels: Tensor) -> tuple[float, float, float, float, float]:
-    """v, and of one class's anchors at the top and at the bottom the number, and of those the labels that disagree."""
+def wrong_probability(labels: Tensor, probability: Tensor, rates: NoiseRates) -> Tensor:
+    """How probable it is that each given label is wrong, by Bayes' rule in class-conditional noise.
+
+    With q = P(clean 1 | image), and T01 and T10 of :func:`estimate_noise_rates` as the rates imply them:
+
+        given 1:  (1 - q) T01 / ((1 - q) T01 + q (1 - T10))
+        given 0:  q T10 / (q T10 + (1 - q) (1 - T01))
+
+    So a label against which the image speaks is a wrong one only as far as labels of its class are wrong at all. But
+    the rates of one class are known too badly to order the labels of many by them. So log T01 is 1/4 the class's own
+    and 3/4 what its frequency v lets expect: a + b log v, 0 <= b <= 1, fitted to all classes, each weighted by its
+    number of positive labels. T10 is one for all, the lower quartile of the classes, as hard ones seem to have more.
+
+    Args:
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
+        probability: `(N, K)` in [0, 1], q, such as :attr:`JudgedLabels.probability`, of models that did not see the
+            label. What is not finite says nothing.
+        rates: Of the same classes.
+
+    Returns:
+        `(N, K)` float32 in [0, 1] on the CPU; 0 where a label is unknown, or `probability` not finite.
+
+    Raises:
+        ValueError: The shapes differ, or a label is none of 0, 1 and -1.
+
+    Example:
+        >>> rates = NoiseRates(wrong=torch.full((3, 1), 0.5), missing=torch.zeros(3, 1))  # of two positives, one
+        >>> given, q = torch.tensor([1, 1, 0, 0]), torch.tensor([0.1, 0.9, 0.1, 0.9])
+        >>> wrong_probability(given[:, None], q[:, None], rates).flatten()
+        tensor([0.7500, 0.0357, 0.0000, 0.0000])
+    """
+    check_same_shape(labels=labels, probability=probability)
+    check_given_labels(labels)
+    labels, q = labels.cpu(), probability.cpu().double()
+    known = (labels >= 0) & q.isfinite()
+    posterior = wrong_posterior(labels == 1, q.nan_to_num(0.5), *transition_rates(labels, rates))
+    return posterior.where(known, 0).float()
+
+
+def transition_rates(labels: Tensor, rates: NoiseRates) -> tuple[Tensor, Tensor]:
+    """T01 `(K,)` and T10 `()`, float64, of :func:`wrong_probability`."""
+    n, m = ((labels.cpu() == value).sum(0).double() for value in (1, 0))
+    wrong, missing = rates.wrong[0].cpu() * n, rates.missing[0].cpu() * m  # labels
+    clean_positive, clean_negative = n - wrong + missing, m - missing + wrong
+    t01, t10 = (wrong / clean_negative.clamp(min=1e-9)).clamp(max=1), (missing / clean_positive).clamp(max=1)
+    t01 = (t01**_OWN * _by_frequency(t01, n / (n + m).clamp(min=1), n) ** (1 - _OWN)).clamp(max=_LARGEST)
+    some = clean_positive > 0
+    return t01, t10[some].quantile(_BEST) if some.any() else t10.new_zeros(())
+
+
+def wrong_posterior(positive: Tensor, q: Tensor, t01: Tensor, t10: Tensor) -> Tensor:
+    """The formulas of :func:`wrong_probability`, element by element; `positive` is where given labels are 1."""
+    q = q.clamp(1e-7, 1 - 1e-7)  # 1 would be sure whatever the rates
+    of_wrong = torch.where(positive, (1 - q) * t01, q * t10)
+    of_right = torch.where(positive, q * (1 - t10), (1 - q) * (1 - t01))
+    return of_wrong / (of_wrong + of_right).clamp(min=1e-12)
+
+
+def _by_frequency(t01: Tensor, v: Tensor, n: Tensor) -> Tensor:
+    """T01 of each class by its frequency v: as v^b, b from 0 (as of flips) to 1 (a share of the positive labels)."""
+    some = (t01 > 0) & (v > 0)
+    weight = n * some / (n * some).sum().clamp(min=1)
+    x, y = (torch.where(some, value, 1.0).log() for value in (v, t01))
+    at, mean = (weight * x).sum(), (weight * y).sum()
+    slope = (weight * (x - at) * (y - mean)).sum() / (weight * (x - at) ** 2).sum().clamp(min=1e-12)
+    return (mean + slope.clamp(0, 1) * (x - at)).exp()
+
+
+def _anchor_counts(logits: Tensor, labels: Tensor) -> list[float]:
+    """v; and the number of one class's anchors, and of labels that disagree: at the top, in the surest quarter
+    of these, in the lower half, in the lowest tenth."""
     known = labels >= 0
     given = labels[known][logits[known].argsort(descending=True, stable=True)] == 1
-    n = int(given.sum())
-    top = given[: max(int(_TOP * n), min(n, _LEAST))]
-    low = given[len(given) // 2 :]
-    v = n / max(len(given), 1)
-    return v, len(top), int((~top).sum()), max(len(low), 1), int(low.sum())
+    n, num_known = int(given.sum()), len(given)
+    tops = [~given[: max(int(share * n), min(n, _LEAST))] for share in (_TOP, _TOP / 4)]
+    bottoms = [given[num_known // 2 :], given[num_known - num_known // 10 :]]
+    counts = [(max(len(part), 1), int(part.sum())) for part in (*tops, *bottoms)]
+    return [n / max(num_known, 1), *(value for pair in counts for value in pair)]
 
 
 def _told_apart(v: Tensor, top: Tensor, top_negative: Tensor, low: Tensor, low_positive: Tensor) -> bool:

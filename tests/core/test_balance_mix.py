@@ -164,6 +164,16 @@ def test_the_limit_travels_in_the_state():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("missing", ["candidates", "loss_counts"])
+def test_the_state_of_a_version_without_an_audit_is_refused(missing):
+    _, given, clean = case()
+    judged = BalanceMix(given)
+    judged.judge(clean.float(), seed=0)
+    state = {name: value for name, value in judged.state_dict().items() if name != missing}
+    with pytest.raises(ValueError, match=f"{missing} is absent, as another version of hf_balancemix wrote it"):
+        BalanceMix(given).load_state_dict(state)
+
+
 def test_a_state_without_one_of_its_tensors_is_refused_and_changes_nothing():
     logits, given, _ = case()
     state = observed(BalanceMix(given, NETWORK), logits)
@@ -214,12 +224,12 @@ def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
     assert (one.reliability == Reliability.RELABELED).any()
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
-    assert len(step.scan_probability) == 0
     other = BalanceMix(given, kept.settings)
     other.load_state_dict(kept.state_dict())
     assert torch.equal(other.scan_probability, logits.double().sigmoid().half())
-    with pytest.raises(ValueError, match="scan_probability is of shape"):
-        BalanceMix(given, VIEWS).load_state_dict(kept.state_dict())
+    without = BalanceMix(given, replace(VIEWS, clean_probability_source="views"))
+    with pytest.raises(ValueError, match="clean_probability is of shape"):
+        without.load_state_dict(kept.state_dict())
 
 
 def test_predictions_must_come_from_where_the_settings_say():

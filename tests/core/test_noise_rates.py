@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_balancemix.core import estimate_noise_rates
+from hf_balancemix.core import NoiseRates, estimate_noise_rates, wrong_probability
 
 
 def noisy(n: int, pi: torch.Tensor, t01: torch.Tensor, t10: torch.Tensor, seed: int = 0):
@@ -97,3 +97,39 @@ def test_labels_must_be_given_ones_and_shapes_equal():
         estimate_noise_rates(torch.zeros(3, 2), torch.full((3, 2), 2))
     with pytest.raises(ValueError, match="must be the same shape"):
         estimate_noise_rates(torch.zeros(3, 2), torch.zeros(3, 3))
+
+
+def test_a_label_is_probably_wrong_by_bayes_rule_and_unknown_ones_not():
+    given = torch.tensor([1, 1, 0, 0, -1, 1])[:, None]
+    q = torch.tensor([0.1, 0.9, 0.1, 0.9, 0.1, torch.nan])[:, None]
+    # Of two positive labels one is wrong, of two negative ones one missing: T01 = T10 = 1/2.
+    half = NoiseRates(*(torch.full((3, 1), 0.5).double() for _ in range(2)))
+    expected = torch.tensor([0.9, 0.1, 0.1, 0.9, 0, 0])
+    torch.testing.assert_close(wrong_probability(given, q, half).flatten(), expected)
+    none = NoiseRates(*(torch.zeros(3, 1).double() for _ in range(2)))
+    assert not wrong_probability(given, q, none).any()
+
+
+def test_scores_are_the_probability_that_a_label_is_wrong():
+    pi, t01 = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.2, 0.15, 0.1, 0.05])  # in proportion to v
+    logits, clean, given = noisy(40_000, pi, t01, torch.full((4,), 0.2))
+    weak = logits + 2 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    q = torch.sigmoid(6 / 5 * weak + torch.logit(pi))  # +-3 with a variance of 5
+    score = wrong_probability(given, q, estimate_noise_rates(logits, given))
+    for value in (0, 1):
+        for low, high in ((0.05, 0.35), (0.35, 0.65), (0.65, 0.95)):
+            some = (given == value) & (score >= low) & (score < high)
+            assert (score[some].mean() - (clean != (given == 1))[some].double().mean()).abs() < 0.1
+
+
+def test_the_interval_holds_no_noise_for_a_class_that_is_hard_but_clean():
+    """A tenth of its positives looks like negatives, but seldom like the surest of them."""
+    g = torch.Generator().manual_seed(0)
+    clean = torch.rand(10_000, 2, generator=g) < 0.3
+    hard = clean & (torch.rand(clean.shape, generator=g) < 0.1)
+    logits = (
+        torch.where(clean & ~hard, 3.0, -3.0) + torch.where(hard, 1.5, 0.0) + torch.randn(clean.shape, generator=g)
+    )
+    wrong = estimate_noise_rates(logits, clean.to(torch.int8)).wrong
+    assert (wrong[0] > 0).all()
+    assert (wrong[1] < 1e-3).all()
