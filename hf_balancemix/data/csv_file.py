@@ -116,7 +116,7 @@ def from_csv(
     if not image_dir.is_dir():
         raise FileNotFoundError(f"no image folder {image_dir}; pass the folder that the file names start from.")
 
-    table = _Table(file, delimiter)
+    table = CsvTable(file, delimiter)
     image_ids = cells = table.column(image_column, "image_column")
     unknown_lists: list[list[int]] | None = None
     rows = list(range(len(cells)))
@@ -202,7 +202,7 @@ def _check_arguments(
                 raise ValueError(f"{name} is {value!r}; {needed}.")
 
 
-class _Table:
+class CsvTable:
     """The cells of a CSV file as text, and the line that each row starts in."""
 
     def __init__(self, file: Path, delimiter: str) -> None:
@@ -231,7 +231,7 @@ class _Table:
         if twice := sorted(name for name, number in Counter(self.header).items() if name and number > 1):
             raise ValueError(f"{file}, line 1: the header names {first_few(twice)} more than once; rename one.")
         if not self.rows:
-            raise ValueError(f"{file} has no rows below its header; there must be one for each image; add them.")
+            raise ValueError(f"{file} has no rows below its header; there must be at least one; add the rows.")
 
     def column(self, name: str, argument: str = "names") -> list[str]:
         """The cells under a heading; `argument` is what named it, for the message."""
@@ -253,7 +253,7 @@ class _Table:
 
 
 def _label_column(
-    table: _Table, column: str, separator: str | None, class_ids: bool, names: list[str] | None
+    table: CsvTable, column: str, separator: str | None, class_ids: bool, names: list[str] | None
 ) -> tuple[list[str], list[list[int]]]:
     if class_ids and names is None:
         raise ValueError("names is None; with class_ids it must be the class names in the order of the ids.")
@@ -268,7 +268,7 @@ def _label_column(
 
 
 def _rows_of_labels(
-    table: _Table, images: list[str], classes: list[str], column: str, positive_from: float, names: list[str] | None
+    table: CsvTable, images: list[str], classes: list[str], column: str, positive_from: float, names: list[str] | None
 ) -> tuple[list[str], list[list[int]], list[list[int]]]:
     """Class names, and of each image in the order of its first row the positive and the unknown classes."""
     names = sorted({name for name in classes if name}) if names is None else names
@@ -296,7 +296,7 @@ def _rows_of_labels(
 
 
 def _multi_hot_columns(
-    table: _Table, names: list[str] | None, others: Sequence[str | None]
+    table: CsvTable, names: list[str] | None, others: Sequence[str | None]
 ) -> tuple[list[str], np.ndarray]:
     """The class names and `(N, K)` uint8 codes 0, 1, _UNKNOWN and _BLANK."""
     if names is None:

@@ -9,7 +9,7 @@ in it are unknown labels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -185,6 +185,46 @@ def multi_hot(
             _raise_bad_value(column, _row_of(lengths, position), value, not one_hot_input)
     fill = _from_zeros_and_ones if one_hot_input else _from_class_ids
     return torch.from_numpy(fill(np.array(flat, dtype=None if flat else np.int64), lengths, num_classes, column))
+
+
+def with_changed_labels(
+    dataset: datasets.Dataset, rows: Sequence[int], classes: Sequence[int], values: Sequence[int], beside: str
+) -> datasets.Dataset:
+    """The data set with other values of L of its labels, in the same form; rows without one of them stay as they are.
+
+    Args:
+        dataset: With `labels`.
+        rows, classes, values: L positions, each of them once, in the (N, K) labels, and the 0 or 1 to be there.
+        beside: Name of the column in which the old labels are kept, last; where it exists, it stays as it is.
+    """
+    feature = dataset.features["labels"]
+    column = dataset.select_columns(["labels"]).with_format("arrow")[:]["labels"].combine_chunks()
+    changes: dict[int, dict[int, int]] = {}
+    for row, k, value in zip(rows, classes, values, strict=True):
+        changes.setdefault(int(row), {})[int(k)] = int(value)
+    new_rows = {}
+    for row, change in changes.items():
+        old = column[row].as_py()
+        if is_class_list(feature):
+            present = ({*old} | {k for k, value in change.items() if value}) - {k for k in change if not change[k]}
+            new_rows[row] = sorted(present)
+        else:
+            kind = bool if pa.types.is_boolean(feature.feature.pa_type) else int
+            new_rows[row] = [kind(change[k]) if k in change else value for k, value in enumerate(old)]
+    has_beside = beside in dataset.features
+    result = dataset.with_format(None)
+    result = result.remove_columns("labels") if has_beside else result.rename_column("labels", beside)
+    # An Arrow array, as `datasets` takes seconds for the fingerprint of 100,000 lists.
+    result = result.add_column("labels", with_rows(column, new_rows), feature=feature)
+    result = result.select_columns([*dataset.column_names, *([] if has_beside else [beside])])
+    return result.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
+
+
+def with_rows(column: pa.Array, rows: Mapping[int, Any]) -> pa.Array:
+    """The N values of a column with others in some rows, of its type."""
+    take = np.arange(len(column))
+    take[list(rows)] = len(column) + np.arange(len(rows))
+    return pa.concat_arrays([column, pa.array(list(rows.values()), column.type)]).take(pa.array(take))
 
 
 def _label_feature(dataset: datasets.Dataset, column: str) -> Any:

@@ -4,6 +4,7 @@
     noise_map.save("mislabel_0.4.parquet")
     noise_map.push_to_hub("user/coco-mislabel-0.4")
     noisy = load_noise_map("user/coco-mislabel-0.4").apply(clean)  # somewhere else, on the same data set
+    clean = noise_map.correct(noisy)  # the other way
 
 The parquet has one row for each changed label, with the columns
 
@@ -38,8 +39,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from hf_balancemix.data.labels import check_unknown_column, class_names, given_labels, is_class_list
-from hf_balancemix.data.noise import LabelNoise, read_ids, record_noise
+from hf_balancemix.data.labels import check_unknown_column, class_names, given_labels, with_changed_labels
+from hf_balancemix.data.noise import LabelNoise, read_ids, record_noise, recorded_noise, without_recorded_noise
 from hf_balancemix.files import whole_file
 
 FILE_NAME = "noise_map.parquet"
@@ -215,16 +216,50 @@ class NoiseMap:
             ValueError: The data set is another than the one that the map was made from; the message says in what.
             TypeError: `dataset` is not a `datasets.Dataset`, or its labels are of an unknown type.
         """
+        cells = _cells_of(dataset, self._index[0], self.class_names, "the data set", "the noise map")
+        labels = given_labels(dataset).numpy()[cells]
+        check_unknown_column(dataset)
+        self._check_clean(labels, "clean_labels" in dataset.features)
+        return record_noise(self._changed(dataset, cells, "given", beside="clean_labels"), self.parameters)
+
+    def correct(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Give a data set that has the noisy labels of this map the clean ones: `apply` the other way round.
+
+        Args:
+            dataset: The images and their noisy labels, rows and classes in any order.
+
+        Returns:
+            The data set with clean `labels`, and the noisy ones as `given_labels`; those stay where they exist.
+
+        Raises:
+            ValueError, TypeError: As `apply`.
+        """
         ids, image, classes = self._index
         cells = _cells_of(dataset, ids, self.class_names, "the data set", "the noise map")
-        stored = given_labels(dataset).numpy()
-        check_unknown_column(dataset)
-        labels = stored[cells]
-        self._check_clean(labels, "clean_labels" in dataset.features)
+        labels = given_labels(dataset).numpy()[cells]
         changed = classes >= 0
-        labels[image[changed], classes[changed]] = self.table["given"].to_numpy()[changed]
-        stored[cells] = labels
-        return record_noise(_with_labels(dataset, (stored == 1).astype(np.uint8)), self.parameters)
+        at = image[changed], classes[changed]
+        noisy = self.table["given"].to_numpy()[changed]
+        for row in np.flatnonzero(labels[at] != noisy)[:1]:
+            name, image_id = self.class_names[at[1][row]], ids[at[0][row]]
+            found = f"the label '{name}' of image_id {image_id!r} is {labels[at][row]} instead of {noisy[row]:g}"
+            needed = "the labels must be the noisy ones of the map; pass the data set as it was given"
+            raise ValueError(f"{found} ({np.sum(labels[at] != noisy)} of {len(noisy)} differ); {needed}.")
+        labels[at] = self.table["clean"].to_numpy()[changed]
+        self._check_clean(labels, has_clean_labels=False)
+        result = self._changed(dataset, cells, "clean", beside="given_labels")
+        if recorded_noise(result) == self.parameters:
+            result.info.description = without_recorded_noise(result.info.description)
+        return result
+
+    def _changed(
+        self, dataset: datasets.Dataset, cells: tuple[np.ndarray, ...], values: str, beside: str
+    ) -> datasets.Dataset:
+        """The data set with this column's values of the changed labels; the old ones are kept in `beside`."""
+        _, image, classes = self._index
+        changed = classes >= 0
+        rows, columns = cells[0].ravel()[image[changed]], cells[1].ravel()[classes[changed]]
+        return with_changed_labels(dataset, rows, columns, self.table[values].to_numpy()[changed], beside)
 
     @property
     def name(self) -> str:
@@ -373,20 +408,3 @@ def _fingerprints(ids: Sequence[int | str], labels: np.ndarray) -> tuple[str, np
     ]
     checks = np.frombuffer(b"".join(value[:4] for value in prints), dtype="<u4").astype(np.uint32)
     return hashlib.sha256(b"".join(sorted(prints))).hexdigest(), checks
-
-
-def _with_labels(dataset: datasets.Dataset, labels: np.ndarray) -> datasets.Dataset:
-    """The data set with other (N, K) labels in the same form; the old ones become `clean_labels` if it has none."""
-    feature = dataset.features["labels"]
-    if is_class_list(feature):
-        column = [np.flatnonzero(row).tolist() for row in labels]
-    else:
-        column = labels.astype(feature.feature.dtype).tolist()
-    kind = datasets.Features({"labels": feature}).arrow_schema.field("labels").type
-    has_clean = "clean_labels" in dataset.features
-    result = dataset.with_format(None)
-    result = result.remove_columns("labels") if has_clean else result.rename_column("labels", "clean_labels")
-    # An Arrow array, as `datasets` takes seconds for the fingerprint of 100,000 lists.
-    result = result.add_column("labels", pa.array(column, kind), feature=feature)
-    result = result.select_columns([*dataset.column_names, *([] if has_clean else ["clean_labels"])])
-    return result.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
