@@ -1,9 +1,9 @@
 """A small stand-in for the Hugging Face Hub on 127.0.0.1: what tests push to and load from, without a network.
 
-It answers the requests with which `huggingface_hub`, `datasets` and `transformers` create model and data set
-repositories, upload, commit, list and download, as far as the tests of this project need it. It does not know Xet,
-redirects to other hosts, pull requests, gated repositories and uploads in parts. What works here is rightly asked;
-that huggingface.co accepts it, only huggingface.co can tell.
+It answers the requests with which `huggingface_hub`, `datasets` and `transformers` create repositories of models,
+data sets and Spaces, upload, commit, list and download, as far as the tests of this project need it. It does not know
+Xet, redirects to other hosts, pull requests, gated repositories and uploads in parts. What works here is rightly
+asked; that huggingface.co accepts it, only huggingface.co can tell.
 
 The clients are not patched, but read their settings when they are imported. So they run in a process of their own:
 
@@ -152,7 +152,7 @@ class HubStandin:
 
     Attributes:
         url: Its address, for HF_ENDPOINT.
-        repositories: By kind ("model" or "dataset") and id ("user/name").
+        repositories: By kind ("model", "dataset" or "space") and id ("user/name").
         requests: (method, path, status) of all that was asked; status 0 where the connection was dropped.
         unknown: (method, path) of what it did not understand.
     """
@@ -531,8 +531,8 @@ def _resolve(request: _Handler, id: str, revision: str, path: str, kind: str = "
 
 
 _ID = r"(?P<id>[\w.-]+/[\w.-]+)"
-_API = rf"/api/(?P<kind>models|datasets)/{_ID}"
-_PAGE = rf"/(?:(?P<kind>datasets)/)?{_ID}"
+_API = rf"/api/(?P<kind>models|datasets|spaces)/{_ID}"
+_PAGE = rf"/(?:(?P<kind>datasets|spaces)/)?{_ID}"
 _REVISION = r"(?P<revision>[^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", "/api/whoami-v2", _whoami),

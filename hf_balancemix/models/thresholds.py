@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -168,17 +168,34 @@ def iter_probabilities(
         ValueError: No processor, a model with softmax outputs, or an image that cannot be decoded.
         FileNotFoundError: An image is gone.
     """
+    if model.config.problem_type != "multi_label_classification":
+        raise ValueError(
+            f"the model's problem_type is {model.config.problem_type!r}, whose outputs are no independent "
+            "probabilities; it must be 'multi_label_classification'; use a model trained by this package."
+        )
+
+    def probabilities(pixels: Tensor) -> Tensor:
+        return model(pixel_values=pixels).logits.double().sigmoid()
+
+    yield from iter_outputs(model, probabilities, images, processor, batch_size=batch_size, on_bad_image=on_bad_image)
+
+
+def iter_outputs(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    images: datasets.Dataset | Iterable[Any],
+    processor: Any | None,
+    *,
+    batch_size: int = 32,
+    on_bad_image: str = "error",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """As :func:`iter_probabilities`, of what `forward` makes of a batch of `pixel_values`, on the CPU."""
     if processor is None:
         raise ValueError(
             "processor is None; it must be the model's image processor; load it by AutoImageProcessor.from_pretrained."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more; 32 is usual.")
-    if model.config.problem_type != "multi_label_classification":
-        raise ValueError(
-            f"the model's problem_type is {model.config.problem_type!r}, whose outputs are no independent "
-            "probabilities; it must be 'multi_label_classification'; use a model trained by this package."
-        )
     images = undecoded_images(images)["image"] if isinstance(images, datasets.Dataset) else list(images)
     parameter = next(model.parameters())
     for start in tqdm(range(0, len(images), batch_size), desc="Predicting", disable=len(images) <= batch_size):
@@ -193,8 +210,8 @@ def iter_probabilities(
             continue
         pixels = processor(list(batch.values()), return_tensors="pt")["pixel_values"]
         with torch.no_grad(), evaluation_mode(model):
-            logits = model(pixel_values=pixels.to(parameter.device, parameter.dtype)).logits
-        yield list(batch), logits.double().sigmoid().cpu()
+            output = forward(pixels.to(parameter.device, parameter.dtype))
+        yield list(batch), output.cpu()
 
 
 def predict_probabilities(

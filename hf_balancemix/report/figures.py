@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,18 @@ def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
     return figure
 
 
+@contextmanager
+def missing_glyphs_allowed() -> Iterator[None]:
+    """No warning of a class name in a script that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
 def figure_png(figure: Figure) -> bytes:
     """The figure as PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
+    with missing_glyphs_allowed():
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
@@ -94,7 +102,7 @@ def per_class_ap_figure(
     axes = figure.subplots()
     positions = np.arange(len(order))
     axes.barh(positions, ap[order], color=[colors[k] for k in order])
-    axes.set_yticks(positions, [_short(class_names[k]) for k in order], fontsize=7, parse_math=False)
+    axes.set_yticks(positions, [short_name(class_names[k]) for k in order], fontsize=7, parse_math=False)
     axes.set(xlim=(0, 1), ylim=(-0.6, max(len(order), 1) - 0.4), xlabel="average precision")
     axes.invert_yaxis()
     axes.set_title(title, fontsize=9, parse_math=False)
@@ -170,7 +178,7 @@ def _draw_mixture(axes: Any, shown: ClassMixtures, polarity: int) -> None:
     total = 0 if counts is None else int(counts.sum())
     number = "" if counts is None else f", {total:,}"
     axes.set_title(
-        f"{_short(shown.name)}: given {('negative', 'positive')[polarity]}{number}", fontsize=9, parse_math=False
+        f"{short_name(shown.name)}: given {('negative', 'positive')[polarity]}{number}", fontsize=9, parse_math=False
     )
     means, deviations = shown.means[polarity], np.sqrt(shown.variances[polarity])
     limit = float((means + 4 * deviations).max())
@@ -203,7 +211,8 @@ def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[flo
     return sorted((float(epoch), float(value)) for epoch, value in points.items() if np.isfinite(value))
 
 
-def _short(name: str, length: int = 40) -> str:
+def short_name(name: str, length: int = 40) -> str:
+    """A name in one line of at most so many characters."""
     name = " ".join(str(name).split())
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
@@ -225,7 +234,7 @@ def class_figure(description: Description) -> Figure:
         _draw_noise(lowest, description.noise, description.order)
         counts.tick_params(bottom=False, labelbottom=False)
     if description.num_classes <= _MAX_NAMES:
-        names = [_short(description.names[k]) for k in description.order]
+        names = [short_name(description.names[k]) for k in description.order]
         lowest.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
     else:
         lowest.set_xlabel("class, from the commonest to the rarest")
