@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 
 # Public names by the room that they live in.
 _ROOMS = {
+    "audit": "Corrections LabelAudit apply_corrections audit_labels",
     "core.losses": "AsymmetricLoss DBLoss FocalLoss HillLoss LargeLoss MultiLabelLoss SPLCLoss",
     "data": "ClassConditional Compose Mislabel NoiseMap RandomFlip SinglePositive drop_bad_images from_csv "
     "from_detection from_tags iterative_split load_coco load_deepfashion load_noise_map load_voc "
