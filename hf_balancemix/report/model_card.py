@@ -213,6 +213,7 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "clean": _positives(trainer.clean_labels),
         "judged": judged,
         "noise": _noise_rates(balance_mix),
+        "suspicious": _suspicious(balance_mix),
         "label_figures": newest_line(state.log_history, "label_noise_rate"),
         "estimated_noise": newest_line(state.log_history, "noise_rate_wrong"),
         "sampler": newest_line(state.log_history, "sampler_effective_size"),
@@ -428,6 +429,14 @@ def _judged_labels(balance_mix: Any) -> list[list[int]] | None:
         return None
     distrusted, labels = balance_mix.clean_probability.cpu() <= 0.5, balance_mix.labels.cpu()
     return [(distrusted & (labels == value)).sum(0).tolist() for value in (0, 1)]
+
+
+def _suspicious(balance_mix: Any) -> tuple[int, int] | None:
+    """How many labels an audit lists, and how many of them are wrong as their scores say; None without an audit."""
+    if balance_mix is None or not balance_mix.has_suspicious_labels:
+        return None
+    score = balance_mix.suspicious_labels().score
+    return len(score), round(float(score.double().sum()))
 
 
 def _noise_rates(balance_mix: Any) -> dict[str, list[str]] | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_balancemix.audit.label_audit import LabelAudit, make_audit
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
+from hf_balancemix.data.labels import given_labels
 from hf_balancemix.data.training_data import TrainingPairs
 from hf_balancemix.metrics import LabelQuality
 from hf_balancemix.models.features import pooled_features_of
@@ -76,6 +80,53 @@ class BalanceMixTrainer(MixupTrainer):
     @property
     def _ends_warmup(self) -> bool:
         return self.args.select_clean
+
+    # ---- the audit ----
+
+    def label_audit(self) -> datasets.Dataset:
+        """Which given labels are probably wrong: one row a label, the surest first; at any time after the judging.
+
+        Returns:
+            The columns are those of :attr:`LabelAudit.rows <hf_balancemix.audit.LabelAudit>`. `prediction` is that of
+            the last scan: after training, of the final weights (with `ema_decay` not of their average).
+
+        Raises:
+            ValueError: The run manages no labels, has not judged them yet, or keeps no table of them; or the rows of
+                `train_dataset` are other ones by now, or have no `image_id` that tells them apart.
+        """
+        return self._label_audit().rows
+
+    def _label_audit(self) -> LabelAudit:
+        state = self.balance_mix
+        suspicious = state.suspicious_labels()
+        labels = given_labels(self.train_dataset)
+        if not torch.equal(labels, state.labels):
+            found = f"train_dataset has {len(labels)} rows, and not the labels of the {len(state.labels)} trained on"
+            raise ValueError(f"{found}; it must be the trainer's first; set it back, all rows in their order.")
+        return make_audit(
+            self.train_dataset,
+            self.class_names or [str(k) for k in range(state.labels.shape[1])],
+            state.labels,
+            suspicious,
+            state.noise_rates,
+            state.loss_counts,
+            state.mixtures,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; after training with label management the audit is written beside the model."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not self.is_in_train and self._has_audit:
+            try:
+                audit = self._label_audit()
+            except ValueError as error:  # the training is not lost
+                logger.warning("No label audit is written beside the model: %s", error)
+            else:
+                audit.save(output_dir or self._output_dir)
+
+    @property
+    def _has_audit(self) -> bool:
+        return hasattr(self, "balance_mix") and self.balance_mix.has_suspicious_labels
 
     # ---- a step ----
 
@@ -150,7 +201,8 @@ class BalanceMixTrainer(MixupTrainer):
         self.log({"noise_rate_wrong": float(wrong / n), "noise_rate_missing": float(missing / n)})
 
     def _end_training(self) -> None:
-        self._prepare_epoch(int(self.state.epoch))  # the last scan: final label quality
+        # The last scan: final label quality. An epoch that training ended within counts as one.
+        self._prepare_epoch(math.ceil(self.state.epoch))
 
     def _end_epoch(self, epoch: int) -> None:
         """Algorithm 1's end of an epoch."""

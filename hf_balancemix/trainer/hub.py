@@ -220,7 +220,7 @@ class HubTrainer(Trainer):
 
     # Files in a checkpoint that are not the model's, and what else does not belong at the root of a repository.
     _not_pushed: tuple[str, ...] = ("*.bin", "*.pt", "*.pth", "trainer_state.json", "checkpoint-*", LAST_CHECKPOINT)
-    _not_pushed += ("_*", ".*")
+    _not_pushed += ("_*", ".*", "label_audit.*")  # an audit names files of its owner
     _repository: HubRepository | None = None  # rank 0 only
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer says None only
 

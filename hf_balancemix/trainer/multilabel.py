@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
+from hf_balancemix.audit.label_audit import remove_audit
 from hf_balancemix.core import EpochSampler
 from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.data.describe import is_of_paper
@@ -499,6 +500,19 @@ class MultiLabelTrainer(AveragingTrainer):
             line: dict[str, Any] = self.state.log_history[-1]
             line[f"{prefix}{PER_CLASS_AP}"] = [None if np.isnan(ap) else float(ap) for ap in self._per_class_ap]
             self._per_class_ap = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; after training, the audit of a run before is not left beside another model."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not self.is_in_train and self.state.global_step:
+            remove_audit(output_dir or self._output_dir)
+
+    def label_audit(self) -> datasets.Dataset:
+        """Which given labels are probably wrong; of :class:`BalanceMixTrainer`, others raise a ValueError."""
+        raise ValueError(
+            f"the method is {self.method_name!r}, which judges no labels; it must be one that does; train with "
+            "BalanceMixTrainer, or give the model to audit_labels."
+        )
 
     def export_onnx(self, path: str | Path) -> None:
         """Write the model that `save_model` writes as ONNX; see :func:`~hf_balancemix.models.export.export_onnx`.

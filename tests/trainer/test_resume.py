@@ -39,6 +39,7 @@ def final(folder: Path, rank: int = 0) -> dict:
 def assert_same_end(one: dict, two: dict) -> None:
     assert one["steps"] == two["steps"]
     assert torch.equal(one["parameters"], two["parameters"])
+    assert one["audit"] == two["audit"]
     assert one["state"].keys() == two["state"].keys()
     for name, value in one["state"].items():
         assert torch.equal(value, two["state"][name]), name

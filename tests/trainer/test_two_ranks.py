@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -48,6 +51,12 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, judge, predi
 
     assert torch.allclose(one["parameters"], ranks[0]["parameters"], atol=1e-5, rtol=0)
     assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])
+    assert ranks[0]["audit"] == ranks[1]["audit"]
+    found = [pd.read_csv(io.StringIO(run["audit"])).sort_values(["image_id", "class"]) for run in (one, ranks[0])]
+    pd.testing.assert_frame_equal(
+        *(f.drop(columns=["rank", "Unnamed: 0"]).reset_index(drop=True) for f in found), atol=2e-3
+    )
+    assert judge == "cross_fit" or len(found[0])
 
 
 @pytest.mark.dist

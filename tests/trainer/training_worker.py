@@ -187,6 +187,7 @@ def main() -> None:
             "state": trainer._run_state(),
             "trace": trace,
             "error": error,
+            "audit": None if error else trainer.label_audit().remove_columns("image").to_pandas().to_csv(),
             "log": trainer.state.log_history,
             "steps": trainer.state.global_step,
         },
