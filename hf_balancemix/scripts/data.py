@@ -39,6 +39,27 @@ class DataArguments:
     max_train_samples: int | None = flag(None, "Use only so many training images.")
     max_eval_samples: int | None = flag(None, "Use only so many evaluation images.")
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the evaluation set of `load` is a share of the training data."""
+        return False
+
+    def load(self, seed: int) -> Pair:
+        raise NotImplementedError
+
+    def load_to_audit(self, seed: int) -> datasets.Dataset:
+        """All training data, with what `load` holds out of it."""
+        if self.max_eval_samples is not None:
+            raise ValueError(
+                f"max_eval_samples is {self.max_eval_samples}; an audit is of the training data, so that it must be "
+                "left out; pass --max_train_samples."
+            )
+        pair = self.load(seed)
+        dataset = datasets.concatenate_datasets(list(pair)) if self.holds_out else pair[0]
+        if self.max_train_samples is not None:
+            dataset = dataset.shuffle(seed=seed).select(range(min(self.max_train_samples, len(dataset))))
+        return dataset
+
 
 def _check_share(held_out: float) -> None:
     if not 0 < held_out < 1:
@@ -77,6 +98,10 @@ class CocoData(DataArguments):
             )
         if self.held_out is not None and (self.eval_annotations or self.eval_images):
             raise ValueError("held_out is given and so is an evaluation set; it must be one of them; leave out one.")
+
+    @property
+    def holds_out(self) -> bool:
+        return self.held_out is not None
 
     def load(self, seed: int) -> Pair:
         root = self.data_dir or make_scenes()
@@ -209,6 +234,10 @@ class AnyData(DataArguments):
         if self.group_column is not None and (self.eval_csv or self.eval_split or self.eval_dir):
             needed = "it must be left out where the evaluation data is given, as nothing is held out"
             raise ValueError(f"group_column is {self.group_column!r}; {needed}; leave it out.")
+
+    @property
+    def holds_out(self) -> bool:
+        return not (self.eval_dir or self.eval_csv or self.eval_split)
 
     def load(self, seed: int) -> Pair:
         """Training and evaluation set; what is held out is stratified by labels."""

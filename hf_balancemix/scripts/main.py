@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ HELP = """usage: balancemix COMMAND [--FLAG VALUE ...]
 Train the right multi-label image model from unbalanced, wrong or missing labels.
 
     train     train, evaluate and save a model, with BalanceMix or the methods it is compared with
+    audit     which labels are probably wrong, as a table, a CSV, or pages to look at them and to decide
     predict   class probabilities of a folder of images, as CSV
 
     balancemix train
     balancemix train --train_dir photos --train_csv labels.csv --label_column tags --separator ","
     balancemix train --num_processes 4 --data_dir coco --image_size 448 --preset paper --bf16
+    balancemix audit --model outputs/multilabel/balancemix --html report
     balancemix predict --model outputs/multilabel/balancemix --images FOLDER --output scores.csv
 
 Without data, train compares three methods on a built-in sample. Flags of `accelerate launch` start several processes.
@@ -39,14 +42,14 @@ def main() -> None:
         print(hf_balancemix.__version__)
     elif command == "train":
         train(argv)
-    elif command == "predict":
-        from hf_balancemix.scripts import parser, predict
+    elif command in ("audit", "predict"):
+        from hf_balancemix.scripts import parser
 
-        parser.run(lambda: predict.main(argv))
+        parser.run(lambda: importlib.import_module(f"hf_balancemix.scripts.{command}").main(argv))
     else:
-        near = difflib.get_close_matches(command, ["train", "predict"], n=1)
+        near = difflib.get_close_matches(command, ["train", "audit", "predict"], n=1)
         hint = f"Did you mean {near[0]}?" if near else "See balancemix --help."
-        print(f"error: command is {command!r}; it must be train or predict. {hint}", file=sys.stderr)
+        print(f"error: command is {command!r}; it must be train, audit or predict. {hint}", file=sys.stderr)
         sys.exit(2)
 
 

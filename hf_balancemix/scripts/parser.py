@@ -191,7 +191,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         leave_process_group()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         message = _own_message(error, getattr(main, "__globals__", {}).get("__package__") or "__main__")
         if message is None:
             raise

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ import datasets
 from transformers import set_seed
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
+from hf_balancemix.audit.label_audit import ROWS_FILE, LabelAudit
 from hf_balancemix.data import (
     Mislabel,
     RandomFlip,
@@ -236,8 +238,12 @@ def print_results(
     installed = Path(sys.executable).with_name("balancemix")  # it need not be on the PATH
     command = installed if installed.exists() and not shutil.which("balancemix") else "balancemix"
     print(f"\nModels, each with a card (README.md): {', '.join(str(Path(args.output_dir, n)) for n in results)}")
+    if Path(best, ROWS_FILE).exists():
+        audit = LabelAudit.load(best)
+        print(f"Next, look at the {audit.num_estimated:,} labels of {best} that are probably wrong:")
+        print(f"    {command} audit --model {shlex.quote(str(best))} --html report")
     print("Next, class probabilities for your own images:")
-    print(f"    {command} predict --model {best} --images FOLDER --output scores.csv")
+    print(f"    {command} predict --model {shlex.quote(str(best))} --images FOLDER --output scores.csv")
     if any(left_out):
         print(f"Left out because they cannot be read: {left_out[0]:,} training and {left_out[1]:,} evaluation images.")
 

@@ -20,8 +20,8 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import NAMES, load_example, make_dataset
 from packaging.version import Version
 
+from hf_balancemix.scripts import audit, train
 from hf_balancemix.scripts import main as command
-from hf_balancemix.scripts import train
 from hf_balancemix.scripts.arguments import parse_script
 from hf_balancemix.scripts.parser import parse_arguments
 from hf_balancemix.scripts.predict import PredictArguments
@@ -61,7 +61,7 @@ def test_a_command_that_is_not_known_ends_with_one_line(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             command.main()
         assert stop.value.code == 2
-        assert capsys.readouterr().err == f"error: command is {word!r}; it must be train or predict. {hint}\n"
+        assert capsys.readouterr().err == f"error: command is {word!r}; it must be train, audit or predict. {hint}\n"
 
 
 def test_a_commands_help_is_its_scripts(monkeypatch, capsys):
@@ -185,6 +185,8 @@ def test_every_command_that_is_written_down_is_understood(text):
         elif words[1] == "train":
             argv = command.split_flags(words[2:], launch_command_parser())[1]
             parse_script(None, ["--use_cpu", *argv], "")
+        elif words[1] == "audit":
+            audit.parse(words[2:])
         elif "predict" in words[1] and words[2:]:
             parse_arguments((PredictArguments,), words[2:])
         else:
