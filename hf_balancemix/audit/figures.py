@@ -13,14 +13,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from hf_balancemix.audit.label_audit import LabelAudit
+from hf_balancemix.audit.label_audit import KINDS, LabelAudit
 from hf_balancemix.audit.report import drawn_ranks, mean_over_rank, places, read_rows, thumbnails, wrong_indeed
 from hf_balancemix.data.files import first_few
 from hf_balancemix.data.views import undecoded_images
 from hf_balancemix.report.figures import missing_glyphs_allowed, new_figure, short_name
 
 # The directions by the given value, in the order in which they are drawn.
-_KINDS = {1: "wrong positive", 0: "missing label"}
+_KINDS = {1: KINDS[1], 0: KINDS[0]}
 _COLOURS = {1: "#D55E00", 0: "#0072B2"}
 _WORDS = {1: "present", 0: "absent"}
 _MAX_CLASSES = 10  # of a sheet, unless they are named

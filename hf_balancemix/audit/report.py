@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_balancemix.audit.corrections import Decided, label_positions
-from hf_balancemix.audit.label_audit import ClassAudit, LabelAudit
+from hf_balancemix.audit.label_audit import KINDS, ClassAudit, LabelAudit
 from hf_balancemix.data.labels import stored_labels
 from hf_balancemix.data.views import decode, undecoded_images
 
@@ -257,8 +257,8 @@ def _page(classes: Sequence[ClassAudit], rows: dict[str, list[Any]], title: str)
     positive = [(c.positives, c.wrong, c.histogram_positive) for c in classes]
     negative = [(c.negatives, c.missing, c.histogram_negative) for c in classes]
     directions = [
-        _Direction("wrong positive", 1, positive, _precision(rows, 1)),
-        _Direction("missing label", 0, negative, _precision(rows, 0)),
+        _Direction(KINDS[1], 1, positive, _precision(rows, 1)),
+        _Direction(KINDS[0], 0, negative, _precision(rows, 0)),
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),

@@ -252,7 +252,7 @@ class BalanceMix:
         )
         self.clean_probability = judged.p_clean.half()
         self.mixtures, self.loss_histogram = judged.mixtures, judged.loss_histogram
-        self.loss_counts = judged.loss_histogram.coarse_counts.clone()
+        self.loss_counts = judged.loss_histogram.coarse_counts
         self.noise_rates = judged.rates
         score = wrong_probability(self.labels, judged.probability, judged.rates)
         instance, label_class = (score >= _CANDIDATE).nonzero(as_tuple=True)
@@ -308,7 +308,7 @@ class BalanceMix:
         if not settings.cross_fits:
             self._histogram.reduce()
             self.loss_histogram = self._histogram
-            self.loss_counts = self._histogram.coarse_counts.cpu().clone()
+            self.loss_counts = self._histogram.coarse_counts
         if settings.select_clean and not settings.cross_fits:
             self.mixtures = mixtures = LossMixtures.fit_histogram(self._histogram, settings.mixture_preset)
             self.missing_loss_threshold = torch.zeros_like(self.missing_loss_threshold)

@@ -283,6 +283,16 @@ class FormatArguments:
     )
 
 
+def chosen_format(argv: Sequence[str] | None, data_format: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Which of `FORMATS` the data has, if not told `data_format`, and what the flags say that tell it."""
+    given = given_values(("data_format", "data_dir", "dataset_name", "train_dir"), argv)
+    default = "any" if given["dataset_name"] or given["train_dir"] else "coco"
+    data_format = data_format or given["data_format"] or default
+    if data_format not in FORMATS:
+        raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}.")
+    return data_format, given
+
+
 def parse_script(
     data_format: str | None, argv: Sequence[str] | None, description: str, prog: str | None = None
 ) -> tuple[Any, NoiseArguments, ModelArguments, ExperimentArguments]:
@@ -299,11 +309,7 @@ def parse_script(
         FileNotFoundError, ValueError: As `parse_arguments`, or arguments that exclude each other.
     """
     types: list[type] = [] if data_format else [FormatArguments]
-    given = given_values(("data_format", "data_dir", "dataset_name", "train_dir"), argv)
-    default = "any" if given["dataset_name"] or given["train_dir"] else "coco"
-    data_format = data_format or given["data_format"] or default
-    if data_format not in FORMATS:
-        raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}.")
+    data_format, given = chosen_format(argv, data_format)
     data_type, args_type = FORMATS[data_format]
     use_sample = data_format == "coco" and given["data_dir"] is None
     types += [data_type, NoiseArguments, ModelArguments, SampleArguments if use_sample else args_type]

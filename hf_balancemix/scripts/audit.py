@@ -22,9 +22,9 @@ from hf_balancemix.audit.report import push_report, write_report
 from hf_balancemix.files import whole_file
 from hf_balancemix.models import load_trained
 from hf_balancemix.report import markdown_table
-from hf_balancemix.scripts.arguments import FORMATS, FormatArguments
+from hf_balancemix.scripts.arguments import FORMATS, FormatArguments, chosen_format
 from hf_balancemix.scripts.data import DataArguments
-from hf_balancemix.scripts.parser import flag, given_values, parse_arguments
+from hf_balancemix.scripts.parser import flag, parse_arguments
 
 
 @dataclass
@@ -71,12 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> tuple[AuditArguments, DataArguments | None]:
     """The flags, and where the data is, if that is said."""
-    given = given_values(("data_format", "data_dir", "dataset_name", "train_dir"), argv)
+    data_format, given = chosen_format(argv)
     if not any(given.values()):
         return parse_arguments((AuditArguments,), argv, __doc__, prog="balancemix audit")[0], None
-    data_format = given["data_format"] or ("any" if given["dataset_name"] or given["train_dir"] else "coco")
-    if data_format not in FORMATS:
-        raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}; correct it.")
     types = (AuditArguments, FormatArguments, FORMATS[data_format][0])
     args, _, data = parse_arguments(types, argv, __doc__, prog="balancemix audit")
     return args, data
