@@ -1,8 +1,9 @@
-"""Files that are whole or not there, locks between processes, and the cache folder."""
+"""Files that are whole or not there, locks between processes, the cache folder, and values of files in messages."""
 
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,3 +81,31 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("HF_BALANCEMIX_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hf_balancemix").expanduser()
+
+
+QUOTE_LENGTH = 80
+
+
+def quote(value: object) -> str:
+    """A value that came from a file or a user, as an error message shows it: on one line, short, whatever it is.
+
+    Args:
+        value: Anything; nesting is shown to a small depth, and a `repr` that fails is replaced by the type's name.
+
+    Returns:
+        At most :data:`QUOTE_LENGTH` characters.
+
+    Example:
+        >>> quote("person"), len(quote("x" * 10_000)), quote([[[[]]]])
+        ("'person'", 80, '[[[[]]]]')
+    """
+    try:
+        shown = _SHORT.repr(value)
+    except Exception:  # an int of thousands of digits, a broken __repr__
+        shown = f"<{type(value).__name__}>"
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= QUOTE_LENGTH else f"{shown[: QUOTE_LENGTH - 1]}…"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = QUOTE_LENGTH

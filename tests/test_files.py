@@ -1,4 +1,4 @@
-"""Files that are whole or not there, locks, and the cache folder."""
+"""Files that are whole or not there, locks, the cache folder, and values in messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from hf_balancemix.files import cache_folder, is_temporary, process_lock, whole_file
+from hf_balancemix.files import cache_folder, is_temporary, process_lock, quote, whole_file
 
 
 def test_a_file_appears_whole_and_replaces_the_one_before(tmp_path):
@@ -86,3 +86,39 @@ def test_one_rule_says_where_the_cache_is(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+class _Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+def _nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 10**6,
+        b"x" * 10**6,
+        10**6000,
+        _nested(10**5),
+        {i: [i] * 99 for i in range(99)},
+        "two\nlines\x1b[31m",
+        _Broken(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_quoted_value_is_short_and_on_one_line(value):
+    quoted = quote(value)
+    assert 0 < len(quoted) <= 80
+    assert quoted.isprintable()
+
+
+def test_a_short_value_is_quoted_as_it_is():
+    for value in ("person", 7, -1.5, None, ["a", "b"], {"a": 1}):
+        assert quote(value) == repr(value)
