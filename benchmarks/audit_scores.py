@@ -4,8 +4,8 @@
         --many_shot 400 --few_shot 150 --min_positives 10
 
 Noise is added to the labels of a data set (any that `benchmarks.paper` takes). Labels are judged out of fold on
-features of a frozen backbone, heads are trained on them with BCE and with BalanceMix, and every score orders the given
-labels, all classes together, wrong positives and missing labels apart. The tables show, over all seeds: average
+features of a pretrained backbone; heads on these features, or all but the first --frozen_stages of the network, are
+trained with BCE and with BalanceMix; and every score orders the given labels, all classes together, wrong positives and missing labels apart. The tables show, over all seeds: average
 precision of finding the wrong ones; precision among the first 1 % and 5 % of the labels of that polarity; the mean of
 the classes' own average precisions, by group; how often labels of a score are wrong; and the estimated noise rates of
 the classes, by their number of positive labels. Every run is a line of --out, and runs that are there are not done
@@ -19,7 +19,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,10 +40,12 @@ from transformers import PrinterCallback, TrainerCallback
 from benchmarks.paper.cell import GridData, Setup, arguments_of
 from benchmarks.paper.tables import Cell
 from hf_balancemix.core import JudgedLabels, NoiseRates, judge_labels, principal_components, wrong_probability
+from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data import given_labels
 from hf_balancemix.files import cache_folder
 from hf_balancemix.methods.registry import trainer_for
 from hf_balancemix.metrics import class_groups
+from hf_balancemix.models.features import pooled_features_of
 from hf_balancemix.report import markdown_table
 from hf_balancemix.scripts.arguments import NoiseArguments
 from hf_balancemix.scripts.train import add_noise
@@ -68,7 +70,7 @@ class Judgement(NamedTuple):
     given: Tensor
     judged: JudgedLabels
     bce: Tensor
-    """Probabilities of a head that was trained with BCE, for its own training set."""
+    """Probabilities of a network that was trained with BCE, for its own training set."""
     bce_mean: Tensor
     """Their mean over the epochs."""
     balance_mix: Tensor
@@ -173,41 +175,43 @@ def _nearest(features: Tensor) -> Tensor:
 
 
 class _EveryEpoch(TrainerCallback):
-    """The mean over the epochs of what a head predicts for its training set."""
+    """The mean over the epochs of what a network predicts for its training set."""
 
-    def __init__(self, features: Tensor) -> None:
-        self.features, self.total, self.epochs = features, 0.0, 0
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs, self.total, self.epochs = inputs, 0.0, 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.total, self.epochs = self.total + predicted(model, self.features), self.epochs + 1
+        self.total, self.epochs = self.total + predicted(model, self.inputs), self.epochs + 1
 
 
 @torch.no_grad()
-def predicted(model: Any, features: Tensor) -> Tensor:
-    """`(N, K)` probabilities by a head in evaluation mode."""
-    training = model.training
-    model.eval()
-    p = model(features.to(model.device)).logits.float().sigmoid().cpu()
-    model.train(training)
-    return p
+def in_batches(model: Any, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """`(N, ...)` float32, on the CPU: what a function of the model, in evaluation mode, makes of all inputs."""
+    with evaluation_mode(model):
+        return torch.cat([run(x.float().to(model.device)).float().cpu() for x in inputs.split(512)])
+
+
+def predicted(model: Any, inputs: Tensor) -> Tensor:
+    """`(N, K)` probabilities."""
+    return in_batches(model, lambda x: model(x).logits.float().sigmoid(), inputs)
 
 
 class Audited:
-    """A data set with the features of a frozen backbone; what is done for each draw of the noise.
+    """A data set with cached features, or activations of the first stages; what is done for each draw of the noise.
 
     Args:
         asked: As :func:`flags` has them.
     """
 
     def __init__(self, asked: argparse.Namespace) -> None:
+        frozen = asked.frozen_stages is None
         self.setup = Setup(
-            dataset=asked.dataset, model_name_or_path=asked.model_name_or_path, frozen_backbone=True,
-            backbone_weights=asked.backbone_weights, image_size=asked.image_size, many_shot=asked.many_shot,
-            few_shot=asked.few_shot, min_positives=asked.min_positives,
-            settings={
-                "optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-3, "num_train_epochs": 20,
-                "label_warmup_epochs": 5,
-            },
+            dataset=asked.dataset, model_name_or_path=asked.model_name_or_path, frozen_backbone=frozen,
+            frozen_stages=asked.frozen_stages, head="linear", backbone_weights=asked.backbone_weights,
+            image_size=asked.image_size, many_shot=asked.many_shot, few_shot=asked.few_shot,
+            min_positives=asked.min_positives,
+            settings={"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-3}
+            | ({"num_train_epochs": 20, "label_warmup_epochs": 5} if frozen else {"num_train_epochs": 12}),
         )  # fmt: skip
         self.data = GridData(self.setup, asked.data_dir, asked.cache_dir)
         self.folder = tempfile.mkdtemp()
@@ -215,8 +219,13 @@ class Audited:
         self.data.freeze(args)
         self.clean = given_labels(self.data.train)
         self.counted = torch.from_numpy(self.data.eval_classes())
-        views = self.data.model(self.cell("bce", "clean", 0), args, self.data.train)["views"]
-        self.features = views.features[views.images(self.data.train).rows].float()
+        network = self.data.model(self.cell("bce", "clean", 0), args, self.data.train)
+        self.inputs = network["views"].features[network["views"].images(self.data.train).rows]
+        self.features = self.inputs.float()
+        if not frozen:
+            pooled = pooled_features_of(network["model"])
+            assert pooled is not None
+            self.features = in_batches(network["model"], pooled, self.inputs)
         self.components, self.nearest = principal_components(self.features), _nearest(self.features)
 
     def cell(self, method: str, noise: str, seed: int) -> Cell:
@@ -228,7 +237,7 @@ class Audited:
         return add_noise(self.data.train, NoiseArguments(noise=kind, noise_rate=rate, noise_seed=seed))
 
     def train(self, method: str, noise: str, seed: int, train: datasets.Dataset, callback: Any = None) -> Any:
-        """A trainer that has trained a head."""
+        """A trainer that has trained."""
         cell = self.cell(method, noise, seed)
         args = arguments_of(cell, self.setup, self.folder)
         network = self.data.model(cell, args, train)
@@ -244,9 +253,9 @@ class Audited:
         given = given_labels(train)
         predictions = []
         for method in ("bce", "balancemix"):
-            epochs = _EveryEpoch(self.features)
+            epochs = _EveryEpoch(self.inputs)
             trainer = self.train(method, noise, seed, train, epochs)
-            predictions += [predicted(trainer.model, self.features), epochs.total / epochs.epochs]
+            predictions += [predicted(trainer.model, self.inputs), epochs.total / epochs.epochs]
         frequency = (given == 1).float().mean(0)  # as two more neighbours, so that no share is 0 or 1
         near = (given == 1).float()[self.nearest].sum(1)
         return Judgement(
@@ -367,6 +376,8 @@ def flags(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model_name_or_path", default="tf_efficientnet_lite0", help="a timm architecture")
     parser.add_argument("--backbone_weights", required=True)
     parser.add_argument("--image_size", type=int, default=160)
+    parser.add_argument("--frozen_stages", type=int, metavar="N", help="train the network behind its first N stages, "
+                        "12 epochs, and not a head on frozen features")  # fmt: skip
     parser.add_argument("--many_shot", type=int, default=10_000)
     parser.add_argument("--few_shot", type=int, default=1_000)
     parser.add_argument("--min_positives", type=int, default=1, help="in both halves, for a class to count")
