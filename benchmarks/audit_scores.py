@@ -5,11 +5,12 @@
 
 Noise is added to the labels of a data set (any that `benchmarks.paper` takes). Labels are judged out of fold on
 features of a pretrained backbone; heads on these features, or all but the first --frozen_stages of the network, are
-trained with BCE and with BalanceMix; and every score orders the given labels, all classes together, wrong positives and missing labels apart. The tables show, over all seeds: average
-precision of finding the wrong ones; precision among the first 1 % and 5 % of the labels of that polarity; the mean of
-the classes' own average precisions, by group; how often labels of a score are wrong; and the estimated noise rates of
-the classes, by their number of positive labels. Every run is a line of --out, and runs that are there are not done
-again. cleanlab (https://github.com/cleanlab/cleanlab, `pip install cleanlab`) is what to beat.
+trained with BCE and with BalanceMix; and every score orders the given labels, all classes together, wrong positives
+and missing labels apart. The tables show, over all seeds: average precision of finding the wrong ones; precision among
+the first 1 % and 5 % of the labels of that polarity; the mean of the classes' own average precisions, by group; how
+often labels of a score are wrong; and the estimated noise rates of the classes, by their number of positive labels.
+Every run is a line of --out, and runs that are there are not done again.
+cleanlab (https://github.com/cleanlab/cleanlab, `pip install cleanlab`) is what to beat.
 """
 
 from __future__ import annotations

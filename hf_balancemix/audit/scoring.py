@@ -69,8 +69,9 @@ def audit_labels(
         p_clean = mixtures.clean_probability(losses, positive, monotone=True)
         rates = estimate_noise_rates(logits, labels.masked_fill(~known, -1))
     else:
-        if not 2 <= folds <= len(labels):
-            raise ValueError(f"folds is {folds}; it must lie in [2, {len(labels)}], the number of images; 5 is usual.")
+        if not isinstance(folds, int) or not 2 <= folds <= len(labels):
+            required = f"it must be a whole number in [2, {len(labels)}], up to one for each image; 5 is usual"
+            raise ValueError(f"folds is {folds!r}; {required}.")
         features = _features(model, dataset, processor, **options)
         judged = judge_labels(features, labels, num_folds=folds, seed=seed)
         q, p_clean, rates = judged.probability.double(), judged.p_clean, judged.rates

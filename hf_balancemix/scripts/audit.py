@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -37,10 +38,10 @@ class AuditArguments:
     folds: int | None = flag(
         None, "Judge by heads on the model's features that did not see the labels, trained on so many folds."
     )
-    batch_size: int = flag(32, "Images at a time.")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
+    batch_size: int | None = flag(None, "Images at a time; 32 if it is not said.")
+    device: str | None = flag(None, "Where the model runs; a GPU if there is one.")
     push_to_hub: str | None = flag(None, "Hub name of a static Space, which gets the pages; it is private.")
-    seed: int = flag(0, "Of the folds.")
+    seed: int | None = flag(None, "Of the folds; 0 if it is not said.")
 
     def __post_init__(self) -> None:
         if self.push_to_hub is not None and self.html is None:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (args.html, args.output)):  # not only once the model has run
         if Path(path).exists():
             raise FileExistsError(f"{path} exists; it must not, as nothing is overwritten; pass another name.")
-    dataset = None if data is None else data.load_to_audit(args.seed)
+    dataset = None if data is None else data.load_to_audit(args.seed or 0)
     audit = make(args, dataset, "error" if data is None else data.on_bad_image)
     print_audit(audit)
     if args.output is not None:
@@ -82,12 +83,15 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AuditArguments, DataArgume
 def make(args: AuditArguments, dataset: datasets.Dataset | None, on_bad_image: str) -> LabelAudit:
     """The audit that a run has kept, or a new one of `dataset`."""
     if dataset is None:
-        if args.folds is not None:
-            raise ValueError(f"folds is {args.folds}; it must come with data; pass --train_dir or --data_dir.")
+        for name in ("folds", "batch_size", "device", "seed"):
+            if (value := getattr(args, name)) is not None:
+                raise ValueError(f"{name} is {value!r}; it must come with data; pass --train_dir or --data_dir.")
         return LabelAudit.load(args.model)
     model, processor = load_trained(args.model)
-    options = {"folds": args.folds, "batch_size": args.batch_size, "on_bad_image": on_bad_image, "seed": args.seed}
-    return audit_labels(model.to(args.device), dataset, processor, **options)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {"batch_size": args.batch_size, "folds": args.folds, "seed": args.seed}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return audit_labels(model.to(device), dataset, processor, on_bad_image=on_bad_image, **options)
 
 
 def print_audit(audit: LabelAudit, rows: int = 10) -> None:

@@ -112,7 +112,8 @@ def test_what_cannot_be_audited_is_refused(scenes):
         audit_labels(Colours(("violet", "red", "green")), data, processor)
     with pytest.raises(ValueError, match="problem_type"):
         audit_labels(Colours(problem_type="single_label_classification"), data, processor)
-    with pytest.raises(ValueError, match=r"folds is 1; it must lie in \[2, 400\]"):
-        audit_labels(Colours(), data, processor, folds=1)
+    for folds in (1, 401, 2.5):
+        with pytest.raises(ValueError, match=rf"folds is {folds}; it must be a whole number in \[2, 400\]"):
+            audit_labels(Colours(), data, processor, folds=folds)
     with pytest.raises(ValueError, match="processor is None"):
         audit_labels(Colours(), data)

@@ -93,8 +93,9 @@ def test_nothing_is_overwritten_and_nothing_is_ignored(model, tmp_path):
     (tmp_path / "report").mkdir()
     with pytest.raises(FileExistsError, match=r"report exists; it must not"):
         script.main(["--model", str(model), "--html", str(tmp_path / "report")])
-    with pytest.raises(ValueError, match="folds is 5; it must come with data"):
-        script.main(["--model", str(model), "--folds", "5"])
+    for flag, value in (("folds", 5), ("batch_size", 8), ("device", "cpu"), ("seed", 0)):
+        with pytest.raises(ValueError, match=f"{flag} is {value!r}; it must come with data"):
+            script.main(["--model", str(model), f"--{flag}", str(value)])
     with pytest.raises(ValueError, match="html is None; there must be pages"):
         script.main(["--model", str(model), "--push_to_hub", "user/x"])
     with pytest.raises(ValueError, match="max_eval_samples is 5; an audit is of the training data"):

@@ -181,6 +181,7 @@ def test_every_save_pushes_a_whole_repository(world):
 
 def test_strategy_end_pushes_once_and_code_is_pushed_beside_our_model(world):
     assert world.titles("end") == ["Done"]
+    assert (world.folder / "end" / "label_audit.parquet").is_file()  # it names files, and is not among those pushed
     commit = world.repository("end").log()[0]
     assert names(commit) >= MODEL_FILES | {"modeling_balancemix.py", "configuration_balancemix.py"}
     assert {Path(path).suffix for path in names(commit) - MODEL_FILES} == {".py"}
