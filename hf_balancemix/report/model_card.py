@@ -6,6 +6,7 @@ module made it (`Markup`), so that a class named `<script>` or `| a |` is a name
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.metadata
 import json
@@ -43,6 +44,10 @@ from hf_balancemix.report.figures import (
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+CLASSES_FILE = "classes.csv"  # beside the card where there are too many classes for its table
+_ALL_SHOWN, _SHOWN = 60, 20  # so many classes make one table; of more, so many of each end are shown
+CLASSES_FILE = "classes.csv"  # beside the card where there are too many classes for its table
+_ALL_SHOWN, _SHOWN = 60, 20  # so many classes make one table; of more, so many of each end are shown
 _PEFT_TITLE = "# Model Card for Model ID"  # of the empty template that peft writes beside an adapter
 MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
 # In an evaluation's line of `state.log_history`, after its prefix ("eval_"): K fractions, None for a skipped class.
@@ -68,7 +73,8 @@ _SHOWN_ARGUMENTS = (
 
 
 def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
-    """Write `README.md` and its figures for the weights that the trainer holds now. To be called on one process.
+    """Write `README.md` and its figures for the weights that the trainer holds now, and for a model of many classes
+    `classes.csv`. To be called on one process.
 
     Each file appears under its name only when whole, the card last. A README.md without the line `MARK` is somebody's
     own text and stays.
@@ -94,6 +100,14 @@ def write_model_card(trainer: Trainer, folder: str | os.PathLike[str]) -> Path:
             with whole_file(folder / name) as temporary:
                 temporary.write_bytes(figure_png(figure))
             facts["figures"].add(name)
+    if facts["classes"]["tables"].keys() == {None}:
+        (folder / CLASSES_FILE).unlink(missing_ok=True)
+    else:
+        with (
+            whole_file(folder / CLASSES_FILE) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file).writerows(_class_rows(facts))
     with whole_file(card) as temporary:
         temporary.write_bytes(render_model_card(facts).encode())
     return card
@@ -115,6 +129,8 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": _percent, "number": _number, "literal": _literal, "code": Markup}
+    environment.filters["interval"] = _interval
+    environment.filters["interval"] = _interval
     text = environment.get_template("model_card.md").render(**facts, mark=Markup(MARK), paper=Markup(CITATION))
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}"
 
@@ -186,6 +202,8 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
     changed |= {f"{name} ({trainer.method_name})": v for name, v in getattr(trainer, "method_settings", {}).items()}
     packages = ("torchvision", "transformers", "accelerate", "datasets", "timm")
     versions = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    given = _positives(trainer.train_labels)
+    given = _positives(trainer.train_labels)
     return {
         "name": (repository or Path(args.output_dir or ".").absolute().name).split("/")[-1] or "model",
         "repository": Markup(repository or "PATH/TO/THIS/FOLDER"),
@@ -206,10 +224,11 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
         "train": _describe(trainer.train_dataset, args.dataset_title, trainer.train_labels, trainer.clean_labels),
         "evaluations": evaluations,
         "per_class_ap": per_class,
+        "classes": {"tables": _class_tables(len(names), per_class, given), "file": Markup(CLASSES_FILE)},
         "per_class_of": shown["name"],
         "groups": trainer.class_groups,
         "shot_bounds": trainer.shot_bounds,
-        "given": _positives(trainer.train_labels),
+        "given": given,
         "clean": _positives(trainer.clean_labels),
         "judged": judged,
         "noise": _noise_rates(balance_mix),
@@ -439,14 +458,50 @@ def _suspicious(balance_mix: Any) -> tuple[int, int] | None:
     return len(score), round(float(score.double().sum()))
 
 
-def _noise_rates(balance_mix: Any) -> dict[str, list[str]] | None:
-    """Estimated shares of wrong and of missing labels of each class, in per cent with intervals; None without."""
+def _noise_rates(balance_mix: Any) -> dict[str, list[list[float]]] | None:
+    """Estimated shares of wrong and of missing labels of each class, with their intervals; None without."""
     if balance_mix is None or balance_mix.noise_rates is None:
         return None
-    return {
-        name: [Markup(f"{100 * p:.0f} ({100 * low:.0f} to {100 * high:.0f})") for p, low, high in rates.T.tolist()]
-        for name, rates in balance_mix.noise_rates._asdict().items()
+    return {name: rates.T.tolist() for name, rates in balance_mix.noise_rates._asdict().items()}
+
+
+def _class_tables(
+    num_classes: int, per_class_ap: Sequence[float | None] | None, given: Sequence[int] | None
+) -> dict[str | None, list[int]]:
+    """Which classes the card shows, as indices by title: all in their order without one, or of many those that a
+    reader looks for."""
+    if num_classes <= _ALL_SHOWN:
+        return {None: list(range(num_classes))}
+    tables: dict[str | None, list[int]] = {}
+    if per_class_ap is not None and _any_known(per_class_ap):
+        known = [k for k, ap in enumerate(per_class_ap) if ap is not None]
+        worst = sorted(known, key=lambda k: per_class_ap[k] or 0.0)
+        tables["The lowest average precisions"] = worst[:_SHOWN]
+        tables["The highest"] = worst[::-1][:_SHOWN]
+    if given is not None:
+        tables["The rarest classes"] = sorted(range(num_classes), key=lambda k: given[k])[:_SHOWN]
+    return tables or {"The first classes": list(range(_SHOWN))}
+
+
+def _class_rows(facts: Mapping[str, Any]) -> list[list[Any]]:
+    """All that the card's table can say of each class, a row each below the names of the columns; fractions, and an
+    empty cell where nothing is recorded."""
+    names, groups, noise = facts["class_names"], facts["groups"] or {}, facts["noise"] or {}
+    judged = facts["judged"] or [None, None]
+    columns: dict[str, Sequence[Any] | None] = {
+        "class": names,
+        "average_precision": facts["per_class_ap"],
+        "group": [next((group for group, mask in groups.items() if mask[k]), None) for k in range(len(names))],
+        "given_positives": facts["given"],
+        "clean_positives": facts["clean"],
+        "given_positives_judged_not_clean": judged[1],
+        "threshold": facts["thresholds"],
     }
+    for name in ("wrong", "missing"):
+        for i, end in enumerate(("", "_low", "_high")):
+            columns[f"estimated_{name}{end}"] = noise and [rates[i] for rates in noise[name]]
+    filled = {name: values for name, values in columns.items() if values}
+    return [list(filled), *map(list, zip(*filled.values(), strict=True))]
 
 
 def _base_model(config: Any) -> str | None:
@@ -490,6 +545,18 @@ def _literal(names: Sequence[str]) -> str:
 
 def _percent(fraction: float | None) -> str:
     return Markup("not recorded") if fraction is None or not np.isfinite(fraction) else Markup(f"{100 * fraction:.1f}")
+
+
+def _interval(rate: Sequence[float]) -> str:
+    """An estimate and the ends of its interval, in per cent."""
+    estimate, low, high = (100 * value for value in rate)
+    return Markup(f"{estimate:.0f} ({low:.0f} to {high:.0f})")
+
+
+def _interval(rate: Sequence[float]) -> str:
+    """An estimate and the ends of its interval, in per cent."""
+    estimate, low, high = (100 * value for value in rate)
+    return Markup(f"{estimate:.0f} ({low:.0f} to {high:.0f})")
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import datasets
 import numpy as np
@@ -54,6 +54,8 @@ from hf_balancemix.trainer.pos_weight import check_pos_weight, positive_weights
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+_ALL_RECORDED = 1000  # up to so many classes, every evaluation's record keeps their average precisions
 
 
 class _EpochHook(TrainerCallback):
@@ -493,12 +495,17 @@ class MultiLabelTrainer(AveragingTrainer):
         return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's; the record of an evaluation also keeps each class's average precision, for the card."""
+        """Trainer's; the record of an evaluation also keeps each class's average precision, for the card. Of more than
+        1,000 classes only the newest and the best evaluation keep it, as every checkpoint has all records.
+        """
         super().log(logs, start_time)
         prefix = next((name.removesuffix("mAP") for name in logs if name.endswith("_mAP")), None)
         if prefix is not None and self._per_class_ap is not None:
-            line: dict[str, Any] = self.state.log_history[-1]
-            line[f"{prefix}{PER_CLASS_AP}"] = [None if np.isnan(ap) else float(ap) for ap in self._per_class_ap]
+            key, history = f"{prefix}{PER_CLASS_AP}", cast("list[dict[str, Any]]", self.state.log_history)
+            for line in history[:-1] if len(self._per_class_ap) > _ALL_RECORDED else []:
+                if line["step"] != self.state.best_global_step:
+                    line.pop(key, None)
+            history[-1][key] = [None if np.isnan(ap) else float(ap) for ap in self._per_class_ap]
             self._per_class_ap = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

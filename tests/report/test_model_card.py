@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from html import unescape
@@ -23,12 +24,14 @@ from hf_balancemix.data import coco, make_scenes
 from hf_balancemix.data.noise import record_noise, recorded_noise
 from hf_balancemix.methods import trainer_for
 from hf_balancemix.models import load_model
+from hf_balancemix.report import model_card
 from hf_balancemix.report.model_card import (
     MARK,
     changed_arguments,
     chosen_mixtures,
     escape_markdown,
     good_and_bad_class,
+    render_model_card,
     write_model_card,
 )
 from hf_balancemix.scripts.arguments import SampleArguments
@@ -210,6 +213,48 @@ def test_thresholds_of_the_config_are_shown_and_used(trained, tmp_path, monkeypa
     assert rows(text, "Each class")["elk"][-1] == "0.55"
     assert "thresholds = torch.tensor(model.config.thresholds)" in text
     assert "0.5 is a convention" not in text
+
+
+def test_of_many_classes_the_card_shows_the_ends_and_a_file_has_all(trained, tmp_path, monkeypatch):
+    trainer, _, _, ap = trained
+    monkeypatch.setattr(model_card, "_ALL_SHOWN", 2)
+    monkeypatch.setattr(model_card, "_SHOWN", 1)
+    text = write_model_card(trainer, tmp_path).read_text()
+    by_ap = sorted(range(len(ap)), key=lambda k: ap[k])
+    given = trainer.train_labels.sum(0).tolist()
+    for title, k in (("lowest", by_ap[0]), ("highest", by_ap[-1]), ("rarest", given.index(min(given)))):
+        shown = rows(text, f"The {title}")
+        assert list(shown) == ["class", "---", NAMES[k]]
+        assert shown[NAMES[k]][0] == f"{100 * ap[k]:.1f}"
+    with open(tmp_path / "classes.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["class"] for row in table] == NAMES
+    assert [float(row["average_precision"]) for row in table] == pytest.approx(ap)
+    assert [int(row["given_positives"]) for row in table] == given
+    rates = trainer.balance_mix.noise_rates
+    assert [float(row["estimated_missing_high"]) for row in table] == pytest.approx(rates.missing[2].tolist())
+    monkeypatch.undo()
+    assert "classes.csv" not in write_model_card(trainer, tmp_path).read_text()
+    assert not (tmp_path / "classes.csv").exists()
+
+
+def test_a_card_of_ten_thousand_classes_can_be_read(trained):
+    facts = model_card.card_facts(trained[0])
+    times = 2001
+
+    def repeated(values):
+        return [*values] * times
+
+    facts |= {name: repeated(facts[name]) for name in ("class_names", "per_class_ap", "given", "clean")}
+    facts["judged"] = list(map(repeated, facts["judged"]))
+    facts["noise"] = {name: repeated(rates) for name, rates in facts["noise"].items()}
+    facts["groups"] = {name: np.tile(mask, times) for name, mask in facts["groups"].items()}
+    facts["classes"] |= {
+        "tables": model_card._class_tables(len(facts["class_names"]), facts["per_class_ap"], facts["given"])
+    }
+    text = render_model_card(facts)
+    assert "10,005 classes" in text
+    assert len(text) < 30_000
 
 
 def test_the_same_state_gives_the_same_files(trained, card, tmp_path):

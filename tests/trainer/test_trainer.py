@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Co
 from hf_balancemix import BalanceMixTrainer, BalanceMixTrainingArguments, Mislabel, MultiLabelTrainer, RandomFlip
 from hf_balancemix.core import BalanceMixSettings, PairKey, Reliability
 from hf_balancemix.methods import METHODS, trainer_for
-from hf_balancemix.trainer import MixupTrainer
+from hf_balancemix.trainer import MixupTrainer, multilabel
 
 
 def noisy_version(dataset, rate=0.4):
@@ -285,6 +285,22 @@ def test_the_best_model_is_loaded_where_keys_are_renamed_on_save(dataset, tmp_pa
     trainer.train()
     best = max(line["eval_mAP"] for line in trainer.state.log_history if "eval_mAP" in line)
     assert trainer.evaluate()["eval_mAP"] == best
+
+
+def test_of_many_classes_the_best_and_the_newest_evaluation_keep_their_average_precisions(
+    dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(multilabel, "_ALL_RECORDED", 4)  # of five classes
+    args = arguments(
+        tmp_path, num_train_epochs=4, eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="mAP",
+    )  # fmt: skip
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=args, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    evaluations = [line for line in trainer.state.log_history if "eval_mAP" in line]
+    kept = [line["step"] for line in evaluations if "eval_per_class_ap" in line]
+    best_before = max(evaluations[:3], key=lambda line: line["eval_mAP"])["step"]
+    assert kept == [best_before, evaluations[3]["step"]]
+    assert trainer.state.best_global_step in kept
 
 
 def test_resuming_where_nothing_was_saved_starts_from_the_beginning(dataset, tmp_path):
