@@ -1,6 +1,7 @@
 """Figures of an evaluation and of the label management."""
 
 from hf_balancemix.metrics.average_precision import (
+    RunningFigures,
     class_groups,
     evaluation_figures,
     mean_average_precision,
@@ -12,6 +13,7 @@ from hf_balancemix.metrics.label_quality import LabelQuality, count_label_qualit
 
 __all__ = [
     "LabelQuality",
+    "RunningFigures",
     "class_groups",
     "count_label_quality",
     "evaluate_path",

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hf_balancemix.audit.label_audit import remove_audit
 from hf_balancemix.core import EpochSampler
@@ -31,7 +32,7 @@ from hf_balancemix.data.describe import is_of_paper
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, Views, normalise
-from hf_balancemix.metrics import class_groups, evaluation_figures, shot_bounds
+from hf_balancemix.metrics import RunningFigures, class_groups, evaluation_figures, shot_bounds
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.loading import label_settings
 from hf_balancemix.models.processing import squash_processor
@@ -55,6 +56,7 @@ from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 10**8  # logits that an evaluation keeps, about 1.4 GB at the peak
 _ALL_RECORDED = 1000  # up to so many classes, every evaluation's record keeps their average precisions
 
 
@@ -168,6 +170,7 @@ class MultiLabelTrainer(AveragingTrainer):
         self.views: Views = views  # type: ignore[assignment]  # made below where they are not given
         processor = self._squash_processor(args)
         self._per_class_ap: np.ndarray | None = None  # of an evaluation that was not logged yet
+        self._running_figures: RunningFigures | None = None  # of an evaluation under way
         self.class_names = None if class_names is None else list(label_settings(class_names)["label2id"])
         self._num_classes: int | None = None
         self.train_labels: Tensor | None = None
@@ -481,18 +484,37 @@ class MultiLabelTrainer(AveragingTrainer):
         counts, bounds = self.class_counts, self.shot_bounds
         return None if counts is None or bounds is None else class_groups(counts, *bounds)
 
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def _compute_metrics(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
+        """The figures of all instances, or with `compute_result`, as `batch_eval_metrics` has it, of one batch after
+        the other: nothing but at the last."""
         bounds = self.shot_bounds
         many, few = bounds or (0, 0)
-        means, self._per_class_ap = evaluation_figures(
-            prediction.predictions,
-            prediction.label_ids,
-            None if bounds is None else self.class_counts,
-            many,
-            few,
-            class_names=self.class_names,
-        )
+        logits, labels = prediction.predictions, cast("Tensor | np.ndarray", prediction.label_ids)
+        groups = {"class_counts": None if bounds is None else self.class_counts, "many": many, "few": few}
+        options: dict[str, Any] = groups | {"class_names": self.class_names}
+        if compute_result is None:
+            means, self._per_class_ap = evaluation_figures(logits, labels, **options)
+            return means
+        if self._running_figures is None:
+            self._running_figures = RunningFigures(labels.shape[1])
+        self._running_figures.update(logits, labels)
+        if not compute_result:
+            return {}
+        means, self._per_class_ap = self._running_figures.compute(**options)
+        self._running_figures = None
         return means
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; figures of more than 10^8 logits are counted batch by batch, and no logits are kept."""
+        self._running_figures = None  # of an evaluation that was broken off
+        batchwise, num_classes = self.args.batch_eval_metrics, len(self.class_names or ())
+        is_large = has_length(dataloader) and self.num_examples(dataloader) * num_classes > _AT_ONCE
+        own = self.compute_metrics == self._compute_metrics and description != "Prediction"
+        self.args.batch_eval_metrics = batchwise or (is_large and own)
+        try:
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:
+            self.args.batch_eval_metrics = batchwise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; the record of an evaluation also keeps each class's average precision, for the card. Of more than

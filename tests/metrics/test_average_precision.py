@@ -7,11 +7,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, make_dataset, tiny_vit
+from conftest import NAMES, arguments, make_dataset, tiny_vit
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from hf_balancemix import MultiLabelTrainer
+from hf_balancemix.data import given_labels
 from hf_balancemix.metrics import (
+    RunningFigures,
     average_precision,
     class_groups,
     evaluation_figures,
@@ -19,6 +21,7 @@ from hf_balancemix.metrics import (
     precision_recall_f1,
     shot_bounds,
 )
+from hf_balancemix.trainer import multilabel
 
 
 def _random(seed: int, n: int = 200, k: int = 7, distinct: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -380,3 +383,57 @@ def test_unknown_labels_count_nowhere():
     probabilities = rng.random((60, 1))
     some = labels[:, 1:2]
     assert precision_recall_f1(probabilities, some) == precision_recall_f1(probabilities[known], some[known])
+
+
+# ---- batch by batch ----
+
+
+def running(logits, labels, size=7, **options):
+    figures = RunningFigures(labels.shape[1])
+    for start in range(0, len(labels), size):
+        figures.update(logits[start : start + size], labels[start : start + size])
+    return figures.compute(**options)
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.3, 3, 10])
+def test_figures_batch_by_batch_are_those_of_all_at_once(scale):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((4000, 5)) < [0.5, 0.2, 0.05, 0.01, 0]).astype(int)
+    logits = scale * (rng.normal(size=labels.shape) + labels - 2).astype(np.float32)
+    labels[rng.random(labels.shape) < 0.1] = -1
+    options = {"class_counts": [5, 4, 3, 2, 1], "many": 4, "few": 2}
+    expected, ap = evaluation_figures(logits, labels, **options)
+    found, running_ap = running(logits, labels, **options)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert (found["CF1"], found["OF1"]) == (expected["CF1"], expected["OF1"])
+    np.testing.assert_array_equal(np.isnan(running_ap), np.isnan(ap))
+
+
+def test_logits_that_lie_in_bins_of_their_own_are_counted_exactly():
+    rng = np.random.default_rng(1)
+    labels = (rng.random((500, 3)) < 0.3).astype(int)
+    logits = rng.integers(-40, 40, labels.shape) / 4 + rng.choice(
+        [0, np.inf, -np.inf], labels.shape, p=[0.98, 0.01, 0.01]
+    )
+    _, expected = evaluation_figures(logits, labels)
+    np.testing.assert_allclose(running(logits, labels)[1], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("by", ["size", "argument"])
+def test_a_trainer_counts_a_large_evaluation_batch_by_batch(tmp_path, monkeypatch, by):
+    dataset = make_dataset(tmp_path / "images")
+    trainer = MultiLabelTrainer(
+        model=tiny_vit(), args=arguments(tmp_path / "out", batch_eval_metrics=by == "argument"),
+        train_dataset=dataset, eval_dataset=dataset,
+    )  # fmt: skip
+    logits = trainer.predict(dataset).predictions
+    expected, ap = running(logits, given_labels(dataset), size=24)
+    if by == "size":
+        monkeypatch.setattr(multilabel, "_AT_ONCE", len(dataset) * len(NAMES) - 1)
+    monkeypatch.setattr(multilabel, "evaluation_figures", None)  # nothing is done at once
+    for _ in range(2):
+        found = trainer.evaluate()
+        assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert trainer.state.log_history[-1]["eval_per_class_ap"] == pytest.approx(ap.tolist())
+    assert trainer.args.batch_eval_metrics == (by == "argument")
