@@ -1,4 +1,5 @@
-"""Files that are whole or not there, locks between processes, the cache folder, and values of files in messages."""
+"""Files that are whole or not there, locks between processes, the cache folder, the rule on links that lead out of a
+folder, and foreign values in messages."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 _TEMPORARY = ".tmp"
+_HUB_REPOSITORIES = ("datasets--", "models--", "spaces--")  # first parts of their folders' names in the Hub's cache
 
 
 @contextmanager
@@ -83,6 +85,53 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hf_balancemix").expanduser()
 
 
+def check_inside(path: str | os.PathLike[str], root: str | os.PathLike[str], follow_links: bool = False) -> None:
+    """Raise a ValueError where a file or folder is not really in the folder `root`: a link or '..' leads out of it.
+
+    For what is found in a folder or named by a file of it, before it is opened. The root itself, and a file that the
+    user names, may be links. A snapshot in the Hub's cache may link to the blobs of its repository, as its files do.
+
+    Args:
+        path: It may be absent.
+        root: The folder.
+        follow_links: Allow what leads out of it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "a.jpg").symlink_to("/etc/hostname")
+        >>> check_inside(folder / "b.jpg", folder)
+        >>> check_inside(folder / "a.jpg", folder, follow_links=True)
+        >>> check_inside(folder / "a.jpg", folder)
+        Traceback (most recent call last):
+        ValueError: ...
+    """
+    if follow_links:
+        return
+    real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    blobs = [
+        folder.parents[1] / "blobs"
+        for folder in (real_root, *real_root.parents)
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith(_HUB_REPOSITORIES)
+    ]
+    if not any(real.is_relative_to(folder) for folder in (real_root, *blobs)):
+        found = f"{quote(os.path.relpath(path, root))} in {root} leads out of it, to {quote(str(real))}"
+        fix = "copy it there, or allow such links with follow_links=True (--follow_links)"
+        raise ValueError(f"{found}; it must stay inside; {fix}.")
+
+
+def check_links(root: str | os.PathLike[str], follow_links: bool = False) -> None:
+    """:func:`check_inside` for each link in the folder `root` and the folders below it."""
+    folders = [] if follow_links else [os.fspath(root)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    check_inside(entry.path, root)
+                elif entry.is_dir():
+                    folders.append(entry.path)
+
+
 QUOTE_LENGTH = 80
 
 
@@ -103,8 +152,13 @@ def quote(value: object) -> str:
         shown = _SHORT.repr(value)
     except Exception:  # an int of thousands of digits, a broken __repr__
         shown = f"<{type(value).__name__}>"
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= QUOTE_LENGTH else f"{shown[: QUOTE_LENGTH - 1]}…"
+    return one_line(shown, QUOTE_LENGTH)
+
+
+def one_line(text: object, length: int = 120) -> str:
+    """A foreign text, such as another library's error, on one line and of at most `length` printable characters."""
+    shown = "".join(c if c.isprintable() else "?" for c in " ".join(str(text)[: 10 * length].split()))
+    return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
 
 _SHORT = reprlib.Repr()

@@ -11,7 +11,15 @@ from pathlib import Path
 import filelock
 import pytest
 
-from hf_balancemix.files import cache_folder, is_temporary, process_lock, quote, whole_file
+from hf_balancemix.files import (
+    cache_folder,
+    check_inside,
+    check_links,
+    is_temporary,
+    process_lock,
+    quote,
+    whole_file,
+)
 
 
 def test_a_file_appears_whole_and_replaces_the_one_before(tmp_path):
@@ -122,3 +130,67 @@ def test_a_quoted_value_is_short_and_on_one_line(value):
 def test_a_short_value_is_quoted_as_it_is():
     for value in ("person", 7, -1.5, None, ["a", "b"], {"a": 1}):
         assert quote(value) == repr(value)
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with a file, links that stay inside and links that do not; and the file outside."""
+    root, outside = tmp_path / "root", tmp_path / "root2"  # the name of one begins with that of the other
+    for folder in (root / "inner", outside):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("a")
+    (root / "within.txt").symlink_to("inner/a.txt")
+    (root / "relative.txt").symlink_to("../root2/a.txt")
+    (root / "absolute.txt").symlink_to(outside / "a.txt")
+    (root / "by_two.txt").symlink_to("relative.txt")
+    (root / "folder").symlink_to(outside)
+    (root / "nowhere.txt").symlink_to(outside / "absent.txt")
+    return root
+
+
+@pytest.mark.parametrize("name", ["inner/a.txt", "within.txt", "inner/../inner/a.txt", "absent.txt", ""])
+def test_what_stays_inside_is_allowed(linked, name):
+    check_inside(linked / name, linked)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["relative.txt", "absolute.txt", "by_two.txt", "folder/a.txt", "nowhere.txt", "../root2/a.txt", "folder/../a.txt"],
+)
+def test_what_leads_out_of_a_folder_is_refused_unless_links_are_followed(linked, name):
+    with pytest.raises(ValueError, match=r"leads out .*follow_links=True") as error:
+        check_inside(linked / name, linked)
+    assert len(str(error.value)) < 400
+    check_inside(linked / name, linked, follow_links=True)
+
+
+def test_every_link_in_a_folder_is_checked(linked, tmp_path):
+    with pytest.raises(ValueError, match="leads out"):
+        check_links(linked)
+    check_links(linked, follow_links=True)
+    (tmp_path / "door").symlink_to(linked)
+    check_inside(tmp_path / "door" / "within.txt", tmp_path / "door")  # the root itself may be a link
+    for link in linked.iterdir():
+        if link.is_symlink() and link.name != "within.txt":
+            link.unlink()
+    check_links(linked)
+    (linked / "inner" / "deep.txt").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match=r"inner/deep\.txt"):
+        check_links(linked)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs_only(tmp_path):
+    snapshot = tmp_path / "datasets--user--name" / "snapshots" / "0123abc"
+    (snapshot / "inner").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    blobs = tmp_path / "datasets--user--name" / "blobs"
+    (snapshot / "inner" / "a.txt").symlink_to("../../../blobs/d1e2")
+    (snapshot / "b.txt").symlink_to("../../../blobs/d1e2")
+    check_links(snapshot / "inner")
+    with pytest.raises(ValueError, match="leads out"):
+        check_links(snapshot)
+    (snapshot / "b.txt").unlink()
+    check_links(snapshot)
+    blobs.symlink_to("/etc")  # not a folder that huggingface_hub has made
+    with pytest.raises(ValueError, match="leads out"):
+        check_links(snapshot)
