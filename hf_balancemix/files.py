@@ -157,7 +157,8 @@ def quote(value: object) -> str:
 
 def one_line(text: object, length: int = 120) -> str:
     """A foreign text, such as another library's error, on one line and of at most `length` printable characters."""
-    shown = "".join(c if c.isprintable() else "?" for c in " ".join(str(text)[: 10 * length].split()))
+    shown = " ".join(line.strip() for line in str(text)[: 10 * length].splitlines())
+    shown = "".join(c if c.isprintable() else " " for c in shown).strip()
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
 

@@ -30,6 +30,7 @@ from hf_balancemix.data.labels import class_names, given_labels, with_changed_la
 from hf_balancemix.data.noise import read_ids
 from hf_balancemix.data.noise_map import NoiseMap
 from hf_balancemix.data.tags import bit_of
+from hf_balancemix.files import quote
 
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 DECISIONS = ("wrong", "right", "unsure")
@@ -228,7 +229,7 @@ def label_positions(dataset: datasets.Dataset, labels: Sequence[Decided], what: 
     wrong = np.flatnonzero(stored != given)
     if len(wrong):
         firsts = [
-            f"image_id {labels[i].image_id!r}, class {labels[i].class_name!r}: {given[i]} instead of "
+            f"image_id {quote(labels[i].image_id)}, class {quote(labels[i].class_name)}: {given[i]} instead of "
             + ("unknown" if stored[i] < 0 else str(stored[i]))
             for i in wrong[:3]
         ]
@@ -285,9 +286,11 @@ def _checked(where: str, row: Mapping[str, Any]) -> tuple[str, str, int]:
     """The label that a row is about: image_id as text, class, given."""
     given = bit_of(row["given"])
     if given not in (0, 1):
-        raise ValueError(f"{where}: given is {row['given']!r}; it must be 1 or 0; correct it.")
+        raise ValueError(f"{where}: given is {quote(row['given'])}; it must be 1 or 0; correct it.")
     if type(row["image_id"]) not in (int, str):
-        raise ValueError(f"{where}: image_id is {row['image_id']!r}; it must be an integer or a string; correct it.")
+        raise ValueError(
+            f"{where}: image_id is {quote(row['image_id'])}; it must be an integer or a string; correct it."
+        )
     return str(row["image_id"]), str(row["class"]), given
 
 
@@ -300,13 +303,15 @@ def _decided(decisions: Any) -> dict[tuple[str, str], Decided]:
         image_id, name, given = _checked(where, row)
         word = row["decision"]
         if word not in DECISIONS:
-            raise ValueError(f"{where}: decision is {word!r}; it must be one of {', '.join(DECISIONS)}; correct it.")
+            raise ValueError(
+                f"{where}: decision is {quote(word)}; it must be one of {', '.join(DECISIONS)}; correct it."
+            )
         reviewer, time = (str(row.get(column) or "") for column in COLUMNS[4:])
         corrected = 1 - given if word == "wrong" else given
         label = Decided(image_id, name, given, corrected, reviewer or "a reviewer", time)
         first = labels.setdefault((image_id, name), label)
         if words.setdefault((image_id, name), word) != word or first.given != given:
-            disagree.append(f"{where}: image_id {image_id!r}, class {name!r}")
+            disagree.append(f"{where}: image_id {quote(image_id)}, class {quote(name)}")
     if disagree:
         problem = f"{len(disagree)} decisions disagree with one before about the same label (the first: {disagree[0]})"
         raise ValueError(f"{problem}; a label must have one decision; remove the others.")
@@ -337,6 +342,6 @@ def _provenance(dataset: datasets.Dataset) -> pa.Array:
         kind = datasets.Features(corrections=PROVENANCE).arrow_schema.field("corrections").type
         return pa.array([[]] * len(dataset), kind)
     if dataset.features["corrections"] != PROVENANCE:
-        found = f"column 'corrections' is {dataset.features['corrections']}"
+        found = f"column 'corrections' is {quote(dataset.features['corrections'])}"
         raise ValueError(f"{found}; it must be what apply_corrections makes, or absent; rename the column.")
     return dataset.select_columns(["corrections"]).with_format("arrow")[:]["corrections"].combine_chunks()

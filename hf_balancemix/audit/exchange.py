@@ -28,7 +28,7 @@ from hf_balancemix.core.balance_mix import SuspiciousLabels
 from hf_balancemix.data.files import absolute, first_few
 from hf_balancemix.data.labels import class_names, given_labels
 from hf_balancemix.data.noise import read_ids
-from hf_balancemix.files import whole_file
+from hf_balancemix.files import quote, whole_file
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -194,7 +194,7 @@ def from_fiftyone(samples: Any, *, reviewer: str = "") -> list[dict[str, Any]]:
         raise ValueError(f"{problem}; it must be; export the whole data set as a FiftyOneDataset.") from error
     for decision in decisions:
         if isinstance(decision["decision"], list):
-            label = f"the label {decision['class']!r} of image_id {decision['image_id']!r}"
+            label = f"the label {quote(decision['class'])} of image_id {quote(decision['image_id'])}"
             tags = first_few(decision["decision"])
             raise ValueError(
                 f"{label} has the tags {tags}; it must have one of them; remove the others and export anew."
@@ -381,6 +381,6 @@ def _files(dataset: datasets.Dataset, rows: Sequence[int]) -> list[str]:
     ids, paths = references(dataset, np.asarray(rows))
     for image_id, path in zip(ids, paths, strict=True):
         if path is None:
-            found = f"the image of image_id {image_id!r} is not a file"
+            found = f"the image of image_id {quote(image_id)} is not a file"
             raise ValueError(f"{found}; the tool opens files; save the images to a folder and load them from it.")
     return [str(path) for path in paths]

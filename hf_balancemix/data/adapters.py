@@ -23,6 +23,7 @@ from hf_balancemix.data.labels import class_names, column_feature, is_class_list
 from hf_balancemix.data.noise import read_ids
 from hf_balancemix.data.tags import checked_names, class_lists, is_multi_hot, split_tags
 from hf_balancemix.data.views import undecoded_images
+from hf_balancemix.files import quote
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,11 @@ def from_detection(
     fields = feature if isinstance(feature, dict) else getattr(feature, "feature", None)
     if not isinstance(fields, dict):
         raise TypeError(
-            f"column '{objects}' is {feature}; it must be a dict of lists or a list of dicts, one for each object; "
-            f"for a plain column of class lists use from_tags(dataset, column='{objects}')."
+            f"column '{objects}' is {quote(feature)}; it must be a dict of lists or a list of dicts, one for each "
+            f"object; for a plain column of class lists use from_tags(dataset, column='{objects}')."
         )
     if category not in fields:
-        found = f"column '{objects}' has the fields {list(fields)}"
+        found = f"column '{objects}' has the fields {quote(list(fields))}"
         raise ValueError(f"{found}; '{category}' must be among them; pass the one that holds the class: category=...")
     column = dataset.select_columns([objects]).with_format("arrow")[:][objects]
     if fields is feature:
@@ -113,7 +114,7 @@ def from_tags(
     if not _is_string(feature):
         if separator is not None:
             needed = "it must be None for lists; leave it out"
-            raise ValueError(f"separator is {separator!r} and column '{column}' is {feature}; {needed}.")
+            raise ValueError(f"separator is {quote(separator)} and column '{column}' is {quote(feature)}; {needed}.")
         kind = getattr(getattr(feature, "feature", None), "pa_type", pa.null())
         integer = pa.types.is_integer(kind) and not is_class_list(feature)
         if (
@@ -163,7 +164,7 @@ def _labelled(
         name_of = dict(enumerate(names))
     elif not _is_string(feature):
         needed = "it must be a string, a ClassLabel or an integer id; convert the column"
-        raise TypeError(f"{what}: a class is of the type {feature}; {needed}.")
+        raise TypeError(f"{what}: a class is of the type {quote(feature)}; {needed}.")
     names, labels = class_lists(tags, names, lambda row: f"{what}, row {row}", name_of, zeros_and_ones)
     return _assembled(dataset, names, labels)
 

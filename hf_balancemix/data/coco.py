@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,12 +16,15 @@ from hf_balancemix.data.files import (
     absolute,
     check_choice,
     check_layout,
+    first_few,
     first_repeat,
     image_dataset,
     name_of_folder,
     plain_path,
+    read_json,
 )
 from hf_balancemix.data.sample import SCENES_FILE
+from hf_balancemix.files import check_inside, one_line, quote
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def load_coco(
     on_bad_image: str = "error",
     annotations: str | os.PathLike[str] | None = None,
     images: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
 ) -> datasets.Dataset:
     """Load one split of a data set in COCO's format as a multi-label data set.
 
@@ -60,6 +63,7 @@ def load_coco(
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
         annotations: The JSON file, where it cannot be found; a path of its own or in `root`.
         images: The folder that the file names start from, likewise.
+        follow_links: Read files where links or '..' lead out of the root, or of `images` where that lies elsewhere.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
@@ -69,7 +73,7 @@ def load_coco(
 
     Raises:
         ValueError: An argument is none of its choices, more than one file could be meant, the JSON is not valid or
-            contradicts itself, or no image is left.
+            contradicts itself, no image is left, or a link leads out of the root.
         FileNotFoundError: The root, the annotation file, the image folder or an image is absent.
     """
     check_choice("split", split, ("train", "val"))
@@ -77,18 +81,20 @@ def load_coco(
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     root = absolute(root)
     annotation_file = _annotation_file(root, split, year, annotations)
+    if annotations is None:
+        check_inside(annotation_file, root, follow_links)
     content = _read_json(annotation_file)
     class_of, names = _categories(content, annotation_file)
     image_ids = _ids(content, "images", annotation_file)
     file_names = [
-        plain_path(name, f"{annotation_file}: images[{index}]: the file_name")
+        plain_path(name, f"{annotation_file}: images[{index}]: the file_name", follow_links)
         for index, name in enumerate(_file_names(content, annotation_file))
     ]
     image_dir = _image_folder(root, split, year, annotation_file, images, file_names[:20])
-    if images is not None and not any((image_dir / name).is_file() for name in file_names[:20]):
+    if images is not None and not _any_file(image_dir, file_names[:20]):
         # The folder of a URL, such as train2017, or of a tool's file names can be the given one itself.
         bare = [os.path.basename(name) for name in file_names]
-        if any((image_dir / name).is_file() for name in bare[:20]) and not first_repeat(bare):
+        if _any_file(image_dir, bare[:20]) and not first_repeat(bare):
             file_names = bare
     files = dict(zip(image_ids, file_names, strict=True))
     present = _present_classes(content, files, class_of, annotation_file)
@@ -106,6 +112,8 @@ def load_coco(
         kept,
         names,
         on_bad_image=on_bad_image,
+        root=root if images is None or image_dir.is_relative_to(root) else image_dir,
+        follow_links=follow_links,
         unknown_labels=None if unknown is None else [unknown[image_id] for image_id in kept],
         **_origin(root, annotation_file, split, year, len(names), len(files)),
     )
@@ -154,7 +162,7 @@ def _annotation_file(root: Path, split: str, year: int, given: str | os.PathLike
             neutral.append(file)
     found = of_split or (neutral if split == "train" else [])
     if len(found) > 1:
-        several = ", ".join(str(file.relative_to(root)) for file in found[:5])
+        several = one_line(", ".join(str(file.relative_to(root)) for file in found[:5]))
         raise ValueError(f"{root} has {len(found)} files that could be meant: {several}; pass one: annotations=...")
     if found:
         return found[0]
@@ -181,13 +189,18 @@ def _image_folder(
     tried = [file.parent, file.parent / "images", root / "images", *(root / "images" / word for word in of_split)]
     tried += [root / "images" / file.stem.rpartition("_")[2], *(root / word for word in of_split), official, root]
     for folder in tried:
-        if any((folder / name).is_file() for name in names):
+        if _any_file(folder, names):
             return folder
     if _OFFICIAL.fullmatch(file.name):
         check_layout((("image folder", official, official.is_dir()),), _layout(root, split, year))
-    several = ", ".join(str(folder) for folder in dict.fromkeys(tried) if folder.is_dir())
-    first = repr(names[0]) if names else "no image"
-    raise FileNotFoundError(f"{file} lists {first}, which is in none of {several}; pass its folder: images=...")
+    several = first_few([os.path.relpath(folder, root) for folder in dict.fromkeys(tried) if folder.is_dir()])
+    first = quote(names[0]) if names else "no image"
+    where = f"in none of the folders {several} of {root}"
+    raise FileNotFoundError(f"{file} lists {first}, which is {where}; pass its folder: images=...")
+
+
+def _any_file(folder: Path, names: Sequence[str]) -> bool:
+    return any(os.path.isfile(folder / name) for name in names)  # Path.is_file raises where a name is too long
 
 
 def _layout(root: Path, split: str, year: int) -> str:
@@ -203,36 +216,37 @@ def _layout(root: Path, split: str, year: int) -> str:
 
 def _read_json(file: Path) -> dict[str, list[Any]]:
     """The parsed JSON: an object whose 'images', 'annotations' and 'categories' are lists."""
-    try:  # of bytes json reads UTF-8, UTF-16 and UTF-32, with a byte order mark or without
-        content = json.loads(file.read_bytes(), object_hook=_without_outline)
-    except json.JSONDecodeError as error:
-        problem = f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg})"
-        raise ValueError(f"{file} is {problem}; it may be cut off; copy it again.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not Unicode text ({error}); copy it again.") from error
+    content = read_json(file, leave_out="segmentation")  # most of COCO's file, and of the memory for what is parsed
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{file} has no list '{key}'; it must be in COCO's instances format; use such a file.")
     return content
 
 
-def _without_outline(record: dict[str, Any]) -> dict[str, Any]:
-    record.pop("segmentation", None)  # most of COCO's file: without it the parsed object is a fraction of the size
-    return record
-
-
 def _values(content: dict[str, list[Any]], part: str, key: str, kinds: tuple[type, ...], file: Path) -> list[Any]:
     """What each record of a part of the file has under a key; ValueError unless all are of these kinds."""
+
+    def where(index: int) -> str:
+        return f"{file}: {part}[{index}]"
+
     values = []
     wanted = " or ".join({int: "an integer", str: "a string"}[kind] for kind in kinds)
     for index, record in enumerate(content[part]):
         if not isinstance(record, dict):
-            raise ValueError(f"{file}: {part}[{index}] is {record!r}; it must be an object with the {key}; repair it.")
+            raise ValueError(f"{where(index)} is {quote(record)}; it must be an object with the {key}; repair it.")
         value = record.get(key)
         if type(value) not in kinds:  # exact types: True is no id
-            raise ValueError(f"{file}: {part}[{index}] has the {key} {value!r}; it must be {wanted}; repair it.")
+            raise ValueError(f"{where(index)} has the {key} {quote(value)}; it must be {wanted}; repair it.")
+        if not (_is_text(value) if isinstance(value, str) else -(2**63) <= value < 2**63):  # what a column can hold
+            needed = "it must be of whole characters, or an integer of 64 bits"
+            raise ValueError(f"{where(index)} has the {key} {quote(value)}; {needed}; repair it.")
         values.append(value)
     return values
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8; JSON can name half of a surrogate pair."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _ids(content: dict[str, list[Any]], part: str, file: Path) -> list[int | str]:
@@ -240,12 +254,12 @@ def _ids(content: dict[str, list[Any]], part: str, file: Path) -> list[int | str
     ids = _values(content, part, "id", (int, str), file)
     for index, value in enumerate(ids):
         if type(value) is not type(ids[0]):
-            both = f"{part}[0] has the id {ids[0]!r} and {part}[{index}] {value!r}"
+            both = f"{part}[0] has the id {quote(ids[0])} and {part}[{index}] {quote(value)}"
             raise ValueError(f"{file}: {both}; they must be all integers or all strings; convert one kind.")
     if repeat := first_repeat(ids):
         record = f"{part}[{repeat[1]}]"
         raise ValueError(
-            f"{file}: {record} has the id {ids[repeat[1]]!r} a second time; it must be unique; remove one."
+            f"{file}: {record} has the id {quote(ids[repeat[1]])} a second time; it must be unique; remove one."
         )
     return ids
 
@@ -272,8 +286,10 @@ def _categories(content: dict[str, list[Any]], file: Path) -> tuple[dict[int | s
         ids, names = ids[:root] + ids[root + 1 :], names[:root] + names[root + 1 :]
     if repeat := first_repeat(names):
         first, second = (ids[index] for index in repeat)
-        named = f"are both named {names[repeat[0]]!r}"
-        raise ValueError(f"{file}: categories {first!r} and {second!r} {named}; names must differ; rename one.")
+        named = f"are both named {quote(names[repeat[0]])}"
+        raise ValueError(
+            f"{file}: categories {quote(first)} and {quote(second)} {named}; names must differ; rename one."
+        )
     class_of = {category_id: k for k, category_id in enumerate(sorted(ids))}
     return class_of, [names[ids.index(category_id)] for category_id in class_of]
 
@@ -282,11 +298,11 @@ def _root_category(content: dict[str, list[Any]]) -> int | None:
     """The position of the category that is the supercategory of all others and that no annotation uses."""
     records = content["categories"]
     parents = Counter(parent for record in records if isinstance(parent := record.get("supercategory"), str))
-    # By repr, as JSON can hold lists, too: annotations are not checked yet.
-    used = {repr(record.get("category_id")) for record in content["annotations"] if isinstance(record, dict)}
+    values = (record.get("category_id") for record in content["annotations"] if isinstance(record, dict))
+    used = {value for value in values if type(value) in (int, str)}  # annotations are not checked yet
     for index, record in enumerate(records):
         children = parents[record["name"]] - (record.get("supercategory") == record["name"])
-        if 0 < children == len(records) - 1 and repr(record["id"]) not in used:
+        if 0 < children == len(records) - 1 and record["id"] not in used:
             return index
     return None
 
@@ -301,11 +317,11 @@ def _present_classes(
     for index, (image_id, category_id) in enumerate(zip(image_ids, category_ids, strict=True)):
         if image_id not in present:
             raise ValueError(
-                f"{file}: annotations[{index}] has the image_id {image_id!r}; it must be in 'images'; list the image."
+                f"{file}: annotations[{index}] has the image_id {quote(image_id)}; it must be in 'images'; list it."
             )
         if category_id not in class_of:
-            found = f"{file}: annotations[{index}] has the category_id {category_id!r}"
-            known = f"{len(class_of)} ids, {min(class_of)!r} to {max(class_of)!r}"
+            found = f"{file}: annotations[{index}] has the category_id {quote(category_id)}"
+            known = f"{len(class_of)} ids, {quote(min(class_of))} to {quote(max(class_of))}"
             raise ValueError(f"{found}; it must be in 'categories' ({known}); list the category.")
         present[image_id].add(class_of[category_id])
     return present
@@ -325,7 +341,7 @@ def _unknown_classes(
         absent = record.get("neg_category_ids")
         if not isinstance(absent, list) or any(type(v) not in (int, str) or v not in class_of for v in absent):
             needed = "it must be a list of category ids; correct it"
-            raise ValueError(f"{file}: images[{index}] has the neg_category_ids {absent!r}; {needed}.")
+            raise ValueError(f"{file}: images[{index}] has the neg_category_ids {quote(absent)}; {needed}.")
         known = present[record["id"]] | {class_of[value] for value in absent}
         unknown[record["id"]] = [k for k in range(len(class_of)) if k not in known]
     return unknown

@@ -23,6 +23,7 @@ from hf_balancemix.data.files import (
     plain_path,
 )
 from hf_balancemix.data.tags import bit_of, checked_names, class_lists, split_tags
+from hf_balancemix.files import one_line, quote
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def from_csv(
     group_column: str | None = None,
     delimiter: str = ",",
     on_bad_image: str = "error",
+    follow_links: bool = False,
 ) -> datasets.Dataset:
     """Load a CSV file that lists images and their labels. The first line is the header; the text is UTF-8.
 
@@ -90,6 +92,7 @@ def from_csv(
         group_column: Header of a column to keep beside, such as a patient's, for `iterative_split(groups=...)`.
         delimiter: Between the columns: ",", ";" or a tab.
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
+        follow_links: Read images where links or '..' lead out of `image_dir`.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels`, `image_id` (string: the column
@@ -97,16 +100,19 @@ def from_csv(
         order of the file.
 
     Raises:
-        ValueError: An argument is none of its choices, or the file is malformed; the message names line and column.
+        ValueError: An argument is none of its choices, the file is malformed (the message names line and column), or a
+            link leads out of the folder.
         FileNotFoundError: The file, the folder or an image is absent.
     """
     for name, value in (("unknown", unknown), ("blank", blank)):
         check_choice(name, value, (None, "negative", "masked"))
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     if len(delimiter) != 1:
-        raise ValueError(f"delimiter is {delimiter!r}; it must be one character, such as ',', ';' or a tab.")
+        raise ValueError(f"delimiter is {quote(delimiter)}; it must be one character, such as ',', ';' or a tab.")
     if group_column in ("image", "labels", "image_id", "unknown_labels"):
-        raise ValueError(f"group_column is {group_column!r}, a column of the data set already; rename it in the file.")
+        raise ValueError(
+            f"group_column is {quote(group_column)}, a column of the data set already; rename it in the file."
+        )
     _check_arguments(label_column, separator, class_ids, confidence_column, positive_from, unknown, blank)
     names = checked_names(names)
     file = absolute(file)
@@ -156,7 +162,7 @@ def from_csv(
                 unknown_lists = [np.flatnonzero(row).tolist() for row in masked]
 
     files = [
-        plain_path(cell + suffix, f"{file}, line {line}: the file name")
+        plain_path(cell + suffix, f"{file}, line {line}: the file name", follow_links)
         for line, cell in zip(lines, cells, strict=True)
     ]
     try:
@@ -166,13 +172,15 @@ def from_csv(
             image_ids,
             names,
             on_bad_image=on_bad_image,
+            root=image_dir,
+            follow_links=follow_links,
             unknown_labels=unknown_lists,
             others=None if group_column is None else {group_column: [groups[row] for row in rows]},
             name=name_of_folder(image_dir),
             source=file.name,
         )
     except FileNotFoundError as error:
-        line = next(line for line, name in zip(lines, files, strict=True) if not (image_dir / name).is_file())
+        line = next(line for line, name in zip(lines, files, strict=True) if not os.path.isfile(image_dir / name))
         raise FileNotFoundError(f"{error} The first is in line {line}.") from None
 
 
@@ -190,7 +198,9 @@ def _check_arguments(
         needed = "it must be given with separator, class_ids or confidence_column"
         raise ValueError(f"label_column is None; {needed}; pass label_column=...")
     if not 0 < positive_from <= 1:
-        raise ValueError(f"positive_from is {positive_from!r}; it must be a confidence in (0, 1]; 0.5 is the default.")
+        raise ValueError(
+            f"positive_from is {quote(positive_from)}; it must be a confidence in (0, 1]; 0.5 is the default."
+        )
     if confidence_column is None and positive_from != 0.5:
         raise ValueError(f"positive_from is {positive_from}; it needs confidence_column; pass it or leave this out.")
     if confidence_column is not None and (separator is not None or class_ids):
@@ -199,7 +209,7 @@ def _check_arguments(
         for name, value in (("unknown", unknown), ("blank", blank)):
             if value is not None and (confidence_column is None or name == "blank") and value != "negative":
                 needed = "it must be left out with label_column, where no label is unknown"
-                raise ValueError(f"{name} is {value!r}; {needed}.")
+                raise ValueError(f"{name} is {quote(value)}; {needed}.")
 
 
 class CsvTable:
@@ -218,16 +228,18 @@ class CsvTable:
                 for row in reader:
                     if row and len(row) != len(self.header):
                         problem = f"{len(row)} cells, but the header has {len(self.header)}; it must be as many"
-                        fix = f"put cells that hold the delimiter {delimiter!r} in quotes"
+                        fix = f"put cells that hold the delimiter {quote(delimiter)} in quotes"
                         raise ValueError(f"{file}, line {start}: {problem}; {fix}.")
                     if row:  # a blank line has no cells
                         self.lines.append(start)
                         self.rows.append(row)
                     start = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{file}, line {start}: malformed CSV ({error}); repair the row's quotes.") from error
+            raise ValueError(
+                f"{file}, line {start}: malformed CSV ({one_line(error)}); repair the row's quotes."
+            ) from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
+            raise ValueError(f"{file} is not UTF-8 text ({one_line(error)}); save it as UTF-8.") from error
         if twice := sorted(name for name, number in Counter(self.header).items() if name and number > 1):
             raise ValueError(f"{file}, line 1: the header names {first_few(twice)} more than once; rename one.")
         if not self.rows:
@@ -236,7 +248,7 @@ class CsvTable:
     def column(self, name: str, argument: str = "names") -> list[str]:
         """The cells under a heading; `argument` is what named it, for the message."""
         if name not in self.header:
-            header = f"{self.file}, line 1: no column {name!r} in the header {first_few(self.header)}"
+            header = f"{self.file}, line 1: no column {quote(name)} in the header {first_few(self.header)}"
             raise ValueError(f"{header}; correct {argument}, or the delimiter.")
         index = self.header.index(name)
         return [row[index].strip() for row in self.rows]
@@ -248,7 +260,7 @@ class CsvTable:
             raise ValueError(f"{self.file}, line {line}: column '{column}' is empty; fill it in or drop the row.")
         if repeat := first_repeat(cells):
             first, second = (self.lines[row] for row in repeat)
-            problem = f"{cells[repeat[1]]!r} in column '{column}' a second time, first in line {first}"
+            problem = f"{quote(cells[repeat[1]])} in column '{column}' a second time, first in line {first}"
             raise ValueError(f"{self.file}, line {second}: {problem}; each must be in one row; remove the other.")
 
 
@@ -282,14 +294,16 @@ def _rows_of_labels(
             value = -1.0
         if not 0 <= value <= 1:
             needed = "it must be a confidence from 0 to 1; correct it"
-            raise ValueError(f"{table.file}, line {line}, column '{column}' is {text!r}; {needed}.")
+            raise ValueError(f"{table.file}, line {line}, column '{column}' is {quote(text)}; {needed}.")
         if name not in index:
             needed = f"it must be one of the {len(names)} classes {first_few(names)}; add it to names"
-            raise ValueError(f"{table.file}, line {line} has the class {name!r}; {needed}.")
+            raise ValueError(f"{table.file}, line {line} has the class {quote(name)}; {needed}.")
         label = 1 if value >= positive_from else 0 if value == 0 else -1
         if labels[image].setdefault(index[name], label) != label:
             needed = "each label must be one of them; remove a row"
-            raise ValueError(f"{table.file}, line {line}: {name!r} of {image!r} is present and not present; {needed}.")
+            raise ValueError(
+                f"{table.file}, line {line}: {quote(name)} of {quote(image)} is present and not present; {needed}."
+            )
     positive = [sorted(k for k, label in known.items() if label == 1) for known in labels.values()]
     every = range(len(names))
     return names, positive, [[k for k in every if known.get(k, -1) < 0] for known in labels.values()]
@@ -313,9 +327,9 @@ def _multi_hot_columns(
         code_of = {cell: _code(cell) for cell in set(cells)}
         if bad := next((cell for cell in cells if code_of[cell] is None), None):
             line = table.lines[cells.index(bad)]
-            found = f"{table.file}, line {line}, column '{name}' is {bad!r}"
+            found = f"{table.file}, line {line}, column {quote(name)} is {quote(bad)}"
             needed = "0, 1, True, False or unknown (empty, -1 or ?)"
-            fix = f"if '{name}' is no class, list the class columns in names (--class_names of the scripts)"
+            fix = "if it is no class, list those that are in names (--class_names of the scripts)"
             raise ValueError(f"{found}; it must be {needed}; {fix}.")
         codes.append(np.array([code_of[cell] for cell in cells], dtype=np.uint8))
     return names, np.stack(codes, axis=1)

@@ -18,12 +18,13 @@ from hf_balancemix.data.files import (
     plain_path,
     read_lines,
 )
+from hf_balancemix.files import check_inside, quote
 
 _OFFICIAL_IMAGES = {"train": 14_000, "val": 2_000, "test": 4_000}
 
 
 def load_deepfashion(
-    root: str | os.PathLike[str], split: str = "train", on_bad_image: str = "error"
+    root: str | os.PathLike[str], split: str = "train", on_bad_image: str = "error", follow_links: bool = False
 ) -> datasets.Dataset:
     """Load one split of DeepFashion's fine-grained attributes as a multi-label data set, from the official layout.
 
@@ -38,13 +39,15 @@ def load_deepfashion(
         root: The folder that holds `Anno_fine/` and `Img/`.
         split: "train", "val", "test" or "train+val".
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
+        follow_links: Read files where links or '..' lead out of the root.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
         attributes in ascending order) and `image_id` (string, the path as it is listed, unique in all splits).
 
     Raises:
-        ValueError: An argument is none of its choices, or a file is malformed or contradicts another.
+        ValueError: An argument is none of its choices, a file is malformed or contradicts another, or a link leads out
+            of the root.
         FileNotFoundError: A folder, a file of the split or an image is absent.
     """
     check_choice("split", split, ("train", "val", "test", "train+val"))
@@ -68,6 +71,8 @@ def load_deepfashion(
         + "    Img/img/  (the images: unpack img.zip inside Img)\n"
         "Point to the folder that holds Anno_fine and Img.",
     )
+    for name in needed:
+        check_inside(annotations / name, root, follow_links)
 
     names = _read_attributes(annotations / "list_attr_cloth.txt")
     image_ids: list[str] = []
@@ -77,7 +82,7 @@ def load_deepfashion(
     for part in parts:
         file = annotations / f"{part}.txt"
         lines = enumerate(read_lines(file), start=1)
-        paths = [plain_path(path, f"{file}, line {number}: the image") for number, path in lines]
+        paths = [plain_path(path, f"{file}, line {number}: the image", follow_links) for number, path in lines]
         check_lines_differ(paths, file, "image", listed=listed)
         image_ids += paths
         labels += _read_rows(annotations / f"{part}_attr.txt", names, len(paths), file)
@@ -88,6 +93,8 @@ def load_deepfashion(
         image_ids,
         names,
         on_bad_image=on_bad_image,
+        root=root,
+        follow_links=follow_links,
         name="deepfashion"
         if len(image_ids) == sum(map(_OFFICIAL_IMAGES.__getitem__, parts))
         else name_of_folder(root),
@@ -100,7 +107,7 @@ def _read_attributes(file: Path) -> list[str]:
     """The attribute names: a line with their number, a heading, then lines with a name and the number of its type."""
     lines = read_lines(file) or [""]
     heading = "the number of attributes, followed by the heading 'attribute_name  attribute_type' and one a line"
-    check_line(lines[0].isdecimal(), file, 1, lines[0], heading)
+    check_line(lines[0].isdecimal() and len(lines[0]) < 10, file, 1, lines[0], heading)
     names = []
     for number, line in enumerate(lines[2:], start=3):
         name, *kind = line.rsplit(maxsplit=1) or [""]
@@ -128,7 +135,7 @@ def _read_rows(file: Path, names: list[str], num_images: int, images_file: Path)
             raise ValueError(f"{file}, line {number} has {len(values)} values; {needed}; correct the row.")
         for k, value in enumerate(values):
             if value not in ("0", "1"):
-                found = f"{file}, line {number} has {value!r} for the attribute {names[k]!r} (value {k + 1})"
+                found = f"{file}, line {number} has {quote(value)} for the attribute {quote(names[k])} (value {k + 1})"
                 raise ValueError(f"{found}; it must be 0 or 1; correct it.")
         rows.append([k for k, value in enumerate(values) if value == "1"])
     return rows

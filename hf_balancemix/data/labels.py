@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from hf_balancemix.files import quote
+
 
 def column_feature(dataset: Any, column: str, fix: str) -> Any:
     """The feature of a column; TypeError where `dataset` is no `datasets.Dataset`, ValueError (which ends in `fix`)
@@ -26,7 +28,9 @@ def column_feature(dataset: Any, column: str, fix: str) -> Any:
         fix_type = "pass one of its splits" if isinstance(dataset, dict) else "load it with streaming=False"
         raise TypeError(f"the data set is a {type(dataset).__name__}; it must be a datasets.Dataset; {fix_type}.")
     if column not in dataset.features:
-        raise ValueError(f"the data set's columns are {dataset.column_names}; '{column}' must be among them; {fix}.")
+        raise ValueError(
+            f"the data set's columns are {quote(dataset.column_names)}; '{column}' must be among them; {fix}."
+        )
     return dataset.features[column]
 
 
@@ -51,7 +55,9 @@ def class_names(dataset: datasets.Dataset, column: str = "labels") -> list[str]:
     if not is_class_list(feature):
         return [f"LABEL_{k}" for k in range(_multi_hot_length(dataset, feature, column))]
     if not feature.feature.names:
-        raise ValueError(f"column '{column}' is {feature}; its classes must have names; give ClassLabel(names=[...]).")
+        raise ValueError(
+            f"column '{column}' is {quote(feature)}; its classes must have names; give ClassLabel(names=[...])."
+        )
     return list(feature.feature.names)
 
 
@@ -145,7 +151,7 @@ def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] |
     if unknown.shape != labels.shape:
         raise ValueError(f"unknown has the shape {unknown.shape}; it must be {labels.shape}; give each label a value.")
     for row, k in np.argwhere((unknown != 0) & (labels == 1)):
-        name = f"class '{names[k] if names else k}'"
+        name = f"class {quote(names[k] if names else str(k))}"
         raise ValueError(f"row {row}: {name} is in 'labels' and in 'unknown_labels'; it must be in one; remove it.")
     return np.where(unknown != 0, -1, labels).astype(np.int8)
 
@@ -236,7 +242,7 @@ def _label_feature(dataset: datasets.Dataset, column: str) -> Any:
         if not (pa.types.is_integer(storage) or pa.types.is_floating(storage) or pa.types.is_boolean(storage)):
             needed = "it must be List(ClassLabel(names=[...])) or a list of K numbers 0 or 1"
             fix = f"dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
-            raise TypeError(f"column '{column}' is {feature}; {needed}; use {fix}.")
+            raise TypeError(f"column '{column}' is {quote(feature)}; {needed}; use {fix}.")
     return feature
 
 
@@ -244,7 +250,7 @@ def _multi_hot_length(dataset: datasets.Dataset, feature: Any, column: str) -> i
     length = getattr(feature, "length", -1)
     if length < 0:
         if len(dataset) == 0:
-            problem = f"column '{column}' is {feature} in a data set without rows"
+            problem = f"column '{column}' is {quote(feature)} in a data set without rows"
             raise ValueError(f"{problem}; its number of classes must be known; use List(ClassLabel(names=[...])).")
         first = dataset.select_columns([column]).with_format("arrow")[0:1][column][0]
         if not first.is_valid:
@@ -262,7 +268,7 @@ def _row_of(lengths: np.ndarray, position: int) -> int:
 
 def _raise_not_a_list(column: str, row: int, value: Any) -> None:
     needed = "it must be a list, empty (or K zeros) for an instance without labels"
-    raise ValueError(f"column '{column}', row {row} is {value!r}; {needed}; drop the row.")
+    raise ValueError(f"column '{column}', row {row} is {quote(value)}; {needed}; drop the row.")
 
 
 def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> None:
@@ -271,7 +277,7 @@ def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> Non
     else:
         reading = "in the column 'labels' also -1, NaN or None for unknown; " if column == "labels" else ""
         needed = f"0 and 1; {reading}if they are class ids, cast_column('{column}', List(ClassLabel(names=[...])))"
-    raise ValueError(f"column '{column}', row {row} has {value!r}; it must be of {needed}.")
+    raise ValueError(f"column '{column}', row {row} has {quote(value)}; it must be of {needed}.")
 
 
 def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:

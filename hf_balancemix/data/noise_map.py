@@ -13,15 +13,21 @@ The parquet has one row for each changed label, with the columns
 
 An image without a changed label has one row in which `class`, `given` and `clean` are null, so that the map knows all
 N images. Its metadata (key `noise_map`, JSON; `datasets.Dataset.to_parquet` has no place for it) hold the name and the
-parameters of the noise, its seed, N, K, the class names and a digest of all clean labels, whatever the rows' order.
+parameters of the noise, its seed, N, K, the class names and a digest of all clean labels, whatever the rows' order. A
+digest of all rows and of these metadata (key `noise_map_digest`) tells whether anything in the file is another.
+
+A map that was written by hand has no such digest, which is warned of; nor need it have `check`, and of the metadata
+more than `class_names`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +36,7 @@ from typing import Any, Self
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -39,12 +46,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from hf_balancemix.data.files import parse_json
 from hf_balancemix.data.labels import check_unknown_column, class_names, given_labels, with_changed_labels
 from hf_balancemix.data.noise import LabelNoise, read_ids, record_noise, recorded_noise, without_recorded_noise
-from hf_balancemix.files import whole_file
+from hf_balancemix.files import check_inside, one_line, quote, whole_file
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "noise_map.parquet"
-_KEY = b"noise_map"
+_KEY, _DIGEST_KEY = b"noise_map", b"noise_map_digest"
 _COLUMNS = {"class": pa.string(), "given": pa.uint8(), "clean": pa.uint8(), "check": pa.uint32()}
 _CARD = Path(__file__).parent / "templates" / "noise_map.md"
 
@@ -59,10 +69,12 @@ class NoiseMap:
     """The K names."""
     parameters: dict[str, Any]
     """Name and arguments of the noise, `{}` where it is not known."""
-    clean_digest: str
-    """SHA-256 (hexadecimal) of the clean labels of all N images."""
+    clean_digest: str | None
+    """SHA-256 (hexadecimal) of the clean labels of all N images; None where it is not known."""
 
     def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(f"table is no noise map: {problem}; make it anew with NoiseMap.from_datasets.")
         ids, image, classes = self._index
         changed = classes >= 0
         labels = np.stack([image, classes])[:, changed]
@@ -75,6 +87,45 @@ class NoiseMap:
         ):
             if not right:
                 raise ValueError(f"table is no noise map: {problem}; make it anew with NoiseMap.from_datasets.")
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with the class names, the parameters, the digest and each column by itself.
+
+        Each but the first may rest on those before: stop at the first.
+        """
+        names = self.class_names
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            yield f"class_names is {quote(names)}, no list of names"
+        elif len(set(names)) < len(names):
+            yield "class_names has a name twice"
+        if not isinstance(self.parameters, dict):
+            yield f"parameters is {quote(self.parameters)}, no mapping"
+        try:
+            json.dumps(self.parameters, allow_nan=False)
+        except (ValueError, RecursionError) as error:
+            yield f"JSON cannot hold its parameters ({one_line(error)})"
+        digest = self.clean_digest
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+            yield f"clean_digest is {quote(digest)}, no SHA-256"
+        if self.table.column_names != ["image_id", *_COLUMNS]:
+            yield f"its columns are {quote(self.table.column_names)} instead of image_id, {', '.join(_COLUMNS)}"
+        self.table.validate(full=True)  # also that texts are UTF-8
+        none = self.table["class"].is_null().to_numpy()
+        for name, column in zip(self.table.column_names, self.table.columns, strict=True):
+            kinds = [_COLUMNS[name]] if name in _COLUMNS else [pa.int64(), pa.string()]
+            if column.type not in kinds:
+                yield f"column '{name}' is of the type {column.type} instead of {' or '.join(map(str, kinds))}"
+            null, bad = column.is_null().to_numpy(), np.zeros(len(none), dtype=bool)
+            if name in ("image_id", "given", "clean"):
+                bad = null != (none & (name != "image_id"))
+            if name in ("given", "clean"):
+                bad |= ~null & ~np.isin(column.fill_null(0).to_numpy(), (0, 1))
+            if name == "class":
+                bad = ~null & ~pc.is_in(column, value_set=pa.array(names, pa.string())).to_numpy()
+            for row in np.flatnonzero(bad)[:1]:
+                needed = "a value" if name == "image_id" else "among the class names"
+                needed = "0 or 1, or null in a row without a class" if name in ("given", "clean") else needed
+                yield f"column '{name}', row {row} is {quote(column[int(row)].as_py())}; it must be {needed}"
 
     @classmethod
     def from_datasets(
@@ -113,7 +164,9 @@ class NoiseMap:
         before = given_labels(clean).numpy()[order]
         after = given_labels(noisy).numpy()[_cells_of(noisy, ids, names, "the noisy data set", "the clean one")]
         for row, k in np.argwhere((before < 0) != (after < 0)):
-            found = f"the label '{names[k]}' of image_id {ids[row]!r} is unknown in one of the data sets only"
+            found = (
+                f"the label {quote(names[k])} of image_id {quote(ids[row])} is unknown in one of the data sets only"
+            )
             raise ValueError(f"{found}; it must be in both or in none; give both the same 'unknown_labels'.")
         changed = before != after
         # One column more, true for an image without a changed label: it has a row of its own, without a class.
@@ -136,24 +189,35 @@ class NoiseMap:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or not a noise map.
+            ValueError: The file is damaged or not a noise map, or a value in it was changed.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; it must be what NoiseMap.save wrote; check the path.")
         try:
             table = pq.ParquetFile(path).read()
-            content = json.loads(table.schema.metadata[_KEY])
-            if content["format"] != 1:
-                raise ValueError(f"its format is {content['format']!r}; it must be 1; update hf_balancemix")
-            columns = [table.schema.field("image_id"), *(pa.field(name, kind) for name, kind in _COLUMNS.items())]
+            metadata = table.schema.metadata[_KEY]
+            digest = table.schema.metadata.get(_DIGEST_KEY)
+            content = parse_json(metadata, "its metadata")
+            if content.get("format", 1) != 1:
+                raise ValueError(f"its format is {quote(content['format'])}; it must be 1; update hf_balancemix")
+            if digest is None:
+                content = {"parameters": {}, "clean_digest": None} | content
+                if "check" not in table.column_names:
+                    table = table.append_column("check", pa.nulls(len(table), pa.uint32()))
+            kind = pa.int64() if pa.types.is_integer(table.schema.field("image_id").type) else pa.string()
+            columns = [pa.field("image_id", kind), *(pa.field(name, kind) for name, kind in _COLUMNS.items())]
             table = table.select([column.name for column in columns]).cast(pa.schema(columns))
             found = cls(table, content["class_names"], content["parameters"], content["clean_digest"])
-            if found.num_instances != content["num_instances"]:
-                raise ValueError(f"{found.num_instances} images instead of {content['num_instances']}")
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            problem = f"{path} is damaged or not a noise map ({type(error).__name__}: {error})"
+            if found.num_instances != content.get("num_instances", found.num_instances):
+                raise ValueError(f"{found.num_instances} images instead of {quote(content['num_instances'])}")
+            if digest is not None and digest.decode() != _digest(metadata, table):
+                raise ValueError("its digest is that of other rows: some value was changed after it was written")
+        except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = f"{path} is damaged or not a noise map ({type(error).__name__}: {one_line(error, 160)})"
             raise ValueError(f"{problem}; it must be what NoiseMap.save wrote; copy it again.") from error
+        if digest is None:
+            logger.warning("%s has no digest of its rows: nobody can tell whether one was changed since.", path)
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -242,7 +306,9 @@ class NoiseMap:
         noisy = self.table["given"].to_numpy()[changed]
         for row in np.flatnonzero(labels[at] != noisy)[:1]:
             name, image_id = self.class_names[at[1][row]], ids[at[0][row]]
-            found = f"the label '{name}' of image_id {image_id!r} is {labels[at][row]} instead of {noisy[row]:g}"
+            found = (
+                f"the label {quote(name)} of image_id {quote(image_id)} is {labels[at][row]} instead of {noisy[row]:g}"
+            )
             needed = "the labels must be the noisy ones of the map; pass the data set as it was given"
             raise ValueError(f"{found} ({np.sum(labels[at] != noisy)} of {len(noisy)} differ); {needed}.")
         labels[at] = self.table["clean"].to_numpy()[changed]
@@ -298,31 +364,27 @@ class NoiseMap:
         column = self.table["image_id"].to_pylist()
         first = np.fromiter((i == 0 or column[i - 1] != value for i, value in enumerate(column)), bool, len(column))
         position = {name: k for k, name in enumerate(self.class_names)} | {None: -1}
-        try:
-            classes = np.array([position[name] for name in self.table["class"].to_pylist()], dtype=np.int64)
-        except KeyError as error:
-            raise ValueError(f"a row is about the class {error}, which is not among the class names") from None
+        classes = np.array([position[name] for name in self.table["class"].to_pylist()], dtype=np.int64)
         return [column[i] for i in np.flatnonzero(first)], first.cumsum() - 1, classes
 
     def _check_clean(self, labels: np.ndarray, has_clean_labels: bool) -> None:
-        """Raises ValueError where (N, K) labels are not those that the map was made from."""
+        """Raises ValueError where (N, K) labels are not those that the map was made from, or says that it changed."""
         ids, image, classes = self._index
         digest, checks = _fingerprints(ids, labels)
-        if digest == self.clean_digest:
+        check, clean = self.table["check"], self.table["clean"].to_numpy()
+        differs = ~check.is_null().to_numpy() & (check.fill_null(0).to_numpy() != checks[image])
+        other_label = (classes >= 0) & (labels[image, classes] != clean)
+        rows = np.flatnonzero(differs | other_label)
+        if not len(rows) and self.clean_digest in (None, digest):
             return
-        rows = np.flatnonzero(self.table["check"].to_numpy() != checks[image])
         other = np.unique(image[rows])
         message = f"the labels of {len(other)} of {len(ids)} images differ from those that the noise map was made from"
         if len(other):  # in theory a check may be the same by chance
-            message += f", such as image_id {ids[other[0]]!r}"
-        clean = self.table["clean"].to_numpy()
-        for row in rows[(image[rows] == other[:1]) & (classes[rows] >= 0)]:
-            k = classes[row]
-            label = labels[image[row], k]
-            if label != clean[row]:
-                found = "unknown" if label < 0 else label
-                message += f", whose label '{self.class_names[k]}' is {found} instead of {clean[row]:g}"
-                break
+            message += f", such as image_id {quote(ids[other[0]])}"
+        for row in rows[(image[rows] == other[:1]) & other_label[rows]][:1]:
+            label = labels[image[row], classes[row]]
+            found = "unknown" if label < 0 else label
+            message += f", whose label {quote(self.class_names[classes[row]])} is {found} instead of {clean[row]:g}"
         if has_clean_labels:
             message += " (the data set has 'clean_labels', so its labels may be noisy already)"
         raise ValueError(f"{message}; they must be the same; apply the map to that data set, loaded in the same way.")
@@ -339,13 +401,18 @@ class NoiseMap:
             "clean_digest": self.clean_digest,
         }
         sink = pa.BufferOutputStream()
-        table = self.table.replace_schema_metadata({_KEY: json.dumps(content)})
+        metadata = json.dumps(content).encode()
+        table = self.table.replace_schema_metadata({_KEY: metadata, _DIGEST_KEY: _digest(metadata, self.table)})
         pq.write_table(table, sink, compression="zstd", use_dictionary=["class"])
         return sink.getvalue().to_pybytes()
 
 
 def load_noise_map(
-    path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    path_or_repo_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    follow_links: bool = False,
 ) -> NoiseMap:
     """Load a noise map from a file, a folder or the Hub.
 
@@ -354,14 +421,16 @@ def load_noise_map(
             data set repository "user/name" on the Hub.
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub; by default the one that is logged in.
+        follow_links: Read the file of a folder where it is a link that leads out of the folder.
 
     Raises:
         FileNotFoundError: It is none of these.
-        ValueError: The file is damaged or not a noise map.
+        ValueError: The file is damaged or not a noise map, or leads out of the folder.
         huggingface_hub.errors.HfHubHTTPError, ConnectionError: The Hub refuses, or cannot be reached.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
+        check_inside(path / FILE_NAME, path, follow_links)
         path /= FILE_NAME
     if path.is_file():
         return NoiseMap.load(path)
@@ -372,7 +441,7 @@ def load_noise_map(
         raise  # not reachable, and not in the cache
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{repo_id!r} is neither a file here nor a data set repository on the Hub with a {FILE_NAME} "
+            f"{quote(repo_id)} is neither a file here nor a data set repository on the Hub with a {FILE_NAME} "
             f"({type(error).__name__}); it must be one of them; check the name, and your access if it is private."
         ) from error
 
@@ -391,13 +460,21 @@ def _cells_of(
         differences = []
         for verb, some, rest in (("lacks", expected, found), ("also has", found, set(expected))):
             if missing := [value for value in some if value not in rest]:
-                differences.append(f"it {verb} {len(missing)}, first {what} {missing[0]!r}")
+                differences.append(f"it {verb} {len(missing)}, first {what} {quote(missing[0])}")
         if differences:
             problem = f"{this} has other {kind} than {other} ({' and '.join(differences)})"
             raise ValueError(
                 f"{problem}; they must be the same; use the same data set and split, loaded in the same way."
             )
     return np.ix_([row_of[row] for row in rows], [column_of[name] for name in names])
+
+
+def _digest(metadata: bytes, table: pa.Table) -> str:
+    """SHA-256 (hexadecimal) of a noise map's metadata and of all values of its rows, however the file stores them."""
+    digest = hashlib.sha256(metadata)
+    for name in table.column_names:
+        digest.update(json.dumps([name, table[name].to_pylist()]).encode())
+    return digest.hexdigest()
 
 
 def _fingerprints(ids: Sequence[int | str], labels: np.ndarray) -> tuple[str, np.ndarray]:

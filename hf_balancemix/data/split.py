@@ -16,6 +16,7 @@ import numpy as np
 from hf_balancemix.data.labels import column_feature, given_labels
 from hf_balancemix.data.noise.draws import checked_seed, hashed, id_words, read_ids, uniform
 from hf_balancemix.data.views import undecoded_images
+from hf_balancemix.files import quote
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def _group_numbers(dataset: datasets.Dataset, groups: str | Sequence[Any], order
         )
     if empty := [row for row, value in enumerate(values) if value is None or value == ""]:
         needed = "each instance must have a group; give those without one a value of their own"
-        raise ValueError(f"groups has {values[empty[0]]!r} for row {empty[0]}; {needed}.")
+        raise ValueError(f"groups has {quote(values[empty[0]])} for row {empty[0]}; {needed}.")
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(values[i], len(numbers)) for i in order], dtype=np.int64)
 
@@ -153,10 +154,12 @@ def _part_sizes(sizes: Sequence[Any], num_instances: int) -> list[int]:
     sizes = [size.item() if isinstance(size, np.generic) else size for size in sizes]
     needed = f"they must be positive integers that sum to {num_instances}, or positive fractions that sum to 1"
     if not sizes or any(isinstance(size, bool) or not isinstance(size, Real) or not float(size) > 0 for size in sizes):
-        raise ValueError(f"sizes is {sizes}; {needed}; correct them.")
+        raise ValueError(f"sizes is {quote(sizes)}; {needed}; correct them.")
     whole = [isinstance(size, Integral) for size in sizes]
     if any(whole) != all(whole) or abs(sum(sizes) - (num_instances if all(whole) else 1)) > 1e-6:
-        raise ValueError(f"sizes is {sizes}, which sum to {sum(sizes):g}; {needed}; add a part for what is left.")
+        raise ValueError(
+            f"sizes is {quote(sizes)}, which sum to {sum(sizes):g}; {needed}; add a part for what is left."
+        )
     if all(whole):
         return sizes
     exact = np.array(sizes) * num_instances
@@ -164,7 +167,9 @@ def _part_sizes(sizes: Sequence[Any], num_instances: int) -> list[int]:
     largest = np.argsort(counts - exact, kind="stable")[: num_instances - counts.sum()]  # largest remainders
     counts[largest] += 1
     if not counts.all():
-        raise ValueError(f"sizes is {sizes}, which leaves a part empty; none must be; give it a larger fraction.")
+        raise ValueError(
+            f"sizes is {quote(sizes)}, which leaves a part empty; none must be; give it a larger fraction."
+        )
     return counts.tolist()
 
 

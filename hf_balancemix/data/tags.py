@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from hf_balancemix.data.files import first_few, first_repeat
+from hf_balancemix.files import quote
 
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
@@ -29,11 +30,13 @@ def split_tags(text: str, separator: str | None, where: Callable[[], str]) -> li
         return [tag for tag in map(str.strip, map(_as_text, values)) if tag]
     if text.startswith(("[", "{", "array(")):
         needed = "it must be a list such as ['a', 'b'] or plain tags"
-        raise ValueError(f"{where()} is {text!r}; {needed}; correct the list.")
+        raise ValueError(f"{where()} is {quote(text)}; {needed}; correct the list.")
     if separator:
         return [tag for tag in map(str.strip, text.split(separator)) if tag]
     if text:
-        raise ValueError(f"separator is {separator!r} and {where()} is {text!r}; pass what stands between its tags.")
+        raise ValueError(
+            f"separator is {quote(separator)} and {where()} is {quote(text)}; pass what stands between its tags."
+        )
     return []
 
 
@@ -49,18 +52,21 @@ def _written_list(text: str) -> list[Any] | None:
     values = []
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.NUMBER and len(token.string) > 1000:
+                return None  # which Python would refuse to write as a text
             if token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in ("True", "False"):
                 values.append(ast.literal_eval(token.string))
             elif token.string not in [*"[](){},"] and token.string.strip():
                 return None
-    except (tokenize.TokenError, SyntaxError, ValueError):
+    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError):  # the last is ast's own
         return None
     return values
 
 
 def _as_text(value: Any) -> str:
     """A number as its shortest text, so that 1, 1.0 and True are the same tag."""
-    return str(int(value)) if isinstance(value, int | float) and float(value).is_integer() else str(value)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if whole else str(value)
 
 
 def class_lists(
@@ -81,7 +87,7 @@ def class_lists(
         for row, found in enumerate(bits):
             if -1 in found:
                 needed = "it must be zeros and ones; use a column for each class, which may have unknown labels"
-                raise ValueError(f"{where(row)} is {list(tags[row] or ())!r}; {needed}.")
+                raise ValueError(f"{where(row)} is {quote(list(tags[row] or ()))}; {needed}.")
         tags = [[name for name, bit in zip(ids_names, found, strict=True) if bit == 1] for found in bits]
         name_of = None
     elif zeros_and_ones and not ids_names:
@@ -90,13 +96,13 @@ def class_lists(
     for row, classes in enumerate(tags):
         if classes is None or (name_of is None and not all(classes)):
             needed = "it must be a list of class names, empty where there is none"
-            raise ValueError(f"{where(row)} is {classes!r}; {needed}; drop the row.")
+            raise ValueError(f"{where(row)} is {quote(classes)}; {needed}; drop the row.")
         try:
             rows.append(set(classes) if name_of is None else {name_of[_id(value)] for value in classes})
         except KeyError:
             wrong = next(value for value in classes if _id(value) not in (name_of or ()))
             needed = f"it must be a class id, a whole number from 0 to {len(name_of or ()) - 1}"
-            raise ValueError(f"{where(row)} has {wrong!r}; {needed}; correct it.") from None
+            raise ValueError(f"{where(row)} has {quote(wrong)}; {needed}; correct it.") from None
     names = sorted(set().union(*rows)) if names is None else names
     if not names:
         raise ValueError(f"{where(0)} and all after are without a class; there must be one; pass names=[...].")
@@ -104,7 +110,7 @@ def class_lists(
     for row, present in enumerate(rows):
         if other := present - index.keys():
             needed = f"it must be one of the {len(names)} classes {first_few(names)}"
-            raise ValueError(f"{where(row)} has {min(other)!r}; {needed}; add it to names.")
+            raise ValueError(f"{where(row)} has {quote(min(other))}; {needed}; add it to names.")
     return names, [sorted(index[name] for name in present) for present in rows]
 
 
@@ -141,7 +147,7 @@ def is_multi_hot(
         needed = "it must be clear whether they are ids or multi-hot; use a column for each class"
     else:
         needed = f"it must be a class once, or a 0 or 1 for each of the {len(names)} classes; correct the row"
-    raise ValueError(f"{where(row)} is {list(tags[row] or ())!r}, and so are all of 0 and 1; {needed}.")
+    raise ValueError(f"{where(row)} is {quote(list(tags[row] or ()))}, and so are all of 0 and 1; {needed}.")
 
 
 def bit_of(value: Any) -> int | None:
@@ -150,7 +156,7 @@ def bit_of(value: Any) -> int | None:
         return -1
     try:
         number = float({"True": 1, "False": 0}.get(value, value) if isinstance(value, str) else value)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
     if isinstance(value, str) and number != number:
         return None  # the text nan
@@ -171,7 +177,11 @@ def checked_names(names: Sequence[str] | None) -> list[str] | None:
     if names is None:
         return None
     if isinstance(names, str) or not all(isinstance(name, str) and name for name in names) or len(names) == 0:
-        raise TypeError(f"names is {names!r}; it must be a list of class names; pass for instance ['cat', 'dog'].")
+        raise TypeError(
+            f"names is {quote(names)}; it must be a list of class names; pass for instance ['cat', 'dog']."
+        )
     if repeat := first_repeat(names):
-        raise ValueError(f"names has {names[repeat[0]]!r} more than once; each class must be there once; remove one.")
+        raise ValueError(
+            f"names has {quote(names[repeat[0]])} more than once; each class must be there once; remove one."
+        )
     return list(names)

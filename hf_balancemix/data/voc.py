@@ -6,7 +6,8 @@ import codecs
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -26,6 +27,7 @@ from hf_balancemix.data.files import (
     read_lines,
 )
 from hf_balancemix.data.tags import checked_names
+from hf_balancemix.files import check_inside, one_line, quote
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def load_voc(
     difficult: str = "positive",
     on_bad_image: str = "error",
     names: Sequence[str] | None = None,
+    follow_links: bool = False,
 ) -> datasets.Dataset:
     """Load one split of PASCAL VOC, or of another data set in the layout of its devkit, as a multi-label data set.
 
@@ -71,6 +74,7 @@ def load_voc(
             (Eq. 12 and 13: 14 and 13) fit "negative" on "2007+2012" (14.5 and 12.8; "positive" gives 15.3 and 11.9).
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
         names: The classes, in their order, where they are not VOC's.
+        follow_links: Read files where links lead out of the root.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels` (List(ClassLabel), the present
@@ -78,8 +82,8 @@ def load_voc(
         (List(ClassLabel), never a class that is in `labels`).
 
     Raises:
-        ValueError: An argument is none of its choices, or a file is malformed or contradicts another; XML with a DTD
-            is refused.
+        ValueError: An argument is none of its choices, a file is malformed or contradicts another, or a link leads out
+            of the root; XML with a DTD is refused.
         FileNotFoundError: A folder, the list of the split, the labels, an annotation or an image is absent.
     """
     year = str(year)
@@ -94,6 +98,7 @@ def load_voc(
             "published; pass year='2007', or split='val'."
         )
     root = absolute(root)
+    check = partial(check_inside, root=root, follow_links=follow_links)
     sources: list[tuple[Path, list[str], Path]] = []
     image_ids: list[str] = []
     certain: Classes = []
@@ -103,16 +108,18 @@ def load_voc(
         ids_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         if any(ids_file == listed_in for _, _, listed_in in sources):
             continue  # a folder without years
+        check(ids_file)
+        check(folder / "JPEGImages")
         ids = _read_ids(ids_file)
         if twice := set(image_ids).intersection(ids):
-            problem = f"the id {min(twice)!r} is also in the split of the other year; ids must be unique"
+            problem = f"the id {quote(min(twice))} is also in the split of the other year; ids must be unique"
             raise ValueError(f"{ids_file}: {problem}; restore the official lists, or load one year.")
         sources.append((folder / "JPEGImages", _image_files(folder / "JPEGImages", ids), ids_file))
         if absent:
             logger.info("%s: %s is absent, labels are read from Annotations.", folder.name, absent[0])
-            found = _from_annotations(folder / "Annotations", ids, classes)
+            found = _from_annotations(folder / "Annotations", ids, classes, check)
         else:
-            found = _from_class_files(folder / "ImageSets" / "Main", split, ids, classes)
+            found = _from_class_files(folder / "ImageSets" / "Main", split, ids, classes, check)
         certain += found[0]
         doubtful += found[1]
         image_ids += ids
@@ -128,6 +135,8 @@ def load_voc(
         classes,
         unknown_labels=doubtful if difficult == "ignore" else None,
         on_bad_image=on_bad_image,
+        root=root,
+        follow_links=follow_links,
         name="voc" if official else name_of_folder(root),
         config=year,
         split=split,
@@ -189,13 +198,16 @@ def _image_files(folder: Path, ids: list[str]) -> list[str]:
     return [others.get(image_id, f"{image_id}.jpg") for image_id in ids]
 
 
-def _from_class_files(main: Path, split: str, ids: list[str], classes: Sequence[str]) -> tuple[Classes, Classes]:
+def _from_class_files(
+    main: Path, split: str, ids: list[str], classes: Sequence[str], check: Callable[[Path], None]
+) -> tuple[Classes, Classes]:
     """For each image the classes that are present, and those of which it has difficult objects only."""
     row_of = {image_id: row for row, image_id in enumerate(ids)}
     certain: Classes = [[] for _ in ids]
     doubtful: Classes = [[] for _ in ids]
     for k, name in enumerate(classes):
         file = main / f"{name}_{split}.txt"
+        check(file)
         unread = dict(row_of)
         for number, line in enumerate(read_lines(file), start=1):
             image_id, *values = line.split() or [""]
@@ -204,48 +216,58 @@ def _from_class_files(main: Path, split: str, ids: list[str], classes: Sequence[
             row = unread.pop(image_id, None)
             if row is None:
                 problem = "is listed a second time" if image_id in row_of else f"is not in {split}.txt"
-                raise ValueError(f"{file}, line {number}: the id {image_id!r} {problem}; remove the line.")
+                raise ValueError(f"{file}, line {number}: the id {quote(image_id)} {problem}; remove the line.")
             if values != ["-1"]:
                 (certain if values == ["1"] else doubtful)[row].append(k)
         if unread:
-            problem = f"{len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as {min(unread)!r}"
+            problem = (
+                f"{len(unread)} of the {len(ids)} ids in {split}.txt have no label here, such as {quote(min(unread))}"
+            )
             raise ValueError(f"{file}: {problem}; each must have one; copy the file again.")
     return certain, doubtful
 
 
-def _from_annotations(folder: Path, ids: list[str], classes: Sequence[str]) -> tuple[Classes, Classes]:
+def _from_annotations(
+    folder: Path, ids: list[str], classes: Sequence[str], check: Callable[[Path], None]
+) -> tuple[Classes, Classes]:
     """The same as :func:`_from_class_files`, from the objects of each image."""
+    check(folder)
     files = set(os.listdir(folder))
     if missing := [f"{image_id}.xml" for image_id in ids if f"{image_id}.xml" not in files]:
-        problem = f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {missing[0]} is absent"
+        first = one_line(missing[0], 60)
+        problem = f"{len(missing)} of {len(ids)} ids have no annotation in {folder}: {first} is absent"
         raise FileNotFoundError(f"{problem}; copy all there, or the {len(classes)} class files into ImageSets/Main.")
     certain: Classes = []
     doubtful: Classes = []
-    for image_id in ids:
-        objects = _objects(folder / f"{image_id}.xml", classes)
+    paths = [folder / f"{image_id}.xml" for image_id in ids]
+    for path in paths:
+        check(path)
+    for path in paths:
+        objects = _objects(path, classes, paths)
         easy = {k for k, is_difficult in objects if not is_difficult}
         certain.append(sorted(easy))
         doubtful.append(sorted({k for k, _ in objects} - easy))
     return certain, doubtful
 
 
-def _objects(file: Path, classes: Sequence[str]) -> list[tuple[int, bool]]:
-    """Class, and whether it is difficult, of each object in an annotation."""
+def _objects(file: Path, classes: Sequence[str], files: Sequence[Path]) -> list[tuple[int, bool]]:
+    """Class, and whether it is difficult, of each object in an annotation; `files` are all of them, for messages."""
     root = _parse_xml(file)
     if root.tag != "annotation":
-        raise ValueError(f"{file}: the outer element is <{root.tag}>; it must be <annotation>; copy the file again.")
+        found = f"the outer element is <{one_line(root.tag, 60)}>"
+        raise ValueError(f"{file}: {found}; it must be <annotation>; copy the file again.")
     objects = []
     for index, element in enumerate(root.findall("object")):  # not the parts inside, which have names too
         name = element.findtext("name", "").strip()
         if name not in classes:
-            needed = f"one of the {len(classes)} classes ({classes[0]}, ..., {classes[-1]})"
-            others = (one for xml in sorted(file.parent.glob("*.xml")) for one in _parse_xml(xml).findall("object"))
+            needed = f"one of the {len(classes)} classes ({one_line(classes[0], 40)}, ...)"
+            others = (one for xml in files for one in _parse_xml(xml).findall("object"))
             found = first_few(sorted({other.findtext("name", "").strip() for other in others}), 50)
-            fix = f"correct the name, or pass the classes of this data set: names=[...]; there are {found}"
-            raise ValueError(f"{file}: object[{index}] is named {name!r}; it must be {needed}; {fix}.")
+            fix = f"correct it, or pass the classes of this data set: names=[...]; there are {found}"
+            raise ValueError(f"{file}: object[{index}] is named {quote(name)}; it must be {needed}; {fix}.")
         flag = _DIFFICULT.get(text := element.findtext("difficult", "0").strip().lower())
         if flag is None:
-            raise ValueError(f"{file}: object[{index}] has difficult={text!r}; it must be 0 or 1; correct it.")
+            raise ValueError(f"{file}: object[{index}] has difficult={quote(text)}; it must be 0 or 1; correct it.")
         objects.append((classes.index(name), flag))
     return objects
 
@@ -281,9 +303,13 @@ def _utf8_of_xml(file: Path) -> bytes:
         if encoding.lower().startswith(("utf-16", "utf-32")):
             encoding = "utf-8"  # of these the declaration would not be ASCII: .NET writes it over UTF-8
     try:
+        if codecs.lookup(encoding).name in ("idna", "punycode"):  # no encodings of texts, and hours for a long one
+            raise LookupError
         return content.decode(encoding).encode()
     except LookupError as error:
-        raise ValueError(f"{file}: the encoding {encoding!r} is not known; it must be; save it as UTF-8.") from error
+        raise ValueError(
+            f"{file}: the encoding {quote(encoding)} is not known; it must be; save it as UTF-8."
+        ) from error
     except UnicodeError as error:
         line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
         raise ValueError(f"{file}, line {line}: not {encoding} text; copy the file again.") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hf_balancemix.files import cache_folder
+from hf_balancemix.files import cache_folder, quote
 from hf_balancemix.methods.registry import METHODS, arguments_by_method
 from hf_balancemix.models.configuration_balancemix import HEADS
 from hf_balancemix.scripts.data import AnyData, CocoData, DataArguments, DeepFashionData, VocData
@@ -126,7 +126,7 @@ class MethodArguments:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown:
-            raise ValueError(f"method is {unknown[0]!r}; it must be one of {', '.join(METHODS)}.")
+            raise ValueError(f"method is {quote(unknown[0])}; it must be one of {', '.join(METHODS)}.")
         self.method_args = json_mapping("method_args", self.method_args)
         self.args_by_method = arguments_by_method(self.methods, self.method_args or {})  # not a field
 
@@ -151,8 +151,8 @@ class ModelArguments(NetworkArguments, MethodArguments):
         self.head_args = json_mapping("head_args", self.head_args)
         if self.frozen_backbone and (self.head is not None or self.head_args is not None):
             raise ValueError(
-                f"head is {self.head!r}; it must be left out with frozen_backbone, which brings a head of its own, of "
-                f"hidden_size ({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
+                f"head is {quote(self.head)}; it must be left out with frozen_backbone, which brings a head of its "
+                f"own, of hidden_size ({self.hidden_size}) units; leave out head and head_args, or frozen_backbone."
             )
 
 
@@ -289,7 +289,7 @@ def chosen_format(argv: Sequence[str] | None, data_format: str | None = None) ->
     default = "any" if given["dataset_name"] or given["train_dir"] else "coco"
     data_format = data_format or given["data_format"] or default
     if data_format not in FORMATS:
-        raise ValueError(f"data_format is {data_format!r}; it must be one of {', '.join(FORMATS)}.")
+        raise ValueError(f"data_format is {quote(data_format)}; it must be one of {', '.join(FORMATS)}.")
     return data_format, given
 
 

@@ -20,7 +20,7 @@ import torch
 
 from hf_balancemix.audit import ClassAudit, LabelAudit, audit_labels
 from hf_balancemix.audit.report import push_report, write_report
-from hf_balancemix.files import whole_file
+from hf_balancemix.files import quote, whole_file
 from hf_balancemix.models import load_trained
 from hf_balancemix.report import markdown_table
 from hf_balancemix.scripts.arguments import FORMATS, FormatArguments, chosen_format
@@ -46,7 +46,8 @@ class AuditArguments:
     def __post_init__(self) -> None:
         if self.push_to_hub is not None and self.html is None:
             raise ValueError(
-                f"push_to_hub is {self.push_to_hub!r}, and html is None; there must be pages to push; pass --html DIR."
+                f"push_to_hub is {quote(self.push_to_hub)}, and html is None; there must be pages to push; pass "
+                "--html DIR."
             )
 
 

@@ -23,6 +23,7 @@ from hf_balancemix.data import (
 from hf_balancemix.data.adapters import from_multi_hot, with_image_ids
 from hf_balancemix.data.files import first_few
 from hf_balancemix.data.labels import is_class_list
+from hf_balancemix.files import quote
 from hf_balancemix.scripts.parser import flag
 
 Pair = tuple[datasets.Dataset, datasets.Dataset]
@@ -94,7 +95,7 @@ class CocoData(DataArguments):
         files = [name for name in ("annotations", "images", "eval_annotations", "eval_images") if getattr(self, name)]
         if files and self.data_dir is None:
             raise ValueError(
-                f"{files[0]} is {getattr(self, files[0])!r}; it needs the data's folder; pass --data_dir."
+                f"{files[0]} is {quote(getattr(self, files[0]))}; it needs the data's folder; pass --data_dir."
             )
         if self.held_out is not None and (self.eval_annotations or self.eval_images):
             raise ValueError("held_out is given and so is an evaluation set; it must be one of them; leave out one.")
@@ -215,25 +216,27 @@ class AnyData(DataArguments):
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_dir is None):
             raise ValueError(
-                f"dataset_name is {self.dataset_name!r}, and train_dir is {self.train_dir!r}; it must be one of them; "
-                "pass either --dataset_name (Hub) or --train_dir (a folder of images with a CSV)."
+                f"dataset_name is {quote(self.dataset_name)}, and train_dir is {quote(self.train_dir)}; it must be "
+                "one of them; pass either --dataset_name (Hub) or --train_dir (a folder of images with a CSV)."
             )
         _check_share(self.held_out)
         for name in self._WITHOUT_EFFECT[self.train_dir is not None]:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 where = "a folder with a CSV" if self.train_dir is not None else "a data set by --dataset_name"
-                raise ValueError(f"{name} is {getattr(self, name)!r}; with {where} it has no effect; leave it out.")
+                raise ValueError(
+                    f"{name} is {quote(getattr(self, name))}; with {where} it has no effect; leave it out."
+                )
         for name, needs in (("separator", "label_column"), ("category_field", "objects_column")):
             given = getattr(self, name) != self.__dataclass_fields__[name].default
             if given and getattr(self, needs) is None:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; without {needs} it has no effect; pass --{needs}."
+                    f"{name} is {quote(getattr(self, name))}; without {needs} it has no effect; pass --{needs}."
                 )
         if self.held_out != 0.1 and (self.eval_split or self.eval_dir or self.eval_csv):
             raise ValueError(f"held_out is {self.held_out}; with evaluation data it has no effect; leave it out.")
         if self.group_column is not None and (self.eval_csv or self.eval_split or self.eval_dir):
             needed = "it must be left out where the evaluation data is given, as nothing is held out"
-            raise ValueError(f"group_column is {self.group_column!r}; {needed}; leave it out.")
+            raise ValueError(f"group_column is {quote(self.group_column)}; {needed}; leave it out.")
 
     @property
     def holds_out(self) -> bool:
@@ -276,7 +279,7 @@ class AnyData(DataArguments):
         for flag_name in ("image_column", "label_column", "objects_column", "group_column"):
             column = getattr(self, flag_name)
             if column is not None and column not in dataset.column_names:
-                found = f"{flag_name} is {column!r}, and the columns of the data set are {dataset.column_names}"
+                found = f"{flag_name} is {quote(column)}, and the columns of the data set are {dataset.column_names}"
                 raise ValueError(f"{found}; it must be one of these; correct --{flag_name}.")
         groups = self.group_column and dataset.select_columns([self.group_column]).with_format(None)[:]
         if self.image_column not in (None, "image"):
@@ -314,15 +317,15 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
         if not Path(name, file).exists():
             continue
         if config is not None:
-            raise ValueError(f"dataset_config is {config!r}; a folder of save_to_disk has none; leave it out.")
+            raise ValueError(f"dataset_config is {quote(config)}; a folder of save_to_disk has none; leave it out.")
         saved = datasets.load_from_disk(name)
         if isinstance(saved, datasets.Dataset):
             if split != "train":
                 needed = "a folder of one saved data set has no splits"
-                raise ValueError(f"the split is {split!r}; {needed}; leave out --train_split and --eval_split.")
+                raise ValueError(f"the split is {quote(split)}; {needed}; leave out --train_split and --eval_split.")
             return saved
         if split not in saved:
-            raise ValueError(f"the split is {split!r}; {name} has {', '.join(saved)}; choose one of these.")
+            raise ValueError(f"the split is {quote(split)}; {name} has {', '.join(saved)}; choose one of these.")
         return saved[split]
     try:
         return datasets.load_dataset(name, config, split=split)
@@ -334,4 +337,4 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
         said = " ".join(lines if "config" in lines[0].lower() else lines[:1])[:600].rstrip(".")
         fix = "correct --dataset_name, --dataset_config or the split"
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"the data set {name!r} (split {split!r}) cannot be loaded: {said}; {fix}.") from error
+        raise kind(f"the data set {quote(name)} (split {quote(split)}) cannot be loaded: {said}; {fix}.") from error

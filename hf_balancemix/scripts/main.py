@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hf_balancemix
+from hf_balancemix.files import quote
 
 HELP = """usage: balancemix COMMAND [--FLAG VALUE ...]
 
@@ -49,7 +50,7 @@ def main() -> None:
     else:
         near = difflib.get_close_matches(command, ["train", "audit", "predict"], n=1)
         hint = f"Did you mean {near[0]}?" if near else "See balancemix --help."
-        print(f"error: command is {command!r}; it must be train, audit or predict. {hint}", file=sys.stderr)
+        print(f"error: command is {quote(command)}; it must be train, audit or predict. {hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from hf_balancemix.core.distributed import leave_process_group
+from hf_balancemix.files import quote
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
 
 _OTHER, _INHERITED = "options", "other arguments of transformers"
@@ -105,7 +106,7 @@ def json_mapping(name: str, value: str | Mapping[str, Any] | None) -> dict[str, 
     except ValueError:
         mapping = value
     if mapping is not None and not isinstance(mapping, Mapping):
-        raise ValueError(f"{name} is {value!r}; it must be a JSON mapping, such as '{{\"name\": 1}}'.")
+        raise ValueError(f"{name} is {quote(value)}; it must be a JSON mapping, such as '{{\"name\": 1}}'.")
     return None if mapping is None else dict(mapping)
 
 

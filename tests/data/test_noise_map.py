@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -334,6 +335,113 @@ def test_files_that_are_no_noise_maps(tmp_path, noise_map):
     pq.write_table(table.replace_schema_metadata({b"noise_map": json.dumps(metadata | {"format": 2})}), path)
     with pytest.raises(ValueError, match="its format is 2; it must be 1; update hf_balancemix"):
         load_noise_map(path)
+
+
+def small_map(tmp_path) -> tuple[Dataset, Dataset, Path]:
+    clean = make(np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0]]), ["b.jpg", "a.jpg", "c.jpg"])
+    noisy = make(np.array([[0, 0, 1, 1, 0], [0, 1, 0, 0, 1], [1, 0, 0, 0, 0]]), ["b.jpg", "a.jpg", "c.jpg"])
+    NoiseMap.from_datasets(clean, noisy, noise={"name": "two annotators", "rate": 0.5}).save(tmp_path / "map.parquet")
+    return clean, noisy, tmp_path / "map.parquet"
+
+
+def other_values(column: str, value) -> list:
+    texts = {"image_id": ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], "class": [*NAMES, "ship"]}
+    numbers = [0, 1, 2, *((value or 0) ^ 1 << bit for bit in range(8))] if column not in texts else []
+    return [*({None, *texts.get(column, numbers)} - {value})]
+
+
+def test_any_other_value_in_any_row_is_noticed(tmp_path):
+    """Also those that make a map of their own, such as another class, or the same change of another image."""
+    _, _, path = small_map(tmp_path)
+    table, tried = pq.read_table(path), 0
+    for column, name in enumerate(table.column_names):
+        values = table[name].to_pylist()
+        for row, value in enumerate(values):
+            for other in other_values(name, value):
+                cells = [other if i == row else cell for i, cell in enumerate(values)]
+                field = table.schema.field(column)
+                pq.write_table(table.set_column(column, field, pa.array(cells, field.type)), path)
+                with pytest.raises(ValueError, match=r"map\.parquet is damaged or not a noise map") as error:
+                    load_noise_map(path)
+                assert len(str(error.value)) < 400
+                tried += 1
+    metadata = table.schema.metadata[b"noise_map"]
+    for old, new in ((b'"rate": 0.5', b'"rate": 0.4'), (b'"dog", "car"', b'"car", "dog"'), (b"two ", b"ten ")):
+        assert old in metadata
+        other = table.schema.metadata | {b"noise_map": metadata.replace(old, new)}
+        pq.write_table(table.replace_schema_metadata(other), path)
+        with pytest.raises(ValueError, match="some value was changed after it was written"):
+            load_noise_map(path)
+    assert tried > 100
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value", "message"),
+    [
+        ("given", 1, 2, r"column 'given', row 1 is 2; it must be 0 or 1"),
+        ("clean", 2, 3, r"column 'clean', row 2 is 3; it must be 0 or 1"),
+        ("given", 1, None, r"column 'given', row 1 is None"),
+        ("given", 0, 1, r"column 'given', row 0 is 1; .* null in a row without a class"),
+        ("clean", 1, 0, r"'given' and 'clean' of a row are not 0 and 1, or 1 and 0"),
+        ("class", 1, "ship", r"column 'class', row 1 is 'ship'; it must be among the class names"),
+        ("class", 1, "x" * 9999, r"column 'class', row 1 is 'xxx"),
+        ("image_id", 3, None, r"column 'image_id', row 3 is None; it must be a value"),
+        ("class_names", None, [*NAMES[:4], NAMES[0]], "class_names has a name twice"),
+        ("class_names", None, [*NAMES[:4], 5], "class_names is .* no list of names"),
+        ("class_names", None, "person", "class_names is 'person', no list of names"),
+        ("parameters", None, [1], r"parameters is \[1\], no mapping"),
+        ("parameters", None, {"rate": float("nan")}, "JSON cannot hold its parameters"),
+        ("clean_digest", None, 5, "clean_digest is 5, no SHA-256"),
+        ("num_instances", None, 10**4000, "3 images instead of "),
+    ],
+)
+def test_each_part_of_a_map_without_a_digest_is_checked_by_itself(tmp_path, column, row, value, message):
+    _, _, path = small_map(tmp_path)
+    table = pq.read_table(path)
+    content = json.loads(table.schema.metadata[b"noise_map"])
+    if row is None:
+        content[column] = value
+    else:
+        values = table[column].to_pylist()
+        values[row] = value
+        table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    pq.write_table(table.replace_schema_metadata({b"noise_map": json.dumps(content)}), path)
+    with pytest.raises(ValueError, match=f"is damaged or not a noise map .*{message}") as error:
+        load_noise_map(path)
+    assert len(str(error.value)) < 400
+
+
+def test_a_map_that_was_written_by_hand_loads_with_a_warning(tmp_path, caplog):
+    clean, noisy, path = small_map(tmp_path)
+    assert torch.equal(label_matrix(load_noise_map(path).apply(clean)), label_matrix(noisy))
+    assert not caplog.records
+    rows = {"image_id": [*"abbc"], "class": [None, "person", "tree", "person"], "given": [None, 0, 1, 1]}
+    rows |= {"image_id": ["a.jpg", "b.jpg", "b.jpg", "c.jpg"], "clean": [None, 1, 0, 0]}
+    for content in ({"class_names": NAMES}, json.loads(pq.read_schema(path).metadata[b"noise_map"])):
+        caplog.clear()
+        pq.write_table(pa.table(rows).replace_schema_metadata({b"noise_map": json.dumps(content)}), path)
+        loaded = load_noise_map(path)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "map.parquet has no digest of its rows" in record.message
+        assert torch.equal(label_matrix(loaded.apply(clean)), label_matrix(noisy))
+        assert torch.equal(label_matrix(loaded.correct(noisy)), label_matrix(clean))
+    # What it says of the clean labels is compared with the data set's.
+    rows["class"][1:3] = ["dog", "tree"]
+    pq.write_table(pa.table(rows).replace_schema_metadata({b"noise_map": json.dumps({"class_names": NAMES})}), path)
+    with pytest.raises(ValueError, match=r"image_id 'b\.jpg', whose label 'dog' is 0 instead of 1"):
+        load_noise_map(path).apply(clean)
+
+
+def test_a_folder_whose_noise_map_is_a_link_out_of_it(tmp_path):
+    _, _, path = small_map(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "noise_map.parquet").symlink_to(path)
+    with pytest.raises(ValueError, match="leads out of it"):
+        load_noise_map(tmp_path / "folder")
+    expected = load_noise_map(path)
+    assert load_noise_map(tmp_path / "folder", follow_links=True) == expected
+    assert load_noise_map(tmp_path / "folder" / "noise_map.parquet") == expected  # named by the user
 
 
 def test_names_that_are_nothing(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 
 from hf_balancemix.data.labels import column_feature
+from hf_balancemix.files import quote
 
 NUMBER_ROWS = "number the rows: dataset.add_column('image_id', list(range(len(dataset))))"
 
@@ -21,7 +22,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def checked_seed(seed: Any) -> int:
     """The seed of noise or of a split; ValueError unless it is an integer of at least 0."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; it must be an integer of at least 0; pass for instance 0.")
+        raise ValueError(f"seed is {quote(seed)}; it must be an integer of at least 0; pass for instance 0.")
     return int(seed)
 
 
@@ -38,7 +39,7 @@ def read_ids(
     if unique and ids:
         image_id, times = Counter(map(str, ids)).most_common(1)[0]
         if times > 1:
-            problem = f"image_id {image_id!r} occurs {times} times in {dataset_name}; it must be unique"
+            problem = f"image_id {quote(image_id)} occurs {times} times in {dataset_name}; it must be unique"
             raise ValueError(f"{problem}; dataset.remove_columns('image_id') and {NUMBER_ROWS}.")
     return ids
 
@@ -50,7 +51,7 @@ def plain_ids(image_ids: Iterable[Any]) -> list[int | str]:
     for row, value in enumerate(values):
         if type(value) not in (int, str):  # exact types: True is no id
             raise ValueError(
-                f"row {row}: image_id is {value!r}; it must be an integer or a string; convert the column."
+                f"row {row}: image_id is {quote(value)}; it must be an integer or a string; convert the column."
             )
     return values
 
