@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
@@ -87,7 +88,7 @@ def parse_json(content: bytes, name: str, leave_out: str | None = None) -> Any:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) < len(pairs):
-            twice = next(key for key in record if sum(key == other for other, _ in pairs) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"an object has the key {quote(twice)} twice")
         if leave_out is not None:
             record.pop(leave_out, None)
