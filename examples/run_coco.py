@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         options = {"year": data.year, "keep_unlabelled": data.keep_unlabelled, "on_bad_image": data.on_bad_image}
         train = load_coco(root, split="train", **options)
         val = load_coco(root, split="val", **options)
-        train, val, left_out = usable(train, val, data, args.seed)
+        train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
         train = add_noise(train, noise)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")

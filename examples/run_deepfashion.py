@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     with args.main_process_first():  # the other ranks then find what rank 0 has made
         train = load_deepfashion(data.data_dir, split=data.train_split, on_bad_image=data.on_bad_image)
         val = load_deepfashion(data.data_dir, split=data.eval_split, on_bad_image=data.on_bad_image)
-        train, val, left_out = usable(train, val, data, args.seed)
+        train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
         train = add_noise(train, noise)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")

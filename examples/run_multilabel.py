@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         # By `from_csv`, `from_tags` or `from_detection`, and `iterative_split`; in a script of your own, such as
         # train, val = iterative_split(from_csv("labels.csv", "photos", label_column="tags"), [0.9, 0.1])
         train, val = data.load(args.seed)
-        train, val, left_out = usable(train, val, data, args.seed)
+        train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
         train = add_noise(train, noise)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         options = {"difficult": data.difficult, "on_bad_image": data.on_bad_image}
         train = load_voc(data.data_dir, year=data.train_year, split=data.train_split, **options)
         val = load_voc(data.data_dir, year=data.eval_year, split=data.eval_split, **options)
-        train, val, left_out = usable(train, val, data, args.seed)
+        train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
         train = add_noise(train, noise)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")

@@ -16,6 +16,7 @@ from matplotlib.transforms import Bbox
 from hf_balancemix.audit.label_audit import KINDS, LabelAudit
 from hf_balancemix.audit.report import drawn_ranks, mean_over_rank, places, read_rows, thumbnails, wrong_indeed
 from hf_balancemix.data.files import first_few
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS
 from hf_balancemix.data.views import undecoded_images
 from hf_balancemix.report.figures import missing_glyphs_allowed, new_figure, short_name
 
@@ -35,6 +36,7 @@ def surest_figure(
     *,
     classes: Sequence[str] | None = None,
     per_class: int = 4,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Figure:
     """A sheet of the surest wrong and missing labels, a row a class, as Figure 8 of the paper.
 
@@ -47,6 +49,7 @@ def surest_figure(
             names.
         classes: Names, in the order to be drawn; by default the 10 that have the surest labels.
         per_class: Images of a class and direction, at most.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`.
 
     Returns:
         The figure.
@@ -79,7 +82,7 @@ def surest_figure(
         place, _ = places(dataset, columns)
         images = undecoded_images(dataset).select(place)["image"]
     size = round(_THUMBNAIL * _PIXELS)
-    pictures = thumbnails(images, columns["image_id"], size, lambda _, image: np.asarray(image))
+    pictures = thumbnails(images, columns["image_id"], size, lambda _, image: np.asarray(image), max_image_pixels)
     picture_of = dict(zip(shown, pictures, strict=True))
 
     half = max(per_class * _CELL, 2.6)  # inches

@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 
 from hf_balancemix.audit.corrections import Decided, label_positions
 from hf_balancemix.audit.label_audit import KINDS, ClassAudit, LabelAudit
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS, decode
 from hf_balancemix.data.labels import stored_labels
-from hf_balancemix.data.views import decode, undecoded_images
+from hf_balancemix.data.views import undecoded_images
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def write_report(
     dataset: datasets.Dataset | None = None,
     *,
     title: str = "Label audit",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Path:
     """Write a folder whose `index.html` shows an audit and takes down decisions; it appears only when whole.
 
@@ -89,6 +91,7 @@ def write_report(
             audit names. An image that cannot be read is warned of and has none. Where it has `clean_labels`, the
             page shows which share of the first rows is wrong indeed.
         title: Of the page.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`.
 
     Returns:
         The path of `index.html`.
@@ -122,7 +125,8 @@ def write_report(
             image.save(build / name, quality=85)
             return name
 
-        names = dict(zip(paths, thumbnails(images, list(paths), _THUMBNAIL_SIZE, write), strict=True))
+        made = thumbnails(images, list(paths), _THUMBNAIL_SIZE, write, max_image_pixels)
+        names = dict(zip(paths, made, strict=True))
         rows["thumbnail"] = [names[image_id] for image_id in rows["image_id"]]
         (build / PAGE_FILE).write_text(_page(audit.classes, rows, title), encoding="utf-8")
         space = {"title": title, "sdk": "static", "app_file": PAGE_FILE}
@@ -198,22 +202,27 @@ def wrong_indeed(
 
 
 def thumbnails(
-    images: Sequence[Any], image_ids: Sequence[str], size: int, keep: Callable[[int, Image.Image], T]
+    images: Sequence[Any],
+    image_ids: Sequence[str],
+    size: int,
+    keep: Callable[[int, Image.Image], T],
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> list[T | None]:
     """What `keep` makes of the number and the thumbnail of each image; None, and a warning, for one without.
 
     Args:
-        images: What :func:`~hf_balancemix.data.views.decode` takes, or None.
+        images: What :func:`~hf_balancemix.data.decode` takes, or None.
         image_ids: What to call them.
         size: Pixels of a thumbnail's longer side, at most.
         keep: Called from several threads.
+        max_image_pixels: As there.
     """
 
     def make(number: int) -> T | None:
         try:
             if images[number] is None:
                 raise ValueError("it has no file; pass the data set")
-            image = decode(images[number])
+            image = decode(images[number], max_image_pixels=max_image_pixels)
             image.thumbnail((size, size))
         except (ValueError, OSError) as error:
             problems[number] = error

@@ -15,6 +15,7 @@ from hf_balancemix.core.judge import judge_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import LossMixtures
 from hf_balancemix.core.noise_rates import estimate_noise_rates, wrong_probability
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS
 from hf_balancemix.data.labels import class_names, given_labels
 from hf_balancemix.models.features import pooled_features_of
 from hf_balancemix.models.thresholds import iter_outputs, iter_probabilities
@@ -28,6 +29,7 @@ def audit_labels(
     folds: int | None = None,
     batch_size: int = 32,
     on_bad_image: str = "error",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     seed: int = 0,
 ) -> LabelAudit:
     """Which labels of a data set are probably wrong, as a trained classifier sees them, in one pass over the images.
@@ -43,6 +45,7 @@ def audit_labels(
             have been trained on these labels, and the classes of the model need not be those of the data set.
         batch_size: Images at a time.
         on_bad_image: `"error"`, or `"skip"`: labels of an image that cannot be decoded are not suspicious.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`.
         seed: Of the folds.
 
     Returns:
@@ -55,7 +58,11 @@ def audit_labels(
     """
     names, labels = class_names(dataset), given_labels(dataset).cpu()
     references(dataset, np.arange(0))  # whether its ids will do, not only once the model has run
-    options: dict[str, Any] = {"batch_size": batch_size, "on_bad_image": on_bad_image}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "on_bad_image": on_bad_image,
+        "max_image_pixels": max_image_pixels,
+    }
     if folds is None:
         q = torch.full(labels.shape, torch.nan, dtype=torch.float64)
         order = _order_of_classes(model, names)

@@ -5,13 +5,14 @@ from hf_balancemix.data.coco import load_coco
 from hf_balancemix.data.csv_file import from_csv
 from hf_balancemix.data.deepfashion import load_deepfashion
 from hf_balancemix.data.describe import Description, RealisedNoise
+from hf_balancemix.data.images import decode
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix, multi_hot
 from hf_balancemix.data.noise import ClassConditional, Compose, Mislabel, RandomFlip, SinglePositive
 from hf_balancemix.data.noise_map import NoiseMap, load_noise_map
 from hf_balancemix.data.sample import make_scenes
 from hf_balancemix.data.split import iterative_split
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate, drop_bad_images
-from hf_balancemix.data.views import ViewMaker, decode, normalise
+from hf_balancemix.data.views import ViewMaker, normalise
 from hf_balancemix.data.voc import load_voc
 
 __all__ = [

@@ -14,14 +14,22 @@ from torch.utils.data import Dataset
 
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS, bad_images, decode
 from hf_balancemix.data.labels import given_labels
-from hf_balancemix.data.views import Views, decode, undecoded_images
+from hf_balancemix.data.views import Views, undecoded_images
 
 logger = logging.getLogger(__name__)
 
 
-def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
-    """Decode every image once, with a progress bar, and leave out the rows whose file is absent or cut off.
+def drop_bad_images(
+    dataset: datasets.Dataset, num_proc: int | None = None, *, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> datasets.Dataset:
+    """Decode every image once, with a progress bar, and leave out the rows whose file is absent or cannot be decoded.
+
+    Args:
+        dataset: With `image`.
+        num_proc: Processes that decode; None: this one.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`, which also says what is a bad image.
 
     Returns:
         The data set without them; the number and the first names are logged as a warning.
@@ -32,7 +40,7 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
 
     def check(row: dict[str, Any]) -> dict[str, bool]:
         try:
-            decode(row["image"])
+            decode(row["image"], max_image_pixels=max_image_pixels)
         except (ValueError, FileNotFoundError):
             return {"good": False}
         return {"good": True}
@@ -42,9 +50,8 @@ def drop_bad_images(dataset: datasets.Dataset, num_proc: int | None = None) -> d
     kept = np.asarray(images.map(check, remove_columns=["image"], **options)["good"], dtype=bool)
     if kept.all():
         return dataset
-    bad = np.flatnonzero(~kept)
-    names = ", ".join(f"row {i} ({images[int(i)]['image']['path'] or 'bytes'})" for i in bad[:3])
-    problem = f"{len(bad)} of {len(kept)} images cannot be decoded: {names}{', ...' if len(bad) > 3 else ''}"
+    bad = np.flatnonzero(~kept).tolist()
+    problem = bad_images(bad, images["image"])
     if not kept.any():
         raise ValueError(f"{problem}; nothing is left to use; replace the files.")
     logger.warning("%s; they are left out.", problem)

@@ -2,125 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Protocol, Self
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from hf_balancemix.core.keys import keyed_rng, keyed_seed
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS, decode
 from hf_balancemix.data.labels import column_feature
-
-logger = logging.getLogger(__name__)
 
 BICUBIC = int(Image.Resampling.BICUBIC)
 BILINEAR = int(Image.Resampling.BILINEAR)
-
-
-def decode(image: Any) -> Image.Image:
-    """An RGB image, turned upright by its EXIF tag; transparency is dropped.
-
-    Pixels of more than 8 bits are scaled to 8. Scanners, microscopes and satellites store 10, 12 or 14 bits in 16, and
-    nothing in the file says so: an image has the fewest of 8, 10, 12, 14 and 16 bits that its largest value fits in.
-    Floating-point pixels lie in [0, 1], or are whole numbers of such a range.
-
-    Args:
-        image: A dict with `path` and `bytes` (an undecoded `datasets.Image`), a path, bytes, or a PIL image.
-
-    Raises:
-        ValueError: The file is no image, is cut off, is empty, has pixels below 0 or above 65,535, or so many that it
-            may be a decompression bomb.
-        FileNotFoundError: The file is gone.
-        TypeError: `image` is something else.
-    """
-    name = "given as bytes"
-    if isinstance(image, dict):
-        name = image.get("path") or name
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-    elif isinstance(image, Image.Image):
-        name = getattr(image, "filename", "") or "given as a PIL image"
-    elif not isinstance(image, bytes):
-        raise TypeError(
-            f"image is a {type(image).__name__}; it must be a path, bytes, a PIL image or a datasets.Image; pass one."
-        )
-    try:
-        if isinstance(image, Image.Image):
-            return _opened_rgb(image)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _opened_rgb(opened)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {name} does not exist; restore it or remove its row.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"cannot decode image {name} ({error}); replace the file, or leave it out with on_bad_image='skip'."
-        ) from error
-
-
-def _opened_rgb(image: Any) -> Image.Image:
-    # Pillow reads colours of 16 bits by their upper 8, which leaves nothing of 12 bits; once loaded, they are lost.
-    deep = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
-    if deep and image.fp is not None:  # None: closed, which load() says
-        return _deep_colour(image)
-    return _upright_rgb(image)
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):  # convert() would clip them
-        upright = Image.fromarray(_eight_bits(np.asarray(upright)))
-    return upright.convert("RGB")
-
-
-def _deep_colour(opened: Any) -> Image.Image:
-    if opened.format != "PNG":
-        _say_once("16-bit colours of %s are read by their upper 8 bits.", opened.format)
-        return _upright_rgb(opened)
-    position = opened.fp.tell()
-    opened.fp.seek(0)
-    content = opened.fp.read()
-    opened.fp.seek(position)
-    with Image.open(io.BytesIO(content)) as copy:  # the caller's stays unloaded, and can be decoded again
-        copy.load()  # which refuses what is cut off; torchvision fills it up
-        exif = copy.getexif()
-    try:
-        values = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    image = Image.fromarray(_eight_bits(values.permute(1, 2, 0).numpy()))
-    image.getexif().update(exif)
-    return ImageOps.exif_transpose(image)
-
-
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Pixels of any type as uint8, by the range that is found in them; see :func:`decode`."""
-    least, most = values.min(initial=0), values.max(initial=0)
-    if not (least >= 0 and most <= 65535):  # also NaN
-        raise ValueError(f"pixels from {least:g} to {most:g}; they must lie in [0, 65535], or in [0, 1] as fractions")
-    if values.dtype.kind == "f" and most <= 1:
-        return np.round(values * 255).astype(np.uint8)
-    bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits)
-    if bits < 16:
-        _say_once("Pixels of up to %d bits in a file for more are scaled by 1 / %d to 8 bits.", bits, 2 ** (bits - 8))
-    return (values.astype(np.int64) >> (bits - 8)).astype(np.uint8)
-
-
-@cache
-def _say_once(text: str, *values: Any) -> None:
-    logger.info(text, *values)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -180,6 +79,7 @@ class ViewMaker:
             with sides of 3 to 4 at most, squashed like a whole one; 0: none.
         transform: In place of RandAugment: any function of the squashed RGB PIL image, to what :func:`as_view` takes.
             The global generators of torch, NumPy and `random` are seeded for it; one of its own is not.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`.
     """
 
     num_views: int | None = None  # as many as are asked for
@@ -196,6 +96,7 @@ class ViewMaker:
         hflip: bool = False,
         random_resized_crop: float = 0.0,
         transform: Callable[[Image.Image], Any] | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel; pass for instance 448.")
@@ -209,6 +110,7 @@ class ViewMaker:
             raise ValueError(f"random_resized_crop is {random_resized_crop}; {needed}.")
         self.image_size, self.seed, self.resample, self.cutout = image_size, seed, resample, cutout
         self.hflip, self.random_resized_crop, self.transform = hflip, random_resized_crop, transform
+        self.max_image_pixels = max_image_pixels
         # On PIL images: several times faster on a CPU than on tensors. It draws from torch's global generator only.
         self.augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
 
@@ -227,6 +129,7 @@ class ViewMaker:
             hflip=args.hflip,
             random_resized_crop=args.random_resized_crop,
             transform=transform,
+            max_image_pixels=args.max_image_pixels,
         )
 
     def images(self, dataset: datasets.Dataset) -> datasets.Dataset:
@@ -235,7 +138,7 @@ class ViewMaker:
 
     def squash(self, image: Any) -> Image.Image:
         """Decode and resize, without keeping the aspect ratio."""
-        return self._resize(decode(image))
+        return self._resize(decode(image, max_image_pixels=self.max_image_pixels))
 
     def _resize(self, image: Image.Image, box: tuple[int, int, int, int] | None = None) -> Image.Image:
         return image.resize((self.image_size, self.image_size), Image.Resampling(self.resample), box)
@@ -249,7 +152,7 @@ class ViewMaker:
 
         They are a pure function of the image, the seed and `key`.
         """
-        decoded = decode(image)
+        decoded = decode(image, max_image_pixels=self.max_image_pixels)
         squashed = None if self.random_resized_crop else self._resize(decoded)
         views = []
         for view in range(num_views):

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from hf_balancemix.core.keys import keyed_seed
+from hf_balancemix.data.images import decode
 from hf_balancemix.data.views import ViewMaker, normalise, undecoded_images
 from hf_balancemix.files import process_lock
 
@@ -258,14 +259,13 @@ def _images_digest(*parts: datasets.Dataset) -> str:
     for part in parts:
         digest.update(f"part of {len(part)};".encode())
         for row in undecoded_images(part):
-            path, content = row["image"]["path"], row["image"]["bytes"]
+            path, content = (row["image"] or {}).get("path"), (row["image"] or {}).get("bytes")
             if content is not None:
                 digest.update(hashlib.blake2b(content, digest_size=16).digest())
                 continue
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise FileNotFoundError(f"image {path} does not exist; restore it or remove its row.") from error
+            if path is None or not os.path.exists(path):
+                decode(row["image"])  # which says so
+            stat = os.stat(path)
             digest.update(f"{path}\x1f{stat.st_size}\x1f{stat.st_mtime_ns};".encode())
     return digest.hexdigest()
 

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from hf_balancemix.core.evaluation import evaluation_mode
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS, bad_images, decode
 from hf_balancemix.data.labels import class_names, given_labels, has_class_names, label_matrix
-from hf_balancemix.data.views import decode, undecoded_images
+from hf_balancemix.data.views import undecoded_images
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def tune_thresholds(
     processor: Any | None = None,
     min_precision: float | None = None,
     batch_size: int = 32,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> list[float]:
     """Thresholds that suit a data set which was not trained on; a model keeps them as `config.thresholds`.
 
@@ -73,6 +75,7 @@ def tune_thresholds(
         min_precision: None maximises each class's F1 (among equals by the highest threshold); a number in (0, 1] takes
             the lowest threshold with at least that precision here, 1.0 (never predicted) where there is none.
         batch_size: Images at a time.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`.
 
     Returns:
         K thresholds in [0, 1]; a label is predicted where its probability is above. 0.5, with a warning, for classes
@@ -98,7 +101,8 @@ def tune_thresholds(
                 f"the model's classes are {', '.join(own[:3])}, ...; they must be the data set's, "
                 f"{', '.join(names[:3])}, ...; use the data set that belongs to the model."
             )
-        probabilities = predict_probabilities(logits_or_model, dataset, processor, batch_size=batch_size)
+        options = {"batch_size": batch_size, "max_image_pixels": max_image_pixels}
+        probabilities = predict_probabilities(logits_or_model, dataset, processor, **options)
     else:
         logits = torch.as_tensor(logits_or_model)
         if tuple(logits.shape) != targets.shape or not torch.isfinite(logits).all():
@@ -150,6 +154,7 @@ def iter_probabilities(
     *,
     batch_size: int = 32,
     on_bad_image: str = "error",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Sigmoid probabilities of one batch of images after the other.
 
@@ -158,7 +163,8 @@ def iter_probabilities(
         images: A data set with `image`, or paths, bytes or PIL images.
         processor: The model's image processor.
         batch_size: Images at a time.
-        on_bad_image: `"error"`, or `"skip"` to leave out images that cannot be decoded.
+        on_bad_image: `"error"`, or `"skip"` to leave out images that are absent or cannot be decoded, with a warning.
+        max_image_pixels: As of :func:`~hf_balancemix.data.decode`, which also says what is a bad image.
 
     Yields:
         `(indices, probabilities)`: the places in `images` of a batch's images, and `(len(indices), K)` float64 in
@@ -177,7 +183,8 @@ def iter_probabilities(
     def probabilities(pixels: Tensor) -> Tensor:
         return model(pixel_values=pixels).logits.double().sigmoid()
 
-    yield from iter_outputs(model, probabilities, images, processor, batch_size=batch_size, on_bad_image=on_bad_image)
+    options: dict[str, Any] = {"on_bad_image": on_bad_image, "max_image_pixels": max_image_pixels}
+    yield from iter_outputs(model, probabilities, images, processor, batch_size=batch_size, **options)
 
 
 def iter_outputs(
@@ -188,6 +195,7 @@ def iter_outputs(
     *,
     batch_size: int = 32,
     on_bad_image: str = "error",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """As :func:`iter_probabilities`, of what `forward` makes of a batch of `pixel_values`, on the CPU."""
     if processor is None:
@@ -197,41 +205,50 @@ def iter_outputs(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more; 32 is usual.")
     images = undecoded_images(images)["image"] if isinstance(images, datasets.Dataset) else list(images)
-    parameter = next(model.parameters())
+    parameter, bad = next(model.parameters()), []
     for start in tqdm(range(0, len(images), batch_size), desc="Predicting", disable=len(images) <= batch_size):
         batch = {}
         for index in range(start, min(start + batch_size, len(images))):
             try:
-                batch[index] = decode(images[index])
-            except ValueError:
+                batch[index] = decode(images[index], max_image_pixels=max_image_pixels)
+            except (ValueError, FileNotFoundError):
                 if on_bad_image != "skip":
                     raise
+                bad.append(index)
         if not batch:
             continue
         pixels = processor(list(batch.values()), return_tensors="pt")["pixel_values"]
         with torch.no_grad(), evaluation_mode(model):
             output = forward(pixels.to(parameter.device, parameter.dtype))
         yield list(batch), output.cpu()
+    if bad:
+        logger.warning("%s; they are left out.", bad_images(bad, images))
 
 
 def predict_probabilities(
-    model: nn.Module, images: datasets.Dataset | Iterable[Any], processor: Any | None, *, batch_size: int = 32
+    model: nn.Module,
+    images: datasets.Dataset | Iterable[Any],
+    processor: Any | None,
+    *,
+    batch_size: int = 32,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Tensor:
     """Sigmoid probabilities `(N, K)`, float64, of all images; see :func:`iter_probabilities`."""
-    batches = iter_probabilities(model, images, processor, batch_size=batch_size)
+    options = {"batch_size": batch_size, "max_image_pixels": max_image_pixels}
+    batches = iter_probabilities(model, images, processor, **options)
     none = torch.zeros(0, model.config.num_labels, dtype=torch.float64)
     return torch.cat([none, *(probabilities for _, probabilities in batches)])
 
 
 def predict_labels(
-    model: nn.Module, images: datasets.Dataset | Iterable[Any], processor: Any | None, *, batch_size: int = 32
+    model: nn.Module, images: datasets.Dataset | Iterable[Any], processor: Any | None, **options: Any
 ) -> list[list[str]]:
     """The names of each image's labels, those above the thresholds of `model.config`, the most probable first.
 
-    Arguments and errors are those of :func:`iter_probabilities` and :func:`class_thresholds`.
+    Arguments (`options`, too) and errors are those of :func:`predict_probabilities` and :func:`class_thresholds`.
     """
     thresholds = class_thresholds(model.config)
-    rows = predict_probabilities(model, images, processor, batch_size=batch_size).tolist()
+    rows = predict_probabilities(model, images, processor, **options).tolist()
     return [_above(dict(zip(thresholds, row, strict=True)), thresholds) for row in rows]
 
 

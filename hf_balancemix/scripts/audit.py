@@ -20,6 +20,7 @@ import torch
 
 from hf_balancemix.audit import ClassAudit, LabelAudit, audit_labels
 from hf_balancemix.audit.report import push_report, write_report
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS
 from hf_balancemix.files import quote, whole_file
 from hf_balancemix.models import load_trained
 from hf_balancemix.report import markdown_table
@@ -39,6 +40,9 @@ class AuditArguments:
         None, "Judge by heads on the model's features that did not see the labels, trained on so many folds."
     )
     batch_size: int | None = flag(None, "Images at a time; 32 if it is not said.")
+    max_image_pixels: int | None = flag(
+        None, f"Images of more pixels, width x height, are not decoded; {MAX_IMAGE_PIXELS:,} if it is not said."
+    )
     device: str | None = flag(None, "Where the model runs; a GPU if there is one.")
     push_to_hub: str | None = flag(None, "Hub name of a static Space, which gets the pages; it is private.")
     seed: int | None = flag(None, "Of the folds; 0 if it is not said.")
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             audit.rows.to_csv(str(temporary))
         print(f"\nAll {len(audit.rows):,} suspicious labels: {args.output}")
     if args.html is not None:
-        write_report(audit, args.html, dataset)
+        write_report(audit, args.html, dataset, max_image_pixels=args.max_image_pixels)
         print(f"\nTo look at them and to decide, open {Path(args.html, 'index.html')} in a browser.")
     if args.push_to_hub is not None:
         print(f"On the Hub: {push_report(args.html, args.push_to_hub)}")
@@ -84,13 +88,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AuditArguments, DataArgume
 def make(args: AuditArguments, dataset: datasets.Dataset | None, on_bad_image: str) -> LabelAudit:
     """The audit that a run has kept, or a new one of `dataset`."""
     if dataset is None:
-        for name in ("folds", "batch_size", "device", "seed"):
+        for name in ("folds", "batch_size", "max_image_pixels", "device", "seed"):
             if (value := getattr(args, name)) is not None:
                 raise ValueError(f"{name} is {value!r}; it must come with data; pass --train_dir or --data_dir.")
         return LabelAudit.load(args.model)
     model, processor = load_trained(args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    given = {"batch_size": args.batch_size, "folds": args.folds, "seed": args.seed}
+    given = {name: getattr(args, name) for name in ("folds", "batch_size", "max_image_pixels", "seed")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return audit_labels(model.to(device), dataset, processor, on_bad_image=on_bad_image, **options)
 

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS, image_suffixes
 from hf_balancemix.files import whole_file
 from hf_balancemix.models import class_thresholds, iter_probabilities, load_trained
 from hf_balancemix.scripts.parser import flag, parse_arguments
-
-# Read by a program or a library that Pillow would start or lacks.
-_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass
@@ -37,6 +34,7 @@ class PredictArguments:
     batch_size: int = flag(32, "Images at a time.")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
     on_bad_image: str = flag("error", "Images that cannot be decoded: stop, or leave out.", ["error", "skip"])
+    max_image_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels, width x height, are not decoded.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,27 +42,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_arguments((PredictArguments,), argv, __doc__, prog="balancemix predict")
     files, others = image_files(args.images)
     model, processor = load_trained(args.model)
-    options = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
+    options = {name: getattr(args, name) for name in ("batch_size", "on_bad_image", "max_image_pixels")}
     written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
     print(f"{written} images written to {args.output}, {len(files) - written} skipped.{left_out(others)}")
 
 
 def image_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
-    """The images in a folder and below it, by the endings that Pillow opens, and the other files, sorted by name.
+    """The images in a folder and below it, by the endings of the formats read, and the other files, sorted by name.
 
     Raises:
         FileNotFoundError: It is no folder, or holds none.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"images is {folder}; it must be a folder; pass the one that holds the images.")
-    formats = Image.registered_extensions()
-    suffixes = {suffix for suffix, kind in formats.items() if kind in Image.OPEN and kind not in _NO_PIXELS}
+    suffixes = image_suffixes()
     files: tuple[list[Path], list[Path]] = [], []
     for file in sorted(Path(folder).rglob("*")):
         if file.is_file():
             files[file.suffix.lower() not in suffixes].append(file)
     if not files[0]:
-        needed = "it must hold images that Pillow opens (.jpg, .png, .webp, .tif, ...)"
+        needed = "it must hold images (.jpg, .png, .webp, .tif, .bmp, .gif, .avif or .jp2)"
         raise FileNotFoundError(f"images is {folder}; {needed}; pass another folder.{left_out(files[1])}")
     return files
 
@@ -74,7 +71,8 @@ def left_out(files: Sequence[Path]) -> str:
     if not files:
         return ""
     endings = Counter(file.suffix.lower() or file.name for file in files).most_common(5)
-    return f" Left out: {len(files)} files that Pillow does not open ({', '.join(f'{n} {e}' for e, n in endings)})."
+    named = ", ".join(f"{n} {ending}" for ending, n in endings)
+    return f" Left out: {len(files)} files that are no images of the formats read ({named})."
 
 
 def write_probabilities(

@@ -38,6 +38,7 @@ from hf_balancemix.data import (
     given_labels,
     load_noise_map,
 )
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS
 from hf_balancemix.data.split import warn_of_copies
 from hf_balancemix.frozen.backbone import FrozenBackbone, FrozenStages
 from hf_balancemix.methods.registry import METHODS, check_loss_arguments, trainer_for
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if use_sample:
         say(args, "No data given: using the built-in sample (small drawn scenes, made once into your cache).")
     with args.main_process_first():  # the other ranks then find what rank 0 has made
-        train, val, left_out = usable(*data.load(args.seed), data, args.seed)
+        train, val, left_out = usable(*data.load(args.seed), data, args.seed, args.max_image_pixels)
         train = add_noise(train, noise)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
@@ -95,14 +96,19 @@ def say(args: BalanceMixTrainingArguments, text: str) -> None:
 
 
 def usable(
-    train: datasets.Dataset, evaluation: datasets.Dataset, data: DataArguments, seed: int
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset,
+    data: DataArguments,
+    seed: int,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> tuple[datasets.Dataset, datasets.Dataset, tuple[int, int]]:
     """Both data sets, limited and without undecodable images as the flags ask, and how many of these each had."""
     kept, left_out = [], []
     for dataset, limit in ((train, data.max_train_samples), (evaluation, data.max_eval_samples)):
         if limit is not None:
             dataset = dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
-        kept.append(drop_bad_images(dataset) if data.on_bad_image == "skip" else dataset)
+        skip = data.on_bad_image == "skip"
+        kept.append(drop_bad_images(dataset, max_image_pixels=max_image_pixels) if skip else dataset)
         left_out.append(len(dataset) - len(kept[-1]))
     warn_of_copies(*kept)
     return kept[0], kept[1], (left_out[0], left_out[1])

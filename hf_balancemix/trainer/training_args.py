@@ -11,6 +11,7 @@ from hf_balancemix.core import MIXTURE_PRESETS, BalanceMixSettings
 from hf_balancemix.core.balance_mix import CLEAN_PROBABILITY_SOURCES, JUDGES, PREDICTION_SOURCES
 from hf_balancemix.core.losses import LOSS_REDUCTIONS
 from hf_balancemix.core.sampling import MINORITY_SCORES
+from hf_balancemix.data.images import MAX_IMAGE_PIXELS
 from hf_balancemix.trainer.pos_weight import check_pos_weight
 
 
@@ -48,6 +49,7 @@ class MultiLabelTrainingArguments(TrainingArguments):
 
     image_size (`int`, *optional*): side in pixels of the square that each image is resized to, without keeping its
         aspect ratio, in training and in evaluation; by default the size of the image processor.
+    max_image_pixels (`int`): images of more pixels, width x height, are not decoded, in training and in evaluation.
     normalise (`bool`): subtract the image processor's mean and divide by its standard deviation, channel by channel;
         False: the model sees pixels in [0, 1], in training and in the image processor that is saved. Features of a
         frozen backbone are always computed with the image processor's.
@@ -145,6 +147,9 @@ class MultiLabelTrainingArguments(TrainingArguments):
     image_size: int | None = _argument(
         "Images are resized to a square of so many pixels a side. Default: the image processor's."
     )
+    max_image_pixels: int = _argument(
+        "Images of more pixels, width x height, are not decoded: they count as bad images.", MAX_IMAGE_PIXELS
+    )
     normalise: bool = _argument(
         "Subtract the image processor's mean from the pixels and divide by its standard deviation; false: the model "
         "sees pixels in [0, 1], and the image processor that is saved says so."
@@ -231,6 +236,7 @@ class MultiLabelTrainingArguments(TrainingArguments):
                 f"at least few_shot, {self.few_shot}; change either",
             ),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0 averages nothing"),
+            ("max_image_pixels", self.max_image_pixels >= 1, "at least 1; 89478485 is usual"),
             ("cutout", 0 <= self.cutout <= 1, "a share of the image's side, in [0, 1]; 0 paints nothing over"),
             ("random_resized_crop", 0 <= self.random_resized_crop <= 1, f"{area}, in (0, 1]; 0 crops nothing"),
         ):

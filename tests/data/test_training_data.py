@@ -216,7 +216,7 @@ def test_images_stored_as_bytes_are_checked_too(data, caplog):
     stored = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features(image=datasets.Image()))
     with caplog.at_level(logging.WARNING):
         assert len(drop_bad_images(stored)) == N - 1
-    assert "row 3 (bytes)" in caplog.text
+    assert "row 3 (given as bytes)" in caplog.text
 
 
 def test_a_data_set_of_bad_images_only_is_an_error(data):

@@ -1,15 +1,10 @@
-"""Decoding whatever a data set holds, and augmentation that is a pure function of its key."""
+"""Augmentation that is a pure function of its key."""
 
 from __future__ import annotations
 
-import io
 import random
-import struct
-import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,7 +13,6 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor
 
 from hf_balancemix.core.keys import keyed_rng
-from hf_balancemix.data import decode
 from hf_balancemix.data.views import BICUBIC, BILINEAR, ViewMaker, as_view, cut_out, normalise, to_tensor
 from hf_balancemix.models import squash_processor
 
@@ -30,199 +24,6 @@ def picture(height: int = 20, width: int = 30, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     quarters = rng.integers(0, 256, (2, 2, 3)).repeat(height // 2, 0).repeat(width // 2, 1)
     return Image.fromarray((0.9 * quarters + rng.integers(0, 25, quarters.shape)).astype(np.uint8))
-
-
-def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def grey_levels(image: Image.Image) -> np.ndarray:
-    """The one channel of an RGB image whose three channels are equal."""
-    values = np.asarray(image)
-    assert np.array_equal(values[..., 0], values[..., 1])
-    assert np.array_equal(values[..., 0], values[..., 2])
-    return values[..., 0].astype(int)
-
-
-# ---- decoding ----
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK"])
-@pytest.mark.parametrize("form", ["path", "bytes", "dict of path", "dict of bytes", "PIL"])
-def test_every_mode_and_form_becomes_the_same_rgb(mode, form, tmp_path):
-    stored = picture().convert(mode)
-    kind = "TIFF" if mode == "CMYK" else "PNG"
-    file = tmp_path / "image"
-    file.write_bytes(as_bytes(stored, kind))
-    given = {
-        "path": file,
-        "bytes": file.read_bytes(),
-        "dict of path": {"path": str(file), "bytes": None},
-        "dict of bytes": {"path": "elsewhere.png", "bytes": file.read_bytes()},
-        "PIL": stored,
-    }[form]
-    decoded = decode(given)
-    assert decoded.mode == "RGB"
-    assert np.array_equal(np.asarray(decoded), np.asarray(stored.convert("RGB")))
-
-
-def test_a_cmyk_jpeg_keeps_its_colours():
-    original = picture()
-    decoded = decode(as_bytes(original.convert("CMYK"), "JPEG", quality=95))
-    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(original)).mean() < 6
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("form", ["bytes", "PIL"])
-def test_16_bit_grey_is_scaled_and_not_clipped(kind, form):
-    values = np.linspace(0, 65535, 24 * 20).astype(np.uint16).reshape(24, 20)
-    stored = Image.fromarray(values)
-    decoded = decode(as_bytes(stored, kind) if form == "bytes" else stored)
-    assert np.abs(grey_levels(decoded) - values / 257).max() <= 1
-    assert len(np.unique(grey_levels(decoded))) == 256
-
-
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("store", ["grey PNG", "colour PNG", "colour and alpha PNG", "I TIFF", "F TIFF"])
-def test_fewer_bits_than_the_file_has_room_for_are_scaled_by_what_is_there(bits, store):
-    values = np.linspace(0, 2**bits - 1, 24 * 20).astype(np.uint16).reshape(24, 20)
-    if store.startswith("colour"):
-        channels = 4 if "alpha" in store else 3
-        decoded = decode(deep_png(np.stack([values] * channels, axis=-1)))
-    else:
-        dtype = {"grey": np.uint16, "I": np.int32, "F": np.float32}[store.split()[0]]
-        decoded = decode(as_bytes(Image.fromarray(values.astype(dtype)), store.split()[1]))
-    assert decoded.mode == "RGB"
-    assert np.array_equal(np.asarray(decoded)[..., 1], values >> (bits - 8))
-
-
-def deep_png(values: np.ndarray) -> bytes:
-    """A PNG of 16-bit colours, which Pillow cannot write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    height, width, channels = values.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    )
-
-
-def test_a_deep_image_that_pillow_has_opened_is_decoded_like_its_file():
-    content = deep_png((np.arange(48).reshape(4, 4, 3) * 80).astype(np.uint16))
-    expected = np.asarray(decode(content))
-    assert expected.max() > 200
-    opened = Image.open(io.BytesIO(content))
-    for _ in range(2):
-        assert np.array_equal(np.asarray(decode(opened)), expected)
-
-
-def test_fractions_and_pixels_of_no_known_range():
-    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
-    found = np.asarray(decode(Image.fromarray(values)))[..., 0]
-    assert np.array_equal(found, np.round(values * 255))
-    for wrong in (-1.0, 70_000.0, float("nan")):
-        with pytest.raises(ValueError, match=r"pixels from .* to .*; they must lie in \[0, 65535\]"):
-            decode(Image.fromarray(np.full((4, 4), wrong, dtype=np.float32)))
-    cut_off = deep_png(np.random.default_rng(0).integers(0, 4096, (9, 9, 3)))[:-99]
-    with pytest.raises(ValueError, match="cannot decode image given as bytes"):
-        decode(cut_off)
-
-
-# What a camera stores so that the image appears upright after the turn that the tag names.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("tag", TURNS)
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_an_image_that_exif_says_is_turned_comes_out_upright(tag, kind):
-    upright = picture()
-    exif = Image.Exif()
-    exif[ORIENTATION] = tag
-    stored = as_bytes(upright.transpose(TURNS[tag]), kind, exif=exif)
-    decoded = decode(stored)
-    assert decoded.size == upright.size
-    difference = np.abs(np.asarray(decoded).astype(int) - np.asarray(upright))
-    assert difference.mean() < (1e-9 if kind == "PNG" else 8)
-
-
-def test_16_bit_grey_with_exif_is_turned_too():
-    values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 10000
-    exif = Image.Exif()
-    exif[ORIENTATION] = 3
-    decoded = decode(as_bytes(Image.fromarray(values), exif=exif))
-    assert np.array_equal(grey_levels(decoded), values[::-1, ::-1] // 256)
-
-
-def broken(tmp_path: Path, how: str) -> Path:
-    file = tmp_path / f"{how.replace(' ', '_')}.jpg"
-    content = as_bytes(picture(), "JPEG")
-    if how == "truncated":
-        content = content[: len(content) // 2]
-    elif how == "cut in the header":
-        content = content[:50]
-    elif how == "truncated png":
-        content = as_bytes(picture())[:-300]
-    elif how == "empty":
-        content = b""
-    elif how == "text":
-        content = b"<html>404 Not Found</html>"
-    elif how == "bomb":  # a BMP header that claims 60,000 x 60,000 pixels
-        content = bytearray(as_bytes(picture(), "BMP"))
-        content[18:26] = (60_000).to_bytes(4, "little") * 2
-    file.write_bytes(bytes(content))
-    return file
-
-
-@pytest.mark.parametrize("how", ["truncated", "cut in the header", "truncated png", "empty", "text", "bomb"])
-@pytest.mark.parametrize("form", ["path", "dict of path", "dict of bytes"])
-def test_a_broken_file_gives_one_error_that_names_it(how, form, tmp_path):
-    file = broken(tmp_path, how)
-    given = {
-        "path": str(file),
-        "dict of path": {"path": str(file), "bytes": None},
-        "dict of bytes": {"path": str(file), "bytes": file.read_bytes()},
-    }[form]
-    with pytest.raises(ValueError, match="cannot decode image") as error:
-        decode(given)
-    assert file.name in str(error.value)
-    assert "on_bad_image='skip'" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_truncated_pil_image_is_named_as_well(tmp_path):
-    file = broken(tmp_path, "truncated png")
-    with pytest.raises(ValueError, match=r"cannot decode image .*truncated_png\.jpg"):
-        decode(Image.open(file))
-
-
-def test_an_absent_file_and_a_wrong_type(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist; restore it"):
-        decode(tmp_path / "gone.jpg")
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
-        decode({"path": str(tmp_path / "gone.jpg"), "bytes": None})
-    for wrong in (None, 3, np.zeros((4, 4, 3)), {"path": None, "bytes": None}):
-        with pytest.raises(TypeError, match="a path, bytes, a PIL image or a datasets"):
-            decode(wrong)
-
-
-def test_an_image_of_a_hugging_face_data_set_in_either_form(tmp_path):
-    file = tmp_path / "a.png"
-    picture().save(file)
-    data = datasets.Dataset.from_dict({"image": [str(file)]}, features=datasets.Features(image=datasets.Image()))
-    raw = data.cast_column("image", datasets.Image(decode=False))
-    assert np.array_equal(np.asarray(decode(data[0]["image"])), np.asarray(decode(raw[0]["image"])))
-
-
-# ---- views ----
 
 
 def test_squash_fills_the_square_and_keeps_no_aspect_ratio():
@@ -284,7 +85,7 @@ def test_a_view_maker_refuses_what_randaugment_would_fail_on_later():
 
 
 def test_a_view_maker_from_training_arguments_is_the_one_made_by_hand():
-    views = {"cutout": 0.4, "hflip": True, "random_resized_crop": 0.3}
+    views = {"cutout": 0.4, "hflip": True, "random_resized_crop": 0.3, "max_image_pixels": 10**6}
     args = SimpleNamespace(randaugment_num_ops=3, randaugment_magnitude=20, **views)
     processor = squash_processor(image_size=24)
     processor.resample = BILINEAR
