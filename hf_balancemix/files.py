@@ -88,8 +88,8 @@ def cache_folder() -> Path:
 def check_inside(path: str | os.PathLike[str], root: str | os.PathLike[str], follow_links: bool = False) -> None:
     """Raise a ValueError where a file or folder is not really in the folder `root`: a link or '..' leads out of it.
 
-    For what is found in a folder or named by a file of it, before it is opened. The root itself, and a file that the
-    user names, may be links. A snapshot in the Hub's cache may link to the blobs of its repository, as its files do.
+    For what is found in a folder or named by a file of it, before it is opened. The root itself may be a link, for the
+    user has named it. A snapshot in the Hub's cache may link to the blobs of its repository, as its files do.
 
     Args:
         path: It may be absent.

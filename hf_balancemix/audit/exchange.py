@@ -25,10 +25,10 @@ import torch
 from hf_balancemix.audit.corrections import DECISIONS, Decided, Rows, label_positions
 from hf_balancemix.audit.label_audit import KINDS, LabelAudit, make_audit, references
 from hf_balancemix.core.balance_mix import SuspiciousLabels
-from hf_balancemix.data.files import absolute, first_few
+from hf_balancemix.data.files import absolute, first_few, parse_json
 from hf_balancemix.data.labels import class_names, given_labels
 from hf_balancemix.data.noise import read_ids
-from hf_balancemix.files import quote, whole_file
+from hf_balancemix.files import check_inside, one_line, quote, whole_file
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -156,13 +156,14 @@ def to_fiftyone(dataset: datasets.Dataset, audit: Rows | LabelAudit) -> dict[str
     return {"samples": samples}
 
 
-def from_fiftyone(samples: Any, *, reviewer: str = "") -> list[dict[str, Any]]:
+def from_fiftyone(samples: Any, *, reviewer: str = "", follow_links: bool = False) -> list[dict[str, Any]]:
     """Decisions from labels that were tagged in FiftyOne.
 
     Args:
         samples: What `dataset.export(..., dataset_type=fiftyone.types.FiftyOneDataset)` wrote, of a data set that
             :func:`to_fiftyone` made: the folder, its samples.json, or the content of that.
         reviewer: Who has tagged them; FiftyOne does not say it.
+        follow_links: Read the samples.json of a folder where it is a link that leads out of it.
 
     Returns:
         A decision of each label in `label_audit` with the tag "wrong", "right" or "unsure"; its time is that of the
@@ -173,7 +174,8 @@ def from_fiftyone(samples: Any, *, reviewer: str = "") -> list[dict[str, Any]]:
         ValueError: It is not such an export, no label is tagged, or one has two of the tags.
     """
     if isinstance(samples, (str, os.PathLike)) and Path(samples).is_dir():
-        samples = Path(samples) / "samples.json"
+        check_inside(Path(samples, "samples.json"), samples, follow_links)
+        samples = Path(samples, "samples.json")
     content = _content(samples, "the export of FiftyOne")
     try:
         decisions = [
@@ -190,7 +192,9 @@ def from_fiftyone(samples: Any, *, reviewer: str = "") -> list[dict[str, Any]]:
             if (words := [tag for tag in label.get("tags") or () if tag in DECISIONS])
         ]
     except (AttributeError, KeyError, TypeError) as error:
-        problem = f"the export of FiftyOne is not one of to_fiftyone's samples ({type(error).__name__}: {error})"
+        problem = (
+            f"the export of FiftyOne is not one of to_fiftyone's samples ({type(error).__name__}: {one_line(error)})"
+        )
         raise ValueError(f"{problem}; it must be; export the whole data set as a FiftyOneDataset.") from error
     for decision in decisions:
         if isinstance(decision["decision"], list):
@@ -328,7 +332,8 @@ def from_label_studio(tasks: Any) -> list[dict[str, Any]]:
                         }
                     )
     except (AttributeError, KeyError, TypeError) as error:
-        problem = f"the export of Label Studio is not one of to_label_studio's tasks ({type(error).__name__}: {error})"
+        found = f"{type(error).__name__}: {one_line(error)}"
+        problem = f"the export of Label Studio is not one of to_label_studio's tasks ({found})"
         raise ValueError(f"{problem}; it must be; export the project in the format JSON.") from error
     if not decisions:
         raise ValueError("no task has an annotation; one must be submitted at least; export the project afterwards.")
@@ -346,16 +351,16 @@ def _content(source: Any, what: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; it must be {what}; check the path.")
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_json(file.read_bytes(), "it")
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); it must be {what}; export it again.") from error
+        raise ValueError(f"{file} is not JSON ({one_line(error)}); it must be {what}; export it again.") from error
 
 
 def _known_labels(dataset: datasets.Dataset) -> np.ndarray:
     """(N, K) int8 of 0 and 1."""
     labels = given_labels(dataset).numpy()
     for row, k in np.argwhere(labels < 0)[:1]:
-        found = f"row {row}: the label '{class_names(dataset)[k]}' is unknown"
+        found = f"row {row}: the label {quote(class_names(dataset)[k])} is unknown"
         raise ValueError(
             f"{found}; for cleanlab all must be known; leave out the rows or the classes with such labels."
         )

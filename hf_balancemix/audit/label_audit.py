@@ -19,9 +19,10 @@ from hf_balancemix.core.balance_mix import SuspiciousLabels
 from hf_balancemix.core.loss_histogram import bin_edges
 from hf_balancemix.core.loss_mixture import LossMixtures
 from hf_balancemix.core.noise_rates import NoiseRates
+from hf_balancemix.data.files import read_json
 from hf_balancemix.data.noise import read_ids
 from hf_balancemix.data.views import undecoded_images
-from hf_balancemix.files import whole_file
+from hf_balancemix.files import check_inside, one_line, quote, whole_file
 
 ROWS_FILE, CLASSES_FILE = "label_audit.parquet", "label_audit.json"
 MIN_POSITIVES = 50
@@ -85,12 +86,16 @@ class LabelAudit:
             temporary.write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> LabelAudit:
+    def load(cls, folder: str | os.PathLike[str], follow_links: bool = False) -> LabelAudit:
         """Read what :meth:`save` wrote, such as the folder of a trained model.
+
+        Args:
+            folder: Where it is.
+            follow_links: Read files that are links which lead out of the folder.
 
         Raises:
             FileNotFoundError: There is no audit in the folder.
-            ValueError: A file is none of an audit's.
+            ValueError: A file is none of an audit's, or leads out of the folder.
         """
         folder = Path(folder)
         for name in (ROWS_FILE, CLASSES_FILE):
@@ -99,14 +104,15 @@ class LabelAudit:
                     f"{folder / name} is absent; it must be there, as a run of BalanceMix leaves it "
                     "beside its model; pass that folder, or make an audit with audit_labels."
                 )
+            check_inside(folder / name, folder, follow_links)
         try:
             rows = datasets.Dataset(pq.read_table(folder / ROWS_FILE))
-            saved = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+            saved = read_json(folder / CLASSES_FILE)
             classes = [ClassAudit(**_with_tuples(values)) for values in saved["classes"]]
             if saved["format"] != _FORMAT or not set(_columns("string")) <= set(rows.column_names):
-                raise ValueError(f"format {saved['format']} with the columns {rows.column_names}")
-        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:120]
+                raise ValueError(f"format {quote(saved['format'])} with the columns {quote(rows.column_names)}")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
+            reason = one_line(error)
             raise ValueError(
                 f"{folder} holds no audit that can be read ({reason}); its {ROWS_FILE} and {CLASSES_FILE} must be as "
                 "an audit wrote them; make the audit again."

@@ -81,8 +81,8 @@ def load_coco(
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     root = absolute(root)
     annotation_file = _annotation_file(root, split, year, annotations)
-    if annotations is None:
-        check_inside(annotation_file, root, follow_links)
+    inside = root if annotation_file.is_relative_to(root) else annotation_file.parent
+    check_inside(annotation_file, inside, follow_links)
     content = _read_json(annotation_file)
     class_of, names = _categories(content, annotation_file)
     image_ids = _ids(content, "images", annotation_file)

@@ -23,7 +23,7 @@ from hf_balancemix.data.files import (
     plain_path,
 )
 from hf_balancemix.data.tags import bit_of, checked_names, class_lists, split_tags
-from hf_balancemix.files import one_line, quote
+from hf_balancemix.files import check_inside, one_line, quote
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def from_csv(
         group_column: Header of a column to keep beside, such as a patient's, for `iterative_split(groups=...)`.
         delimiter: Between the columns: ",", ";" or a tab.
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
-        follow_links: Read images where links or '..' lead out of `image_dir`.
+        follow_links: Read a CSV file that is a link out of its folder, and images where links or '..' lead out of
+            `image_dir`.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels`, `image_id` (string: the column
@@ -119,6 +120,7 @@ def from_csv(
     image_dir = file.parent if image_dir is None else absolute(image_dir)
     if not file.is_file():
         raise FileNotFoundError(f"no CSV file {file}; check the path.")
+    check_inside(file, file.parent, follow_links)
     if not image_dir.is_dir():
         raise FileNotFoundError(f"no image folder {image_dir}; pass the folder that the file names start from.")
 

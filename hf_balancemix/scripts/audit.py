@@ -40,9 +40,7 @@ class AuditArguments:
         None, "Judge by heads on the model's features that did not see the labels, trained on so many folds."
     )
     batch_size: int | None = flag(None, "Images at a time; 32 if it is not said.")
-    max_image_pixels: int | None = flag(
-        None, f"Images of more pixels, width x height, are not decoded; {MAX_IMAGE_PIXELS:,} if it is not said."
-    )
+    max_image_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels, width x height, are not decoded.")
     device: str | None = flag(None, "Where the model runs; a GPU if there is one.")
     push_to_hub: str | None = flag(None, "Hub name of a static Space, which gets the pages; it is private.")
     seed: int | None = flag(None, "Of the folds; 0 if it is not said.")
@@ -88,7 +86,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AuditArguments, DataArgume
 def make(args: AuditArguments, dataset: datasets.Dataset | None, on_bad_image: str) -> LabelAudit:
     """The audit that a run has kept, or a new one of `dataset`."""
     if dataset is None:
-        for name in ("folds", "batch_size", "max_image_pixels", "device", "seed"):
+        for name in ("folds", "batch_size", "device", "seed"):
             if (value := getattr(args, name)) is not None:
                 raise ValueError(f"{name} is {value!r}; it must come with data; pass --train_dir or --data_dir.")
         return LabelAudit.load(args.model)

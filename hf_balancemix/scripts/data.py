@@ -23,7 +23,7 @@ from hf_balancemix.data import (
 from hf_balancemix.data.adapters import from_multi_hot, with_image_ids
 from hf_balancemix.data.files import first_few
 from hf_balancemix.data.labels import is_class_list
-from hf_balancemix.files import quote
+from hf_balancemix.files import check_links, one_line, quote
 from hf_balancemix.scripts.parser import flag
 
 Pair = tuple[datasets.Dataset, datasets.Dataset]
@@ -37,6 +37,7 @@ class DataArguments:
     help_group = "data"
 
     on_bad_image: str = flag("error", "Absent or truncated images: stop, or leave out and count.", ["error", "skip"])
+    follow_links: bool = flag(False, "Read files where links or '..' lead out of the data's folder.")
     max_train_samples: int | None = flag(None, "Use only so many training images.")
     max_eval_samples: int | None = flag(None, "Use only so many evaluation images.")
 
@@ -92,7 +93,8 @@ class CocoData(DataArguments):
     def __post_init__(self) -> None:
         if self.held_out is not None:
             _check_share(self.held_out)
-        files = [name for name in ("annotations", "images", "eval_annotations", "eval_images") if getattr(self, name)]
+        names = ("annotations", "images", "eval_annotations", "eval_images", "follow_links")
+        files = [name for name in names if getattr(self, name)]
         if files and self.data_dir is None:
             raise ValueError(
                 f"{files[0]} is {quote(getattr(self, files[0]))}; it needs the data's folder; pass --data_dir."
@@ -107,6 +109,7 @@ class CocoData(DataArguments):
     def load(self, seed: int) -> Pair:
         root = self.data_dir or make_scenes()
         options = {"year": self.year, "keep_unlabelled": self.keep_unlabelled, "on_bad_image": self.on_bad_image}
+        options["follow_links"] = self.follow_links
         train = load_coco(root, split="train", annotations=self.annotations, images=self.images, **options)
         if self.held_out is not None:
             return _hold_out(train, self.held_out, seed)
@@ -135,6 +138,7 @@ class VocData(DataArguments):
 
     def load(self, seed: int) -> Pair:
         options = {"difficult": self.difficult, "on_bad_image": self.on_bad_image, "names": self.class_names}
+        options["follow_links"] = self.follow_links
         return (
             load_voc(self.data_dir, year=self.train_year, split=self.train_split, **options),
             load_voc(self.data_dir, year=self.eval_year, split=self.eval_split, **options),
@@ -154,7 +158,8 @@ class DeepFashionData(DataArguments):
 
     def load(self, seed: int) -> Pair:
         splits = (self.train_split, self.eval_split)
-        train, test = (load_deepfashion(self.data_dir, split, on_bad_image=self.on_bad_image) for split in splits)
+        options = {"on_bad_image": self.on_bad_image, "follow_links": self.follow_links}
+        train, test = (load_deepfashion(self.data_dir, split, **options) for split in splits)
         return train, test
 
 
@@ -271,15 +276,19 @@ class AnyData(DataArguments):
             delimiter=self.delimiter.replace("\\t", "\t"),
             suffix=self.suffix,
             on_bad_image=self.on_bad_image,
+            follow_links=self.follow_links,
         )
 
     def _from_hub(self, split: str, names: Sequence[str] | None = None) -> datasets.Dataset:
+        if Path(self.dataset_name or "").is_dir():
+            check_links(self.dataset_name or "", self.follow_links)
         dataset = _load_split(self.dataset_name or "", self.dataset_config, split)
         names = names or self.class_names
         for flag_name in ("image_column", "label_column", "objects_column", "group_column"):
             column = getattr(self, flag_name)
             if column is not None and column not in dataset.column_names:
-                found = f"{flag_name} is {quote(column)}, and the columns of the data set are {dataset.column_names}"
+                there_are = f"the columns of the data set are {one_line(dataset.column_names)}"
+                found = f"{flag_name} is {quote(column)}, and {there_are}"
                 raise ValueError(f"{found}; it must be one of these; correct --{flag_name}.")
         groups = self.group_column and dataset.select_columns([self.group_column]).with_format(None)[:]
         if self.image_column not in (None, "image"):
@@ -290,7 +299,7 @@ class AnyData(DataArguments):
         elif self.label_column is not None:
             dataset = from_tags(dataset, column=self.label_column, separator=self.separator, names=names)
         elif "labels" not in dataset.column_names:
-            found = f"the columns of the data set are {dataset.column_names}, without 'labels'"
+            found = f"the columns of the data set are {one_line(dataset.column_names)}, without 'labels'"
             raise ValueError(f"{found}; the labels must be in one of them; pass --label_column or --objects_column.")
         elif not (
             is_class_list(dataset.features["labels"]) or {"unknown_labels", "clean_labels"} & set(dataset.features)
@@ -325,7 +334,9 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
                 raise ValueError(f"the split is {quote(split)}; {needed}; leave out --train_split and --eval_split.")
             return saved
         if split not in saved:
-            raise ValueError(f"the split is {quote(split)}; {name} has {', '.join(saved)}; choose one of these.")
+            raise ValueError(
+                f"the split is {quote(split)}; {name} has {one_line(', '.join(saved))}; choose one of these."
+            )
         return saved[split]
     try:
         return datasets.load_dataset(name, config, split=split)
@@ -334,7 +345,7 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         lines = [line.strip() for line in str(cause or error).splitlines()]
         # The lines after the first say what configurations there are, or how to go on.
-        said = " ".join(lines if "config" in lines[0].lower() else lines[:1])[:600].rstrip(".")
+        said = one_line(" ".join(lines if "config" in lines[0].lower() else lines[:1]), 200).rstrip(".")
         fix = "correct --dataset_name, --dataset_config or the split"
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"the data set {quote(name)} (split {quote(split)}) cannot be loaded: {said}; {fix}.") from error

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 import traceback
@@ -19,7 +20,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from hf_balancemix.core.distributed import leave_process_group
-from hf_balancemix.files import quote
+from hf_balancemix.data.files import first_repeat, parse_json
+from hf_balancemix.files import one_line, quote
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
 
 _OTHER, _INHERITED = "options", "other arguments of transformers"
@@ -35,6 +37,7 @@ _INHERITED_IN_HELP = {
     "use_cpu dataloader_num_workers dataloader_persistent_workers ddp_backend",
     "output": "save_steps eval_steps run_name disable_tqdm push_to_hub hub_model_id hub_strategy",
 }
+_CONFIG_BYTES = 2**20  # a second or two to read; the names of 20,000 classes are half of it
 _METAVARS = {int: "INT", float: "NUMBER", dict: "JSON", string_to_bool: "true|false"}
 
 
@@ -55,22 +58,27 @@ def parse_arguments(
 
     Raises:
         FileNotFoundError: The config file does not exist.
-        ValueError: The config file is no readable mapping of flags; a flag is not known; or the dataclasses refuse.
+        ValueError: The config file is no readable mapping of flags, or has a value that is none of its flag's; a flag
+            is not known; or the dataclasses refuse.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(types, description, prog, everything="--help-all" in argv)
     file = given_values(["config"], argv)["config"]
     if file is not None:
         # Through text, so that a value from a file is converted and checked as the flag's would be.
-        argv = [*_as_flags(_read(file), parser, file), *argv]
+        in_file = _as_flags(_read(file), parser, file)
+        parser.file = file
+        parser.parse_known_args(in_file)
+        parser.file = None
+        argv = [*in_file, *argv]
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [flag for action in parser._actions for flag in action.option_strings]
         hint = _hint(unknown[0].split("=")[0], names)
-        raise ValueError(f"not understood on the command line: {' '.join(unknown)}. {hint}")
+        raise ValueError(f"not understood on the command line: {one_line(' '.join(unknown))}. {hint}")
     try:
         parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, TypeError) as error:  # what the dataclasses' own checks say
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # what the dataclasses' own checks say
         raise ValueError(str(error)) from error
     return tuple(parsed[: len(types)])  # what follows is --config
 
@@ -103,11 +111,19 @@ def json_mapping(name: str, value: str | Mapping[str, Any] | None) -> dict[str, 
     """
     try:
         mapping = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         mapping = value
     if mapping is not None and not isinstance(mapping, Mapping):
         raise ValueError(f"{name} is {quote(value)}; it must be a JSON mapping, such as '{{\"name\": 1}}'.")
     return None if mapping is None else dict(mapping)
+
+
+def number(text: str) -> float:
+    """The finite number that a flag's text stands for; its name is what argparse calls it in errors."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 class _Parser(HfArgumentParser):
@@ -123,6 +139,7 @@ class _Parser(HfArgumentParser):
             allow_abbrev=False,  # one letter less must not set something else
         )
         self.everything = everything
+        self.file: str | None = None  # the config file whose values are checked, before the command line's
         presets = {name: values for cls in types for name, values in getattr(cls, "PRESETS", {}).items()}
         self._places = {f.name: _place_in_help(cls, f.name) for cls in types for f in dataclasses.fields(cls)}
         negations = {a.dest: a for a in self._actions if a.nargs == 0 and a.const is False}  # --no_FLAG
@@ -135,6 +152,7 @@ class _Parser(HfArgumentParser):
             elif action.dest != "help":
                 action.option_strings = action.option_strings[:1]  # in help and errors not also the form with dashes
                 action.metavar = None if action.choices else _METAVARS.get(action.type, "TEXT")
+                action.type = number if action.type is float else action.type
                 said = [_default(action, presets), negation and f"{negation.option_strings[0]}: false"]
                 default = "; ".join(filter(None, said)).replace("%", "%%")
                 action.help = f"{action.help or ''} ({default})" if default else action.help
@@ -143,6 +161,15 @@ class _Parser(HfArgumentParser):
         )
         if any(issubclass(cls, TrainingArguments) for cls in types):
             self.add_argument("--help-all", action="help", help="Show the other arguments of transformers, too.")
+
+    def error(self, message: str) -> Any:
+        if self.file is None:
+            return super().error(one_line(message, 300))
+        if message.startswith("argument "):  # not what is required: that may be on the command line
+            raise ValueError(
+                f"config is {self.file}; it has a value that is none of its flag's: {one_line(message, 200)}."
+            )
+        return None
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -186,18 +213,28 @@ def _text(value: Any) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; bad input ends it with one line on stderr, `error: ...`, and exit status 2.
 
-    Only this package's own messages are shown like that. Any other exception keeps its traceback. After `main`, a rank
-    of several leaves the process group.
+    This package's own messages are shown like that, and what the system says of files and disks. Any other exception
+    keeps its traceback. After `main`, a rank of several leaves the process group.
     """
     try:
         main()
         leave_process_group()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, TypeError, OSError) as error:
         message = _own_message(error, getattr(main, "__globals__", {}).get("__package__") or "__main__")
+        if isinstance(error, OSError) and (message is None or error.errno is not None):
+            message = _of_the_system(error)
         if message is None:
             raise
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
         sys.exit(2)
+
+
+def _of_the_system(error: OSError) -> str:
+    """What an error of the system says: which file, what is wrong, and what to do."""
+    if error.strerror is None or error.filename is None:
+        return one_line(error, 300)
+    fix = "it must be there to be read or written; check the path, its permissions and the space on the disk"
+    return f"{one_line(error.filename, 150)}: {one_line(error.strerror)}; {fix}."
 
 
 def _own_message(error: Exception, script: str) -> str | None:
@@ -213,12 +250,27 @@ def _own_message(error: Exception, script: str) -> str | None:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's booleans, true and false only: `save_strategy: no` means the word."""
+    """YAML 1.2's booleans, true and false only: `save_strategy: no` means the word. No aliases, of which a few lines
+    make values without end, and no key twice."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"the alias *{one_line(event.anchor, 40)} stands there; there must be none; write out its value"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeat := first_repeat(keys):
+            problem = f"the key {quote(keys[repeat[0]])} stands there twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.value[repeat[1]][0].start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
@@ -228,12 +280,17 @@ def _read(config: str) -> dict[str, Any]:
     file = Path(config)
     if not file.is_file():
         raise FileNotFoundError(f"config is {file}; it must be a YAML or JSON file; check the path.")
+    if (size := file.stat().st_size) > _CONFIG_BYTES:
+        raise ValueError(f"config is {file}, of {size:,} bytes; it must have {_CONFIG_BYTES:,} at most; shorten it.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        content = file.read_bytes()
         # JSON is YAML, but for tabs between its tokens.
-        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Yaml)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = " ".join(str(error).split())
+        is_json = file.suffix == ".json"
+        values = parse_json(content, "it") if is_json else yaml.load(content.decode("utf-8-sig"), _Yaml)
+    except RecursionError:
+        raise ValueError(f"config is {file}; it must be readable as YAML or JSON: it is nested too deeply.") from None
+    except Exception as error:  # a tag that does not fit its value gets a KeyError, an AttributeError, ... of PyYAML
+        problem = one_line(error, 200)
         raise ValueError(f"config is {file}; it must be readable as YAML or JSON: {problem}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config is {file}, a {type(values).__name__}; it must map the names of flags to values.")
@@ -241,24 +298,33 @@ def _read(config: str) -> dict[str, Any]:
 
 
 def _hint(word: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, names, n=1)
+    near = difflib.get_close_matches(word[:80], names, n=1)
     return f"Did you mean {near[0]}?" if near else "See --help for the names."
 
 
 def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: str) -> list[str]:
     """The command line that says the same; an empty value or list leaves the default."""
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name, not its --no_ form
-    unknown = sorted(str(name) for name in values if name not in actions or name in ("help", "help_all", "config"))
+    unknown = sorted(
+        name if isinstance(name, str) else quote(name)
+        for name in values
+        if name not in actions or name in ("help", "help_all", "config")
+    )
     if unknown:
-        raise ValueError(f"{file} has keys that are no flags: {', '.join(unknown)}. {_hint(unknown[0], actions)}")
+        names = one_line(", ".join(unknown))
+        raise ValueError(f"{file} has keys that are no flags: {names}. {_hint(unknown[0], actions)}")
     flags: list[str] = []
     for name, value in values.items():
         if value is None or value == []:
             continue
-        if actions[name].nargs == "+":
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        elif isinstance(value, list):
-            raise ValueError(f"{name} is {value} in {file}; it must be one value.")
-        else:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        several = actions[name].nargs == "+"
+        if isinstance(value, list) and not several:
+            raise ValueError(f"{name} is {quote(value)} in {file}; it must be one value.")
+        try:
+            if several:
+                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            else:
+                flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        except (TypeError, ValueError, RecursionError) as error:  # a date in a mapping, a number of 5,000 digits
+            raise ValueError(f"{name} is {quote(value)} in {file}; it must be a value of its flag.") from error
     return flags

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_balancemix.data.images import MAX_IMAGE_PIXELS, image_suffixes
-from hf_balancemix.files import whole_file
+from hf_balancemix.files import check_links, whole_file
 from hf_balancemix.models import class_thresholds, iter_probabilities, load_trained
 from hf_balancemix.scripts.parser import flag, parse_arguments
 
@@ -35,26 +35,29 @@ class PredictArguments:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
     on_bad_image: str = flag("error", "Images that cannot be decoded: stop, or leave out.", ["error", "skip"])
     max_image_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels, width x height, are not decoded.")
+    follow_links: bool = flag(False, "Read images where links lead out of the folder.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The body of `balancemix predict`."""
     (args,) = parse_arguments((PredictArguments,), argv, __doc__, prog="balancemix predict")
-    files, others = image_files(args.images)
+    files, others = image_files(args.images, args.follow_links)
     model, processor = load_trained(args.model)
     options = {name: getattr(args, name) for name in ("batch_size", "on_bad_image", "max_image_pixels")}
     written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
     print(f"{written} images written to {args.output}, {len(files) - written} skipped.{left_out(others)}")
 
 
-def image_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
+def image_files(folder: str | os.PathLike[str], follow_links: bool = False) -> tuple[list[Path], list[Path]]:
     """The images in a folder and below it, by the endings of the formats read, and the other files, sorted by name.
 
     Raises:
         FileNotFoundError: It is no folder, or holds none.
+        ValueError: A link leads out of it, and `follow_links` does not allow it.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"images is {folder}; it must be a folder; pass the one that holds the images.")
+    check_links(folder, follow_links)
     suffixes = image_suffixes()
     files: tuple[list[Path], list[Path]] = [], []
     for file in sorted(Path(folder).rglob("*")):

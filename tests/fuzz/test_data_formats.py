@@ -1,0 +1,369 @@
+"""Ten thousand damaged and hostile files of each format of data: right results or one sentence, and nothing else.
+
+What is read from a mutated file is compared with a second, plain reading of the same bytes, written here. The ordinary
+suite tries a hundred of each format; `make test-slow` all. `HF_BALANCEMIX_FUZZ` is the seed, 0 by default.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from mutate import as_json, mutated_bytes, mutated_tree, outcome, watch
+
+from hf_balancemix import BalanceMixTrainingArguments
+from hf_balancemix.data import from_csv, load_coco, load_deepfashion, load_noise_map, load_voc
+from hf_balancemix.data.labels import class_names
+from hf_balancemix.data.noise_map import NoiseMap
+from hf_balancemix.scripts import parser
+from hf_balancemix.scripts.data import AnyData
+
+SEED = os.environ.get("HF_BALANCEMIX_FUZZ", "0")
+IN_FULL = pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])
+NAMES = ["ant", "bee", "cat"]
+Found = dict[str, set[str]]  # of each image_id, as text, the classes
+
+
+class Format:
+    """A good data set in a folder, how it is loaded, and how its files are read here."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.outside = root.parent / "outside"
+        self.outside.mkdir()
+        (self.outside / "secret.jpg").write_bytes(b"secret")
+        (self.outside / "secret.txt").write_text("secret")
+        self.files: dict[str, bytes] = {}
+        self.make()
+        (root / self.images).mkdir(parents=True, exist_ok=True)
+        for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+            (root / self.images / name).write_bytes(b"x")
+        (root / self.images / "link").symlink_to(self.outside)
+        (root / self.images / "outside.jpg").symlink_to(self.outside / "secret.jpg")
+        for name, content in self.files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+
+    images = "images"
+    has_root = True  # else it is one file, which may be a link
+
+    def make(self) -> None:
+        raise NotImplementedError
+
+    def mutated(self, name: str, rng: random.Random) -> bytes:
+        return mutated_bytes(self.files[name], rng)
+
+    def load(self):
+        raise NotImplementedError
+
+    def check(self, result) -> None:
+        found = {}
+        names = class_names(result)
+        rows = result.select_columns(["image_id", "labels"])[:]
+        for image_id, labels in zip(rows["image_id"], rows["labels"], strict=True):
+            found[str(image_id)] = {names[k] for k in labels}
+        assert len(found) == len(result)
+        assert found == self.expected()
+        images = result.cast_column("image", datasets.Image(decode=False))["image"]
+        for image in images:
+            assert os.path.realpath(image["path"]).startswith(f"{self.root}/")
+
+    def expected(self) -> Found:
+        raise NotImplementedError
+
+
+class Coco(Format):
+    images = "train2017"
+    file = "annotations/instances_train2017.json"
+
+    def make(self) -> None:
+        content = {
+            "info": {"year": 2017},
+            "images": [{"id": i, "file_name": f"{name}.jpg", "width": 8} for i, name in enumerate("abcd", start=5)],
+            "annotations": [
+                {"id": i, "image_id": image, "category_id": category, "bbox": [1, 2.5, 3, 4], "segmentation": [[1, 2]]}
+                for i, (image, category) in enumerate([(5, 1), (5, 3), (6, 1), (7, 7), (8, 3), (8, 3)])
+            ],
+            "categories": [
+                {"id": i, "name": name, "supercategory": "x"} for i, name in zip((1, 3, 7), NAMES, strict=True)
+            ],
+        }
+        self.tree = content
+        self.files = {self.file: json.dumps(content).encode()}
+
+    def mutated(self, name, rng):
+        return as_json(mutated_tree(self.tree, rng)) if rng.random() < 0.5 else super().mutated(name, rng)
+
+    def load(self):
+        return load_coco(self.root, keep_unlabelled=True)
+
+    def expected(self) -> Found:
+        content = json.loads((self.root / self.file).read_bytes())
+        found = {str(image["id"]): set() for image in content["images"]}
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        for annotation in content["annotations"]:
+            found[str(annotation["image_id"])].add(names[annotation["category_id"]])
+        return found
+
+
+class VocClassFiles(Format):
+    images = "VOC2007/JPEGImages"
+    main = "VOC2007/ImageSets/Main"
+
+    def make(self) -> None:
+        self.files = {f"{self.main}/trainval.txt": b"a\nb\nc\nd\n"}
+        for k, name in enumerate(NAMES):
+            lines = [f"{image} {'1' if (i + k) % 2 else '-1'}\n" for i, image in enumerate("abcd")]
+            self.files[f"{self.main}/{name}_trainval.txt"] = "".join(lines).encode()
+
+    def load(self):
+        return load_voc(self.root, names=NAMES)
+
+    def expected(self) -> Found:
+        def lines(name: str) -> list[list[str]]:
+            text = (self.root / self.main / f"{name}.txt").read_bytes().decode("utf-8-sig")
+            return [line.split() for line in text.rstrip().split("\n")]
+
+        found = {line[0]: set() for line in lines("trainval")}
+        for name in NAMES:
+            for image, value in lines(f"{name}_trainval"):
+                if value != "-1":
+                    found[image].add(name)
+        return found
+
+
+class VocXml(VocClassFiles):
+    def make(self) -> None:
+        self.files = {f"{self.main}/trainval.txt": b"a\nb\nc\nd\n"}
+        for i, image in enumerate("abcd"):
+            objects = "".join(
+                f"<object><name>{name}</name><difficult>{j % 2}</difficult><part><name>head</name></part></object>"
+                for j, name in enumerate(NAMES[: i % 3 + 1])
+            )
+            text = f"<annotation><filename>{image}.jpg</filename>{objects}</annotation>"
+            self.files[f"VOC2007/Annotations/{image}.xml"] = f"<?xml version='1.0' encoding='utf-8'?>\n{text}".encode()
+
+    def expected(self) -> Found:
+        text = (self.root / self.main / "trainval.txt").read_bytes().decode("utf-8-sig")
+        found = {}
+        for image in (line.strip() for line in text.rstrip().split("\n")):
+            content = (self.root / f"VOC2007/Annotations/{image}.xml").read_bytes()
+            root = ElementTree.fromstring(content)
+            found[image] = {element.findtext("name").strip() for element in root.findall("object")}
+        return found
+
+
+class DeepFashion(Format):
+    images = "Img/img"
+
+    def make(self) -> None:
+        self.files = {
+            "Anno_fine/list_attr_cloth.txt": "\n".join(
+                ["3", "attribute_name  attribute_type", *(f"{name} {k}" for k, name in enumerate(NAMES))]
+            ).encode(),
+            "Anno_fine/train.txt": b"img/a.jpg\nimg/b.jpg\nimg/c.jpg\nimg/d.jpg\n",
+            "Anno_fine/train_attr.txt": b"1 0 1\n0 1 0\n0 0 0\n1 1 1\n",
+        }
+
+    def load(self):
+        return load_deepfashion(self.root)
+
+    def expected(self) -> Found:
+        texts = [(self.root / name).read_bytes().decode("utf-8-sig").rstrip().split("\n") for name in self.files]
+        names = [line.strip().rsplit(maxsplit=1)[0] for line in texts[0][2:]]
+        paths = [path.strip().replace("\\", "/").removeprefix("./") for path in texts[1]]
+        bits = [zip(names, row.split(), strict=True) for row in texts[2]]
+        return {path: {name for name, bit in row if bit == "1"} for path, row in zip(paths, bits, strict=True)}
+
+
+class CsvColumns(Format):
+    def make(self) -> None:
+        self.files = {"labels.csv": b"file_name,ant,bee,cat\na.jpg,1,0,1\nb.jpg,0,1,0\nc.jpg,0,0,?\nd.jpg,1,,0\n"}
+
+    def load(self):
+        return from_csv(self.root / "labels.csv", self.root / "images")
+
+    def rows(self) -> list[list[str]]:
+        text = (self.root / "labels.csv").read_bytes().decode("utf-8-sig")
+        return [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
+
+    def expected(self) -> Found:
+        header, *rows = self.rows()
+        others = {header.index(name) for name in ("file_name", "image_id") if name in header}
+        place = header.index("image_id" if "image_id" in header else "file_name")
+        return {
+            row[place]: {name for k, name in enumerate(header) if k not in others and _is_one(row[k])} for row in rows
+        }
+
+
+def _is_one(cell: str) -> bool:
+    try:
+        return cell.lower() in ("true", "yes") or float(cell) == 1
+    except ValueError:
+        return False
+
+
+class CsvTags(CsvColumns):
+    def make(self) -> None:
+        self.files = {"labels.csv": b"file_name,tags\na.jpg,ant|cat\nb.jpg,bee\nc.jpg,\"['ant', 'bee']\"\nd.jpg,\n"}
+
+    def load(self):
+        return from_csv(self.root / "labels.csv", self.root / "images", label_column="tags", separator="|")
+
+    def expected(self) -> Found:
+        header, *rows = self.rows()
+        place = header.index("image_id" if "image_id" in header else "file_name")
+        found = {}
+        for row in rows:
+            cell = row[header.index("tags")]
+            if cell[:1] in ("[", "{", "("):  # lists have tests of their own
+                tags = set(self.result_of[row[place]])
+            else:
+                tags = {tag.strip() for tag in cell.split("|")} - {""}
+            found[row[place]] = tags if cell.lower() not in ("nan", "<na>", "set()") else set()
+        return found
+
+    def check(self, result) -> None:
+        names = class_names(result)
+        rows = result.select_columns(["image_id", "labels"])[:]
+        self.result_of = {i: {names[k] for k in v} for i, v in zip(rows["image_id"], rows["labels"], strict=True)}
+        super().check(result)
+
+
+class NoiseMaps(Format):
+    """With its digest, which must find every change; and without, where what is applied must be what the rows say."""
+
+    has_root = False
+
+    def make(self) -> None:
+        kind = datasets.List(datasets.ClassLabel(names=NAMES))
+        features = datasets.Features({"image_id": datasets.Value("string"), "labels": kind})
+        ids = ["a", "b", "c", "d"]
+        self.clean = datasets.Dataset.from_dict({"image_id": ids, "labels": [[0, 2], [1], [], [0, 1, 2]]}, features)
+        noisy = datasets.Dataset.from_dict({"image_id": ids, "labels": [[0], [1, 2], [], [0, 1]]}, features)
+        self.good = NoiseMap.from_datasets(self.clean, noisy, noise={"name": "flip", "rate": 0.1})
+        self.good.save(self.root / "map.parquet")
+        self.files = {"map.parquet": (self.root / "map.parquet").read_bytes()}
+        self.table = pq.read_table(self.root / "map.parquet")
+
+    def mutated(self, name, rng):
+        if rng.random() < 0.4:
+            return super().mutated(name, rng)
+        metadata = dict(self.table.schema.metadata)
+        columns = {column: self.table[column].to_pylist() for column in self.table.column_names}
+        if rng.random() < 0.5:
+            metadata[b"noise_map"] = as_json(mutated_tree(json.loads(metadata[b"noise_map"]), rng))
+        else:
+            columns = mutated_tree(columns, rng)
+        if rng.random() < 0.7:
+            metadata.pop(b"noise_map_digest")
+        sink = pa.BufferOutputStream()
+        try:
+            table = pa.table(columns)
+            pq.write_table(table.replace_schema_metadata(metadata), sink)
+        except Exception:  # no table: try others
+            return self.mutated(name, rng)
+        return sink.getvalue().to_pybytes()
+
+    def load(self):
+        found = load_noise_map(self.root / "map.parquet")
+        return found, found.apply(self.clean)
+
+    def check(self, result) -> None:
+        found, applied = result
+        metadata = pq.read_schema(self.root / "map.parquet").metadata
+        if b"noise_map_digest" in metadata:
+            assert found == self.good
+        labels = {i: set(row) for i, row in zip(self.clean["image_id"], self.clean["labels"], strict=True)}
+        for row in pq.read_table(self.root / "map.parquet").to_pylist():
+            if row["class"] is not None:
+                k = NAMES.index(row["class"])
+                assert (k in labels[row["image_id"]]) == row["clean"] != row["given"]
+                labels[row["image_id"]] ^= {k}
+        assert {i: set(row) for i, row in zip(applied["image_id"], applied["labels"], strict=True)} == labels
+
+
+class Yaml(Format):
+    """The config file of a command line, with values for data and training."""
+
+    has_root = False
+
+    def make(self) -> None:
+        self.tree = {
+            "train_dir": "photos", "class_names": NAMES, "label_column": "tags", "separator": ",", "held_out": 0.2,
+            "learning_rate": 0.01, "num_train_epochs": 3, "seed": 7, "lr_scheduler_kwargs": {"num_cycles": 0.5},
+            "output_dir": str(self.outside / "out"), "use_cpu": True, "mixup_alpha": 4.0, "run_name": "first",
+        }  # fmt: skip
+        self.files = {"config.yaml": yaml.safe_dump(self.tree, sort_keys=False).encode()}
+
+    def mutated(self, name, rng):
+        if rng.random() < 0.4:
+            return super().mutated(name, rng)
+        tree = mutated_tree(self.tree, rng)
+        if rng.random() < 0.5:
+            return as_json(tree)
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
+
+    def load(self):
+        flags = ["--config", str(self.root / "config.yaml")]
+        return parser.parse_arguments((AnyData, BalanceMixTrainingArguments), flags)
+
+    def check(self, result) -> None:
+        data, args = result
+        values = yaml.load((self.root / "config.yaml").read_bytes().decode("utf-8-sig"), yaml.CSafeLoader)
+        for name, value in values.items():
+            got = getattr(data if hasattr(data, name) else args, name)
+            texts = isinstance(value, str) and name in ("train_dir", "label_column", "separator")
+            numbers = type(value) in (int, float) and name in ("seed", "held_out", "learning_rate", "mixup_alpha")
+            if texts or numbers:
+                assert got == value or value != value
+
+
+FORMATS = [Coco, VocClassFiles, VocXml, DeepFashion, CsvColumns, CsvTags, NoiseMaps, Yaml]
+
+
+@pytest.mark.parametrize("number", [100, IN_FULL])
+@pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
+def test_mutated_files_give_right_results_or_one_sentence(tmp_path, make: Callable[[Path], Format], number: int):
+    (tmp_path / "root").mkdir()
+    form = make(tmp_path / "root")
+    form.check(form.load())  # the good one
+    counts: Counter[str] = Counter()
+    for i in range(number):
+        rng = random.Random(f"{SEED}/{make.__name__}/{i}")
+        name = rng.choice(sorted(form.files))
+        path = form.root / name
+        linked = rng.random() < 0.02 and form.has_root
+        if linked:
+            path.unlink()
+            path.symlink_to(form.outside / "secret.txt")
+        else:
+            path.write_bytes(form.mutated(name, rng))
+        try:
+            with watch(form.outside) as seen:
+                kind, result = outcome(form.load)
+            counts[kind if kind == "right" else type(result).__name__] += 1
+            assert not seen
+            if kind == "right":
+                form.check(result)
+        except BaseException as error:
+            error.add_note(f"input {i} of {make.__name__}, seed {SEED}, file {name}: {path.read_bytes()[:2000]!r}")
+            raise
+        if linked:
+            path.unlink()
+        path.write_bytes(form.files[name])
+    print(f"\n{make.__name__}: {number} inputs, {dict(counts)}")
+    assert counts["right"]
+    assert counts["ValueError"]
