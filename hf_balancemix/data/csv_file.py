@@ -92,8 +92,8 @@ def from_csv(
         group_column: Header of a column to keep beside, such as a patient's, for `iterative_split(groups=...)`.
         delimiter: Between the columns: ",", ";" or a tab.
         on_bad_image: "error", or "skip" to leave out images that are listed but absent, with a warning.
-        follow_links: Read a CSV file that is a link out of its folder, and images where links or '..' lead out of
-            `image_dir`.
+        follow_links: Read a CSV file that is a link out of its folder, and images where links or '..' lead out of that
+            folder, or of `image_dir` where that lies elsewhere.
 
     Returns:
         A `datasets.Dataset` with `image` (RGB, a path until it is accessed), `labels`, `image_id` (string: the column
@@ -120,7 +120,9 @@ def from_csv(
     image_dir = file.parent if image_dir is None else absolute(image_dir)
     if not file.is_file():
         raise FileNotFoundError(f"no CSV file {file}; check the path.")
-    check_inside(file, file.parent, follow_links)
+    root = file.parent if image_dir.is_relative_to(file.parent) else image_dir
+    for path, folder in ((file, file.parent), (image_dir, root)):
+        check_inside(path, folder, follow_links)
     if not image_dir.is_dir():
         raise FileNotFoundError(f"no image folder {image_dir}; pass the folder that the file names start from.")
 
@@ -174,7 +176,7 @@ def from_csv(
             image_ids,
             names,
             on_bad_image=on_bad_image,
-            root=image_dir,
+            root=root,
             follow_links=follow_links,
             unknown_labels=unknown_lists,
             others=None if group_column is None else {group_column: [groups[row] for row in rows]},

@@ -37,7 +37,7 @@ _INHERITED_IN_HELP = {
     "use_cpu dataloader_num_workers dataloader_persistent_workers ddp_backend",
     "output": "save_steps eval_steps run_name disable_tqdm push_to_hub hub_model_id hub_strategy",
 }
-_CONFIG_BYTES = 2**20  # a second or two to read; the names of 20,000 classes are half of it
+_YAML_BYTES = 2**18  # PyYAML reads 50 KB a second
 _METAVARS = {int: "INT", float: "NUMBER", dict: "JSON", string_to_bool: "true|false"}
 
 
@@ -280,12 +280,13 @@ def _read(config: str) -> dict[str, Any]:
     file = Path(config)
     if not file.is_file():
         raise FileNotFoundError(f"config is {file}; it must be a YAML or JSON file; check the path.")
-    if (size := file.stat().st_size) > _CONFIG_BYTES:
-        raise ValueError(f"config is {file}, of {size:,} bytes; it must have {_CONFIG_BYTES:,} at most; shorten it.")
+    is_json, size = file.suffix == ".json", file.stat().st_size
+    if size > _YAML_BYTES and not is_json:
+        needed = f"it must have {_YAML_BYTES:,} at most as YAML; write it as JSON, to a file that ends in .json"
+        raise ValueError(f"config is {file}, of {size:,} bytes; {needed}.")
     try:
         content = file.read_bytes()
         # JSON is YAML, but for tabs between its tokens.
-        is_json = file.suffix == ".json"
         values = parse_json(content, "it") if is_json else yaml.load(content.decode("utf-8-sig"), _Yaml)
     except RecursionError:
         raise ValueError(f"config is {file}; it must be readable as YAML or JSON: it is nested too deeply.") from None

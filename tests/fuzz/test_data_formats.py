@@ -42,10 +42,11 @@ class Format:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.outside = root.parent / "outside"
-        self.outside.mkdir()
+        self.outside.mkdir(parents=True)
         (self.outside / "secret.jpg").write_bytes(b"secret")
         (self.outside / "secret.txt").write_text("secret")
         self.files: dict[str, bytes] = {}
+        root.mkdir()
         self.make()
         (root / self.images).mkdir(parents=True, exist_ok=True)
         for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
@@ -65,10 +66,10 @@ class Format:
     def mutated(self, name: str, rng: random.Random) -> bytes:
         return mutated_bytes(self.files[name], rng)
 
-    def load(self):
+    def load(self, **options):
         raise NotImplementedError
 
-    def check(self, result) -> None:
+    def check(self, result, inside: bool = True) -> None:
         found = {}
         names = class_names(result)
         rows = result.select_columns(["image_id", "labels"])[:]
@@ -78,7 +79,7 @@ class Format:
         assert found == self.expected()
         images = result.cast_column("image", datasets.Image(decode=False))["image"]
         for image in images:
-            assert os.path.realpath(image["path"]).startswith(f"{self.root}/")
+            assert os.path.realpath(image["path"]).startswith(f"{self.root}/") or not inside
 
     def expected(self) -> Found:
         raise NotImplementedError
@@ -106,8 +107,8 @@ class Coco(Format):
     def mutated(self, name, rng):
         return as_json(mutated_tree(self.tree, rng)) if rng.random() < 0.5 else super().mutated(name, rng)
 
-    def load(self):
-        return load_coco(self.root, keep_unlabelled=True)
+    def load(self, **options):
+        return load_coco(self.root, keep_unlabelled=True, **options)
 
     def expected(self) -> Found:
         content = json.loads((self.root / self.file).read_bytes())
@@ -128,8 +129,8 @@ class VocClassFiles(Format):
             lines = [f"{image} {'1' if (i + k) % 2 else '-1'}\n" for i, image in enumerate("abcd")]
             self.files[f"{self.main}/{name}_trainval.txt"] = "".join(lines).encode()
 
-    def load(self):
-        return load_voc(self.root, names=NAMES)
+    def load(self, **options):
+        return load_voc(self.root, names=NAMES, **options)
 
     def expected(self) -> Found:
         def lines(name: str) -> list[list[str]]:
@@ -177,8 +178,8 @@ class DeepFashion(Format):
             "Anno_fine/train_attr.txt": b"1 0 1\n0 1 0\n0 0 0\n1 1 1\n",
         }
 
-    def load(self):
-        return load_deepfashion(self.root)
+    def load(self, **options):
+        return load_deepfashion(self.root, **options)
 
     def expected(self) -> Found:
         texts = [(self.root / name).read_bytes().decode("utf-8-sig").rstrip().split("\n") for name in self.files]
@@ -192,8 +193,8 @@ class CsvColumns(Format):
     def make(self) -> None:
         self.files = {"labels.csv": b"file_name,ant,bee,cat\na.jpg,1,0,1\nb.jpg,0,1,0\nc.jpg,0,0,?\nd.jpg,1,,0\n"}
 
-    def load(self):
-        return from_csv(self.root / "labels.csv", self.root / "images")
+    def load(self, **options):
+        return from_csv(self.root / "labels.csv", self.root / "images", **options)
 
     def rows(self) -> list[list[str]]:
         text = (self.root / "labels.csv").read_bytes().decode("utf-8-sig")
@@ -219,8 +220,8 @@ class CsvTags(CsvColumns):
     def make(self) -> None:
         self.files = {"labels.csv": b"file_name,tags\na.jpg,ant|cat\nb.jpg,bee\nc.jpg,\"['ant', 'bee']\"\nd.jpg,\n"}
 
-    def load(self):
-        return from_csv(self.root / "labels.csv", self.root / "images", label_column="tags", separator="|")
+    def load(self, **options):
+        return super().load(label_column="tags", separator="|", **options)
 
     def expected(self) -> Found:
         header, *rows = self.rows()
@@ -235,11 +236,11 @@ class CsvTags(CsvColumns):
             found[row[place]] = tags if cell.lower() not in ("nan", "<na>", "set()") else set()
         return found
 
-    def check(self, result) -> None:
+    def check(self, result, inside: bool = True) -> None:
         names = class_names(result)
         rows = result.select_columns(["image_id", "labels"])[:]
         self.result_of = {i: {names[k] for k in v} for i, v in zip(rows["image_id"], rows["labels"], strict=True)}
-        super().check(result)
+        super().check(result, inside)
 
 
 class NoiseMaps(Format):
@@ -337,7 +338,6 @@ FORMATS = [Coco, VocClassFiles, VocXml, DeepFashion, CsvColumns, CsvTags, NoiseM
 @pytest.mark.parametrize("number", [100, IN_FULL])
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
 def test_mutated_files_give_right_results_or_one_sentence(tmp_path, make: Callable[[Path], Format], number: int):
-    (tmp_path / "root").mkdir()
     form = make(tmp_path / "root")
     form.check(form.load())  # the good one
     counts: Counter[str] = Counter()
@@ -367,3 +367,64 @@ def test_mutated_files_give_right_results_or_one_sentence(tmp_path, make: Callab
     print(f"\n{make.__name__}: {number} inputs, {dict(counts)}")
     assert counts["right"]
     assert counts["ValueError"]
+
+
+WITH_ROOT = [make for make in FORMATS if make.has_root]
+
+
+def load_refused(form: Format, match: str) -> None:
+    with watch(form.outside) as seen, pytest.raises(ValueError, match=match) as error:
+        form.load()
+    assert not seen
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("make", WITH_ROOT, ids=lambda make: make.__name__)
+def test_no_file_and_no_folder_may_be_a_link_out_of_the_root(tmp_path, make: Callable[[Path], Format]):
+    """Whichever it is, of all that is read or listed; and with follow_links it is read as if it were there."""
+    form = make(tmp_path / "root")
+    paths = [path for path in sorted(form.root.rglob("*")) if not path.is_symlink()]
+    assert len(paths) > 5
+    for path in paths:
+        path.rename(form.outside / path.name)
+        path.symlink_to(form.outside / path.name)
+        load_refused(form, r"leads out of it.*; it must stay inside; .*follow_links=True \(--follow_links\)")
+        form.check(form.load(follow_links=True), inside=False)
+        path.unlink()
+        (form.outside / path.name).rename(path)
+    form.check(form.load())
+    (tmp_path / "door").symlink_to(form.root)
+    form.root = tmp_path / "door"  # the root itself may be a link
+    form.check(form.load(), inside=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "way"),
+    [
+        (Coco, Coco.file, b"../../outside/secret.jpg"),
+        (DeepFashion, "Anno_fine/train.txt", b"img/../../../outside/secret.jpg"),
+        (CsvColumns, "labels.csv", b"../../outside/secret.jpg"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_names_with_two_dots_follow_the_same_rule(tmp_path, make, name, way):
+    form = make(tmp_path / "root")
+    old = b"img/a.jpg" if make is DeepFashion else b"a.jpg"
+    (form.root / name).write_bytes(form.files[name].replace(old, way))
+    load_refused(form, r"'(img/)?\.\./.*without '\.\.' unless follow_links allows it")
+    form.check(form.load(follow_links=True), inside=False)
+    (form.root / name).write_bytes(form.files[name].replace(old, b"/etc/hostname"))
+    with pytest.raises(ValueError, match="'/etc/hostname'; it must be a plain path inside the image folder"):
+        form.load(follow_links=True)
+
+
+@pytest.mark.parametrize("make", WITH_ROOT, ids=lambda make: make.__name__)
+def test_a_snapshot_of_the_hub_whose_files_are_links_to_blobs_is_read(tmp_path, make):
+    form = make(tmp_path / "datasets--user--name" / "snapshots" / "root")
+    blobs = tmp_path / "datasets--user--name" / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(form.root.rglob("*"))):
+        if path.is_file() and not path.is_symlink():
+            path.rename(blobs / str(number))
+            path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+    form.check(form.load(), inside=False)

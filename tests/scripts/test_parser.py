@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -202,6 +205,91 @@ def test_a_config_file_that_is_wrong(tmp_path, content, kind, match):
         arguments(config=file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def bomb() -> str:
+    """Ten to the ninth words, of ten lines."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "match"),
+    [
+        (bomb(), "yaml", r"the alias \*a0 stands there; there must be none; write out its value"),
+        ("a: &a [*a]", "yaml", r"the alias \*a stands there"),
+        ("seed: &s 1\nmax_steps: *s", "yaml", r"the alias \*s stands there"),
+        ("seed: 1\nseed: 2", "yaml", r"the key 'seed' stands there twice.*line 2"),
+        ('{"seed": 1, "seed": 2}', "json", r"an object has the key 'seed' twice"),
+        ("[" * 10**5, "yaml", "nested too deeply"),
+        ("[" * 10**5, "json", "nested too deeply"),
+        ("- " * 10**4, "yaml", "nested too deeply|no flags|it must map"),
+        (
+            '{"lr_scheduler_kwargs": ' + '{"a": ' * 2000 + "1" + "}" * 2001,
+            "json",
+            "nested too deeply|value of its flag",
+        ),
+        (f"seed: {'7' * 5000}", "yaml", "readable as YAML or JSON: .*4300"),
+        (f"seed: 0x{'f' * 5000}", "yaml", "seed is .* it must be a value of its flag"),
+        ("seed: fast", "yaml", r"is none of its flag's: argument --seed: invalid int value: 'fast'"),
+        (f"seed: {'x' * 9999}", "yaml", r"is none of its flag's: argument --seed: invalid int value: 'xxx"),
+        ("learning_rate: .nan", "yaml", "--learning_rate: invalid number value"),
+        ('{"learning_rate": -Infinity}', "json", "--learning_rate: invalid number value"),
+        ("seed: !!bool x", "yaml", "readable as YAML or JSON"),
+        ("seed: !!timestamp x", "yaml", "readable as YAML or JSON"),
+        ("seed: !!int ''", "yaml", "readable as YAML or JSON"),
+        ("seed: !!python/object/apply:os.getcwd []", "yaml", "readable as YAML or JSON"),
+        ("lr_scheduler_kwargs: {a: 2020-01-01}", "yaml", "lr_scheduler_kwargs is .* it must be a value of its flag"),
+        ("\0", "yaml", "readable as YAML or JSON"),
+        ("\n".join(f"unknown_{i}: 1" for i in range(3000)), "yaml", "keys that are no flags: unknown_0, "),
+        ("x" * 10**5 + ": 1", "yaml", "readable as YAML or JSON"),
+        ("#" * 2**21, "yaml", "of 2,097,152 bytes; it must have 262,144 at most as YAML; write it as JSON"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_a_hostile_config_file_is_one_short_sentence_soon(tmp_path, content, kind, match):
+    file, start = written(tmp_path, content, kind), time.monotonic()
+    with pytest.raises(ValueError, match=match) as error:
+        arguments(config=file)
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 20
+
+
+def test_thousands_of_unknown_flags_are_a_short_sentence():
+    with pytest.raises(ValueError, match=r"not understood on the command line: --unknown_0 --unknown_1") as error:
+        arguments(*(f"--unknown_{i}" for i in range(3000)))
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("fail", "expected"),
+    [
+        (lambda folder: (folder / "absent" / "x.csv").touch(), "x.csv: No such file or directory; it must"),
+        (lambda folder: (folder / "file" / "x.csv").read_text(), "file/x.csv: Not a directory; it must"),
+        (lambda folder: folder.read_bytes(), ": Is a directory; it must"),
+        (lambda folder: (folder / ("x" * 5000)).read_text(), "xx…: File name too long; it must"),
+        (lambda folder: os.scandir(folder / "absent"), "absent: No such file or directory; it must"),
+        (lambda folder: shutil.copy(folder / "file", "/proc/none"), "/proc/none: "),
+        (lambda folder: _raise(OSError(28, "No space left on device")), "No space left on device"),
+        (lambda folder: _raise(ConnectionError("x" * 9999)), "xxx"),
+    ],
+)
+def test_run_says_in_a_sentence_what_the_system_refuses(tmp_path, capsys, fail, expected):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: fail(tmp_path))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert len(lines[0]) < 400
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_a_config_file_that_is_absent_or_no_text(tmp_path):
