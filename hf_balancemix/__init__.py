@@ -24,7 +24,8 @@ _ROOMS = {
     "export_onnx label_graph_embeddings load_model load_trained model_from_backbone pipeline_labels predict_labels "
     "squash_processor tune_thresholds",
     "report.description": "describe",
-    "trainer": "BalanceMixTrainer BalanceMixTrainingArguments MultiLabelTrainer MultiLabelTrainingArguments",
+    "trainer": "BalanceMixTrainer BalanceMixTrainingArguments MultiLabelTrainer MultiLabelTrainingArguments "
+    "TrainingInterrupted",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 

@@ -511,6 +511,7 @@ class BalanceMix:
             self._epochs_distrusted = state["epochs_distrusted"].clone()
         for name in _LEARNED:
             setattr(self, name, state[name].clone())
+        self._begin_observing()  # a scan may have been given up
 
 
 _MAX_MISSING = 0.5  # where the network judges; half as many as a class has is what 40 % mislabelling takes away

@@ -58,9 +58,9 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def leave_process_group() -> None:
-    """The last thing a process does; a rank of several does not return from it. Not to be called after an exception,
-    when the other ranks wait elsewhere.
+def leave_process_group(status: int = 0) -> None:
+    """The last thing a process does; a rank of several ends in it with this exit status. Not to be called after an
+    exception, when the other ranks wait elsewhere.
 
     Such a rank may abort when it is taken down, after its work is done: threads of Gloo and of DDP still hold tensors
     then (https://github.com/pytorch/pytorch/pull/179291). So it waits for the others, runs what was registered for the
@@ -75,4 +75,4 @@ def leave_process_group() -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)

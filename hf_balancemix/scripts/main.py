@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def train(argv: Sequence[str]) -> None:
         return
     from accelerate.commands.launch import launch_command, launch_command_parser
 
+    pass_signals_on()
     launcher = launch_command_parser()
     for_launcher, for_script = split_flags(argv, launcher)
     script_file = Path(__file__).with_name("train.py")
@@ -71,6 +73,23 @@ def train(argv: Sequence[str]) -> None:
         launch_command(launcher.parse_args([*for_launcher, str(script_file), *for_script]))
     except subprocess.CalledProcessError as error:  # it has said why
         sys.exit(error.returncode)
+
+
+def pass_signals_on() -> None:
+    """What ends a run, or has it saved, reaches the processes that train; accelerate's launcher ends without a word.
+
+    Where it starts several processes, torchrun, which it then is, replaces this for SIGTERM by its own.
+    """
+
+    def pass_on(number: int, frame: object) -> None:
+        import psutil  # accelerate needs it
+
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), pass_on)
 
 
 def split_flags(argv: Sequence[str], launcher: argparse.ArgumentParser) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ from transformers.hf_argparser import string_to_bool
 from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.data.files import first_repeat, parse_json
 from hf_balancemix.files import one_line, quote
+from hf_balancemix.trainer import TrainingInterrupted
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
 
 _OTHER, _INHERITED = "options", "other arguments of transformers"
@@ -214,11 +215,15 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; bad input ends it with one line on stderr, `error: ...`, and exit status 2.
 
     This package's own messages are shown like that, and what the system says of files and disks. Any other exception
-    keeps its traceback. After `main`, a rank of several leaves the process group.
+    keeps its traceback. After `main`, a rank of several leaves the process group; so it does where a signal stopped
+    the training.
     """
     try:
         main()
         leave_process_group()
+    except TrainingInterrupted as stop:  # on all ranks
+        leave_process_group(stop.code)
+        raise
     except (ValueError, TypeError, OSError) as error:
         message = _own_message(error, getattr(main, "__globals__", {}).get("__package__") or "__main__")
         if isinstance(error, OSError) and (message is None or error.errno is not None):

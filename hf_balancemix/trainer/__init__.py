@@ -1,6 +1,7 @@
 """Trainers for multi-label images, and the knobs of these."""
 
 from hf_balancemix.trainer.balancemix import BalanceMixTrainer
+from hf_balancemix.trainer.interruption import TrainingInterrupted
 from hf_balancemix.trainer.mixup import MixupTrainer
 from hf_balancemix.trainer.multilabel import MultiLabelTrainer
 from hf_balancemix.trainer.training_args import BalanceMixTrainingArguments, MultiLabelTrainingArguments
@@ -11,4 +12,5 @@ __all__ = [
     "MixupTrainer",
     "MultiLabelTrainer",
     "MultiLabelTrainingArguments",
+    "TrainingInterrupted",
 ]

@@ -208,11 +208,11 @@ class BalanceMixTrainer(MixupTrainer):
         """Algorithm 1's end of an epoch."""
         self.quality.reduce()
         logs = {f"label_{name}": value for name, value in self.quality.compute().items()}
-        self.quality.reset()
         if self.balance_mix.settings.needs_scan:
-            self._scan(self.balance_mix.observe)
+            self._scan(self.balance_mix.observe)  # before anything changes: a signal may end the run in it
             self.balance_mix.end_epoch(epoch)
             logs |= self._sampler_logs()
+        self.quality.reset()
         if logs:
             self.log(logs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,6 +30,7 @@ def check_arguments(args: Any, needed: type[MultiLabelTrainingArguments]) -> Non
         "dispatch_batches": (accelerator.dispatch_batches or None, None, "it skips the wrong batches on resuming"),
         "even_batches": (accelerator.even_batches, True, "ranks would wait for each other for ever"),
         "train_sampling_strategy": (args.train_sampling_strategy, "random", "the samplers are the method's"),
+        "enable_jit_checkpoint": (args.enable_jit_checkpoint, False, "a checkpoint on SIGTERM is always written"),
     }
     for name, (value, possible, why) in refused.items():
         if value != possible:
@@ -38,6 +40,17 @@ def check_arguments(args: Any, needed: type[MultiLabelTrainingArguments]) -> Non
             f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel; start with "
             "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """A folder, or one that can be made."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {output_dir}, which cannot be made ({error.strerror}); it must be a folder where "
+            "files can be written; pass another."
+        ) from error
 
 
 def check_trainer_options(options: dict[str, Any], compute_metrics: Any) -> None:

@@ -121,6 +121,8 @@ class MixupTrainer(MultiLabelTrainer):
             images = self._normalise(batch["pixel_values"].to(self.args.device, non_blocking=True))
             return (model or logits_of)(images)
 
+        # A rank that left alone would keep the others waiting in a forward pass that all must call alike.
+        alone = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         num_bad = scan(
             forward,
             self.model,
@@ -129,7 +131,10 @@ class MixupTrainer(MultiLabelTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            told_to_stop=lambda: alone and self._signals.received is not None,
+            worker_init_fn=self._signals.in_worker(),
         )
+        self._stop_if_asked()
         if num_bad:
             self._check_weights(f"in the scan after step {self.state.global_step}")
             what = "logits" if model is None else "features"

@@ -4,7 +4,8 @@ Private hooks of transformers 5 that are relied upon, here and in averaging.py, 
 in tests/trainer/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`, `_get_collator_with_removed_columns`,
 `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`, `_save_optimizer_and_scheduler`,
 `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_finish_current_push`,
-`_hp_search_setup`, `_issue_warnings_after_load`.
+`_hp_search_setup`, `_issue_warnings_after_load`, `_init_training_state`, `_maybe_log_save_evaluate`, `_evaluate`,
+`_determine_best_metric`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from hf_balancemix.trainer.checks import (
     check_eval_dataset,
     check_images,
     check_model,
+    check_output_dir,
     check_train_dataset,
     check_trainer_options,
     check_transform,
@@ -68,12 +70,20 @@ class _EpochHook(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer._check_last_batch()
+        self.trainer._make_up_evaluation()
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer._epoch_ended = False
         self.trainer._begin_epoch(int(state.epoch))
 
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self.trainer._epoch_ended = True
+
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.trainer._end_training()
+        if self.trainer._stop_signal is None:
+            self.trainer._stop_if_asked()
+            self.trainer._end_training()
+            self.trainer._stop_if_asked()
 
 
 class MultiLabelTrainer(AveragingTrainer):
@@ -159,6 +169,8 @@ class MultiLabelTrainer(AveragingTrainer):
     ) -> None:
         args = args or self._arguments_class(output_dir="outputs")
         check_arguments(args, self._arguments_class)
+        if args.should_save:
+            check_output_dir(args.output_dir)
         check_trainer_options(kwargs, compute_metrics)
         check_transform(train_transform, views)
         self.train_transform = train_transform
@@ -331,6 +343,7 @@ class MultiLabelTrainer(AveragingTrainer):
         # Each iter() of a loader draws a base seed from the global generator unless it has its own; how often that
         # happens differs between an uninterrupted and a resumed run.
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        loader.base_dataloader.worker_init_fn = self._signals.in_worker(loader.base_dataloader.worker_init_fn)
         return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
@@ -452,6 +465,8 @@ class MultiLabelTrainer(AveragingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, float32 logits `(B, K)` and labels `(B, K)`; the last two are None or absent where not asked for."""
+        if self._evaluating:
+            self._stop_if_asked()
         inputs = self._prepare_inputs(inputs)
         labels, loss = inputs.get("labels"), None
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from hf_balancemix.core.distributed import all_reduce_sum, world
-from hf_balancemix.trainer.hub import HubTrainer
+from hf_balancemix.core.distributed import all_reduce_sum, gather, world
+from hf_balancemix.trainer.interruption import InterruptibleTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def non_finite_weight(model: nn.Module, buffers: bool = True) -> str | None:
     return None if not found.any() else [*tests][int(found.int().argmax())]
 
 
-class FiniteTrainer(HubTrainer):
+class FiniteTrainer(InterruptibleTrainer):
     """Trainer that stops at a step whose logits or loss are not finite, or with `args.on_nan="skip"` leaves it out.
 
     A step is one of the optimiser, over all ranks and accumulation steps, and all ranks decide alike. One that is left
@@ -71,10 +71,13 @@ class FiniteTrainer(HubTrainer):
     def _check_step(self) -> None:
         """Must be called on every rank, after a step's gradients were made and before they are used."""
         self._num_steps += 1
-        found = all_reduce_sum(self._flags.long()).tolist()  # type: ignore[union-attr]
-        if not any(found):
+        flags: Tensor = self._flags  # type: ignore[assignment]
+        # One exchange a step: whether a rank was told to end goes with it.
+        logits, loss, stop = gather(torch.cat([flags.long(), self._received()])[None]).amax(0).tolist()
+        self._stop_signal = stop or None
+        if not (logits or loss):
             return
-        names = [name for name, ranks in zip(("logits", "loss"), found, strict=True) if ranks]
+        names = [name for name, bad in (("logits", logits), ("loss", loss)) if bad]
         text = (
             f"the {' and the '.join(names)} of step {self.state.global_step + 1} (epoch {self.state.epoch or 0:.2f})"
         )

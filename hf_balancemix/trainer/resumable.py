@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from hf_balancemix.models.peft_models import (
 )
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
+from hf_balancemix.trainer.interruption import EVALUATION_DUE
 from hf_balancemix.trainer.non_finite import FiniteTrainer
+from hf_balancemix.trainer.sole_run import sole_run
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,30 @@ class ResumableTrainer(FiniteTrainer):
 
         Raises:
             ValueError: The checkpoint is not whole, or it belongs to another data set, N, K or seed; or an argument
-                that was changed since the trainer was made is refused.
+                that was changed since the trainer was made is refused; or another run trains into the folder, or
+                nothing can be written there.
         """
         self._read_arguments()
+        with self._sole_run(args[0] if args else kwargs.get("trial")):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _sole_run(self, trial: Any) -> Iterator[None]:
+        """Must be called on every rank: one of them holds the folder for all."""
+        with ExitStack() as stack:
+            problem = None
+            if self.args.should_save:
+                weights = (*self.model.parameters(), *self.model.buffers()) if self.model is not None else ()
+                num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+                try:
+                    stack.enter_context(sole_run(Path(self._get_output_dir(trial)), num_bytes))
+                except ValueError as error:
+                    problem = error
+            if self._on_any_rank(problem):
+                raise problem or ValueError("output_dir cannot be used, as the message of another rank says.")
+            yield
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._base = None  # which may have been changed since the last training
         checkpoint = None
         if resume_from_checkpoint is True:
@@ -133,6 +157,7 @@ class ResumableTrainer(FiniteTrainer):
         checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             checkpoints.remove_manifest(checkpoint)  # a resumed run may write the same step again
+            (checkpoint / EVALUATION_DUE).unlink(missing_ok=True)
         # Trainer rotates before a manifest could be there, so that a kill in between could leave nothing whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._hidden_arguments = {"save_total_limit": limit}
@@ -179,6 +204,20 @@ class ResumableTrainer(FiniteTrainer):
 
     def _reset_run_state(self) -> None:
         """Called on every rank before the first step of a training, which may not be the trainer's first: forget."""
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        # Stock Trainer goes on with the epoch in which `max_steps` ended, by one step.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights = self._load_weights(resume_from_checkpoint, model)

@@ -24,6 +24,8 @@ def scan(
     batch_size: int,
     num_workers: int = 0,
     show_progress: bool = False,
+    told_to_stop: Callable[[], bool] = lambda: False,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> int:
     """Must be called on every rank: show every instance to the model once and hand the logits to `observe`.
 
@@ -36,9 +38,11 @@ def scan(
         instances: N rows with `pixel_values` and `index`, the same on every rank.
         observe: Called with `index` `(B,)` and logits `(B, K)`.
         batch_size, num_workers: Instances a forward pass, and worker processes of the data loader.
+        told_to_stop: Asked before each batch; where it says yes, on any rank, the scan is given up.
+        worker_init_fn: As of a DataLoader.
 
     Returns:
-        How many instances, over all ranks, had a logit that is not finite.
+        How many instances, over all ranks, had a logit that is not finite; 0 where the scan was given up.
 
     Raises:
         RuntimeError: Over all ranks, some instance did not come exactly once.
@@ -48,17 +52,28 @@ def scan(
     shard = Subset(instances, range(rank, len(instances), num_ranks))
     # A generator of its own: a DataLoader would otherwise draw its base seed from the global one.
     loader = DataLoader(
-        shard, batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator().manual_seed(0)
+        shard,
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=worker_init_fn,
     )
+    given_up = False
     seen = torch.zeros(len(instances), dtype=torch.int32)
     num_bad = torch.zeros((), dtype=torch.int64)
     with evaluation_mode(model):
         for batch in tqdm(loader, desc="Scan", leave=False, dynamic_ncols=True, disable=not show_progress):
+            given_up = told_to_stop()
+            if given_up:
+                break
             index = batch["index"]
             seen.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
             logits = forward(batch)
             num_bad = num_bad.to(logits.device) + (~logits.isfinite()).flatten(1).any(1).sum()
             observe(index, logits)
+    if all_reduce_sum(torch.tensor(int(given_up))):
+        return 0
     seen = all_reduce_sum(seen)
     missed, again = int((seen == 0).sum()), int((seen > 1).sum())
     if missed or again:

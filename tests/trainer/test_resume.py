@@ -19,7 +19,9 @@ WORKER = Path(__file__).parent / "training_worker.py"
 MOMENTS = ["step:3", "step:9", "scan:2", "scan:8", "save:3", "manifest:4"]
 
 
-def run(folder: Path, *flags: str, ranks: int = 1, fails: bool = False) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *flags: str, ranks: int = 1, fails: bool = False, **options: bool
+) -> subprocess.CompletedProcess[str]:
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
@@ -27,6 +29,7 @@ def run(folder: Path, *flags: str, ranks: int = 1, fails: bool = False) -> subpr
     done = subprocess.run(
         [*start, str(WORKER), str(folder), *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+        **options,
     )  # fmt: skip
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done

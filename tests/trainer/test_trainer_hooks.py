@@ -43,6 +43,10 @@ HOOKS = {
     "_finish_current_push": [],
     "_hp_search_setup": ["trial"],
     "_issue_warnings_after_load": ["load_result"],
+    "_init_training_state": ["max_steps", "num_update_steps_per_epoch", "num_train_epochs"],
+    "_maybe_log_save_evaluate": [],
+    "_evaluate": ["trial", "ignore_keys_for_eval"],
+    "_determine_best_metric": ["metrics", "trial"],
     # public, but their signatures are ours too
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "call_model_init": ["trial"],

@@ -12,10 +12,13 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
@@ -26,25 +29,26 @@ from hf_balancemix.core.distributed import leave_process_group
 from hf_balancemix.trainer import checkpoints
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def arm(trainer: BalanceMixTrainer, moment: str) -> None:
-    """Kill this process the n-th time that a step ends, a scan's batch is observed, a file is saved or sealed."""
+def arm(trainer: MultiLabelTrainer, moment: str, strike: Callable[[], None], patch: Any) -> None:
+    """Strike the n-th time that a step ends (0: before the first), that a batch is evaluated or observed in a scan,
+    that a file is saved, or a checkpoint sealed."""
     what, count = moment.split(":")
     left = [int(count)]
 
-    def tick() -> bool:
+    def tick() -> None:
         left[0] -= 1
-        return left[0] == 0
+        if left[0] == 0:
+            strike()
 
     if what == "step":
 
         class Bomb(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                left[0] += 1
+                tick()
+
             def on_step_end(self, *args, **kwargs):
-                if tick():
-                    die()
+                tick()
 
         trainer.add_callback(Bomb())
     elif what == "scan":
@@ -52,29 +56,36 @@ def arm(trainer: BalanceMixTrainer, moment: str) -> None:
 
         def observe_or_die(*args):
             observe(*args)
-            if tick():
-                die()
+            tick()
 
-        trainer.balance_mix.observe = observe_or_die
+        patch.setattr(trainer.balance_mix, "observe", observe_or_die)
+    elif what == "eval":
+        prepare = trainer._prepare_inputs
+
+        def prepare_or_die(inputs):
+            if trainer._evaluating and not trainer.model.training:
+                tick()
+            return prepare(inputs)
+
+        patch.setattr(trainer, "_prepare_inputs", prepare_or_die)
     elif what == "save":  # in the middle of optimizer.pt: half of it is on disk
         save = torch.save
 
         def save_or_die(obj, file, *args, **kwargs):
+            if str(file).endswith("optimizer.pt"):
+                Path(file).write_bytes(b"half of it")
+                tick()
             save(obj, file, *args, **kwargs)
-            if str(file).endswith("optimizer.pt") and tick():
-                os.truncate(file, os.path.getsize(file) // 2)
-                die()
 
-        torch.save = save_or_die
+        patch.setattr(torch, "save", save_or_die)
     elif what == "manifest":
         write = checkpoints.write_manifest
 
         def write_or_die(directory):
-            if tick():
-                die()
+            tick()
             write(directory)
 
-        checkpoints.write_manifest = write_or_die
+        patch.setattr(checkpoints, "write_manifest", write_or_die)
     else:
         raise ValueError(moment)
 
@@ -114,7 +125,8 @@ def main() -> None:
     parser.add_argument("--on_nan", default="stop")
     parser.add_argument("--nan", help="RANK:N, the rank whose n-th batch of training is infinite")
     parser.add_argument("--kill")
-    parser.add_argument("--kill_rank", type=int, default=0)
+    parser.add_argument("--kill_rank", type=int, default=0, help="-1: all; -2: its whole process group")
+    parser.add_argument("--by", default="KILL")
     options = parser.parse_args()
 
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -162,8 +174,10 @@ def main() -> None:
         return value
 
     trainer.balance_mix.refine, trainer.balance_mix.loss = traced_refine, traced_loss
-    if options.kill and rank == options.kill_rank:
-        arm(trainer, options.kill)
+    if options.kill and options.kill_rank in (rank, -1, -2):
+        number = getattr(signal, f"SIG{options.by}")
+        pid = 0 if options.kill_rank == -2 else os.getpid()
+        arm(trainer, options.kill, lambda: os.kill(pid, number), pytest.MonkeyPatch())
     if options.nan and rank == int(options.nan.split(":")[0]):
         poisoned_batches(trainer, int(options.nan.split(":")[1]))
     error = None
