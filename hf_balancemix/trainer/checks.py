@@ -30,6 +30,11 @@ def check_arguments(args: Any, needed: type[MultiLabelTrainingArguments]) -> Non
         "dispatch_batches": (accelerator.dispatch_batches or None, None, "it skips the wrong batches on resuming"),
         "even_batches": (accelerator.even_batches, True, "ranks would wait for each other for ever"),
         "train_sampling_strategy": (args.train_sampling_strategy, "random", "the samplers are the method's"),
+        "ignore_data_skip": (
+            args.ignore_data_skip,
+            False,
+            "a resumed run would see other data",
+        ),
         "enable_jit_checkpoint": (args.enable_jit_checkpoint, False, "a checkpoint on SIGTERM is always written"),
     }
     for name, (value, possible, why) in refused.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -32,7 +33,7 @@ from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.data.describe import is_of_paper
 from hf_balancemix.data.labels import class_names, given_labels, label_matrix
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
-from hf_balancemix.data.views import ViewMaker, Views, normalise
+from hf_balancemix.data.views import ViewMaker, Views, normalise, undecoded_images
 from hf_balancemix.metrics import RunningFigures, class_groups, evaluation_figures, shot_bounds
 from hf_balancemix.models.export import export_onnx
 from hf_balancemix.models.loading import label_settings
@@ -295,6 +296,20 @@ class MultiLabelTrainer(AveragingTrainer):
             digest.update("\x1f".join(map(str, self.train_dataset["image_id"])).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def _images_digest(self) -> str:
+        """Of the files of 16 instances, from the first to the last, as they are stored."""
+        images = undecoded_images(self.train_dataset)
+        digest = hashlib.blake2b(digest_size=8)
+        for i in np.linspace(0, len(images) - 1, 16).astype(int):
+            stored = images[int(i)]["image"] or {}
+            content = stored.get("bytes")
+            if content is None and stored.get("path"):
+                with suppress(OSError):  # who decodes it says what is wrong
+                    content = Path(stored["path"]).read_bytes()
+            digest.update(hashlib.blake2b(content or b"").digest())
+        return digest.hexdigest()
+
     def _run_facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"ema_decay": self.args.ema_decay or None}
         if self.args.lr_scheduler_type == "one_cycle":  # which cannot be longer than it was drawn
@@ -306,6 +321,7 @@ class MultiLabelTrainer(AveragingTrainer):
             "num_instances": len(self._training_labels),
             "num_classes": self._training_labels.shape[1],
             "data": self._data_digest,
+            "images": self._images_digest,
             "seed": self.args.seed,
             "data_seed": self.views.seed,
             "image_size": self.views.image_size,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from hf_balancemix.core.distributed import broadcast_buffers
+from hf_balancemix.files import quote
 from hf_balancemix.models.peft_models import (
     base_digest,
     has_adapters,
@@ -27,13 +29,15 @@ from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
 from hf_balancemix.trainer.interruption import EVALUATION_DUE
 from hf_balancemix.trainer.non_finite import FiniteTrainer
+from hf_balancemix.trainer.same_run import changed_arguments, refused_change
 from hf_balancemix.trainer.sole_run import sole_run
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 STATE_FILE = "balancemix_state.safetensors"
-_SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings")
+ARGUMENTS_FILE = "training_args.json"
+_SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings", "images")
 
 
 class ResumableTrainer(FiniteTrainer):
@@ -47,6 +51,7 @@ class ResumableTrainer(FiniteTrainer):
     model: nn.Module
     _not_pushed = (*HubTrainer._not_pushed, RUN_FILE, STATE_FILE, checkpoints.MANIFEST)
     _hidden_arguments: dict[str, Any] | None = None  # what `args` do not say while a checkpoint is being written
+    _kept_arguments: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint, and used instead of those of `args`
     _base: tuple[nn.Module, str] | None = None  # a PeftModel, and the digest of its frozen weights
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -78,6 +83,7 @@ class ResumableTrainer(FiniteTrainer):
             yield
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._kept_arguments = {}
         self._base = None  # which may have been changed since the last training
         checkpoint = None
         if resume_from_checkpoint is True:
@@ -110,7 +116,8 @@ class ResumableTrainer(FiniteTrainer):
             )
 
     def _run_facts(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed; `global_batch_size`, `ranks` and `settings` should be."""
+        """What must be the same when a run is resumed; `global_batch_size`, `ranks`, `settings` and `images` should
+        be."""
         raise NotImplementedError
 
     def _checkpoint_facts(self) -> dict[str, Any]:
@@ -130,16 +137,27 @@ class ResumableTrainer(FiniteTrainer):
                 f"cannot resume from {checkpoint}: {problem[:-1]}; it must be whole; pass another, or True, the last."
             )
         saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._checkpoint_facts()
-        differing = [name for name in own if saved.get(name) != own[name]]
-        for name in sorted(differing, key=_SHOULD_BE_EQUAL.__contains__):  # what is refused comes first
-            then, now = saved.get(name), own[name]
-            if name not in _SHOULD_BE_EQUAL:
-                raise ValueError(
-                    f"cannot resume from {checkpoint}: its {name} is {then}, this run's is {now}; they must be equal; "
-                    "resume with the data set and settings of the checkpoint, or start in another output_dir."
-                )
-            text = "%s was %s at the checkpoint and is %s now: the run goes on, but not exactly as it would have."
-            logger.warning(text, name, then, now)
+        arguments = checkpoint / ARGUMENTS_FILE
+        old = json.loads(arguments.read_text()) if arguments.is_file() else {}
+        new = json.loads(json.dumps(self.args.to_dict()))
+        refused = next((name for name in own if name not in _SHOULD_BE_EQUAL and saved.get(name) != own[name]), None)
+        then, now = saved.get(refused), own.get(refused)
+        if refused is None and (refused := refused_change(old, new)) is not None:
+            then, now = old[refused], new[refused]
+        if refused is not None:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: its {refused} is {quote(then)}, this run's is {quote(now)}; they "
+                "must be equal; resume with the data and settings of the checkpoint, or start in another output_dir."
+            )
+        saved, own = ({**facts, **(facts.get("settings") or {})} for facts in (saved, own))
+        known = [name for name in own if name != "settings" and name in saved]
+        changes = {name: (saved[name], own[name], True) for name in known if saved[name] != own[name]}
+        changes |= {name: change for name, *change in changed_arguments(old, new)}
+        self._kept_arguments = {name: then for name, (then, _, is_used) in changes.items() if not is_used}
+        for name, (then, now, is_used) in changes.items() if self.is_world_process_zero() else ():
+            text = "%s was %s at the checkpoint and is %s now: %s is used from here on, and the run is not exactly %s."
+            which, result = (now, "what it would have been") if is_used else (then, "what was asked for")
+            logger.warning(text, name, quote(then), quote(now), quote(which), result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with without_card_of_peft(self.model):
@@ -147,8 +165,8 @@ class ResumableTrainer(FiniteTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self._output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-            values = self.args.to_dict() | (self._hidden_arguments or {})
-            (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            values = self.args.to_dict() | dict(self._kept_arguments) | (self._hidden_arguments or {})
+            (folder / ARGUMENTS_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights(f"at step {self.state.global_step}, where a checkpoint was to be written")

@@ -309,7 +309,7 @@ def test_a_resumed_run_is_bit_equal(arch, step, dataset, tmp_path):
 
 def test_a_checkpoint_with_another_network_first_is_refused(dataset, tmp_path):
     run(tmp_path, dataset, save_strategy="epoch", num_train_epochs=2).train()
-    with pytest.raises(ValueError, match="its scored is first, this run's is second"):
+    with pytest.raises(ValueError, match="its scored is 'first', this run's is 'second'"):
         run(tmp_path, dataset, scored="second").train(resume_from_checkpoint=True)
 
 
