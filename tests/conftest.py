@@ -129,4 +129,5 @@ def load_example(name: str) -> ModuleType:
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
     """All parameters and buffers in one vector."""
-    return torch.cat([t.detach().float().flatten() for t in (*model.parameters(), *model.buffers())])
+    tensors = (getattr(t, "full_tensor", lambda t=t: t)() for t in (*model.parameters(), *model.buffers()))  # FSDP's
+    return torch.cat([t.detach().float().flatten() for t in tensors])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from hf_balancemix.models.peft_models import is_peft_model
 
@@ -27,6 +28,8 @@ def pooled_features_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     own: Any = getattr(model, "_orig_mod", model)  # a compiled graph runs no hooks
     own = own.get_base_model() if is_peft_model(own) else own
     if hasattr(own, "pooled_features"):
+        if isinstance(own, FSDPModule):  # which gathers its weights before `forward` only
+            register_fsdp_forward_method(own, "pooled_features")
         return torch.no_grad()(own.pooled_features)
     classifier = linear_classifier(own)
     if classifier is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from hf_balancemix.data.labels import class_names, given_labels, has_class_names, label_matrix
 from hf_balancemix.data.training_data import undecoded_images
@@ -56,6 +58,32 @@ def check_output_dir(output_dir: str) -> None:
             f"output_dir is {output_dir}, which cannot be made ({error.strerror}); it must be a folder where "
             "files can be written; pass another."
         ) from error
+
+
+def check_engine(trainer: Trainer) -> None:
+    """What was asked for is what runs: on a CPU Accelerate leaves out FSDP without a word, and without `use_cpu` the
+    other processes, too."""
+    processes, ranks = int(os.environ.get("WORLD_SIZE", 1)), trainer.args.world_size
+    if "LOCAL_RANK" in os.environ and processes > 1 and ranks == 1:
+        raise ValueError(
+            f"{processes} processes were started, and each would train alone, as no GPU was found; they must be the "
+            "ranks of one run; pass --use_cpu --ddp_backend gloo."
+        )
+    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and ranks > 1 and not (trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled):
+        raise ValueError(
+            f"FSDP is asked for, and Accelerate runs DDP instead on {trainer.args.device.type.upper()}; GPUs must be "
+            "there for FSDP; leave it out."
+        )
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP's version is {plugin.fsdp_version}; it must be 2, which is tested; set it to 2.")
+    if plugin.state_dict_type.name != "FULL_STATE_DICT":
+        logger.info("FSDP's state_dict_type is FULL_STATE_DICT here: of another no model would be saved.")
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # else those of the former type stay
+        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def check_trainer_options(options: dict[str, Any], compute_metrics: Any) -> None:

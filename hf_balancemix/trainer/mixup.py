@@ -159,7 +159,7 @@ class MixupTrainer(MultiLabelTrainer):
         is as for :meth:`_scan`.
         """
         labels = self._training_labels
-        tables: list[Tensor] = []  # one, as soon as C is known; every rank has an instance
+        tables: list[Tensor] = []  # one, as soon as C is known
 
         def observe(index: Tensor, logits: Tensor) -> None:
             index = index.cpu()

@@ -44,6 +44,7 @@ from hf_balancemix.trainer import optimisation
 from hf_balancemix.trainer.averaging import AveragingTrainer
 from hf_balancemix.trainer.checks import (
     check_arguments,
+    check_engine,
     check_eval_dataset,
     check_images,
     check_model,
@@ -61,6 +62,11 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 10**8  # logits that an evaluation keeps, about 1.4 GB at the peak
 _ALL_RECORDED = 1000  # up to so many classes, every evaluation's record keeps their average precisions
+
+
+def _no_embeddings() -> None:
+    """For FSDP: Accelerate shards the layer that embeds tokens by itself. A ResNet raises an error when asked for it,
+    and a ViT names a part of a layer that is sharded already."""
 
 
 class _EpochHook(TrainerCallback):
@@ -204,6 +210,7 @@ class MultiLabelTrainer(AveragingTrainer):
             compute_metrics=compute_metrics or self._compute_metrics,
             **kwargs,
         )
+        check_engine(self)
         self.model_accepts_loss_kwargs = False
         self.add_callback(_EpochHook(self))
         self.add_callback(FigureCallback(self))
@@ -263,6 +270,8 @@ class MultiLabelTrainer(AveragingTrainer):
         self._fitted_by = size, memory_format = self._model_facts()
         check_model(model, self.class_names, size, self._num_classes)
         model.to(memory_format=memory_format)
+        if self.is_fsdp_enabled:
+            model.get_input_embeddings = _no_embeddings  # type: ignore[assignment]
 
     def _model_facts(self) -> tuple[int | None, torch.memory_format]:
         """Size of the images that the model must take (None: of the user's views), and its memory format."""
@@ -327,6 +336,7 @@ class MultiLabelTrainer(AveragingTrainer):
             "image_size": self.views.image_size,
             "global_batch_size": self.args.global_batch_size,
             "ranks": self.args.world_size,
+            "engine": "FSDP" if self.is_fsdp_enabled else None,  # which has files of its own
         }
 
     # ---- data ----
@@ -352,10 +362,15 @@ class MultiLabelTrainer(AveragingTrainer):
         )
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(dataset, datasets.Dataset):  # evaluation and prediction
+        drop_last = self.args.dataloader_drop_last
+        if isinstance(dataset, datasets.Dataset):  # evaluation and prediction, of all instances
             check_images(dataset)
             dataset = PlainInstances(dataset, self.views)
-        loader: Any = super()._get_dataloader(dataset, *args, **kwargs)
+            self.args.dataloader_drop_last = False
+        try:
+            loader: Any = super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
         # Each iter() of a loader draws a base seed from the global generator unless it has its own; how often that
         # happens differs between an uninterrupted and a resumed run.
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
@@ -578,7 +593,15 @@ class MultiLabelTrainer(AveragingTrainer):
         """Write the model that `save_model` writes as ONNX; see :func:`~hf_balancemix.models.export.export_onnx`.
 
         Must be called on every rank.
+
+        Raises:
+            ValueError: FSDP or DeepSpeed is on.
         """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP or DeepSpeed keeps parts of the weights on each process; a model must be whole to be exported; "
+                "save it (save_model), and export what was saved (hf_balancemix.export_onnx)."
+            )
         try:
             if self.is_world_process_zero():
                 with self._averaged():

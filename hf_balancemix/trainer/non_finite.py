@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import TrainOutput
 
 from hf_balancemix.core.distributed import all_reduce_sum, gather, world
@@ -18,14 +19,21 @@ _ADVICE = "lower learning_rate, train in float32, or look for damaged images and
 
 
 def non_finite_weight(model: nn.Module, buffers: bool = True) -> str | None:
-    """The name of the first parameter that is not finite, or buffer that holds NaN; None if there is none."""
+    """The name of the first parameter that is not finite, or buffer that holds NaN; None if there is none.
+
+    Of parameters that are spread over the ranks (FSDP) only this rank's share is looked at.
+    """
     # A buffer may hold an infinity on purpose, as masks of attention do.
-    tests = {name: ~p.detach().isfinite().all() for name, p in model.named_parameters()}
+    tests = {name: ~_share(p.detach()).isfinite().all() for name, p in model.named_parameters()}
     tests |= {name: b.isnan().any() for name, b in model.named_buffers() if buffers and b.is_floating_point()}
     if not tests:
         return None
     found = torch.stack([test.to(next(iter(tests.values())).device) for test in tests.values()])
     return None if not found.any() else [*tests][int(found.int().argmax())]
+
+
+def _share(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class FiniteTrainer(InterruptibleTrainer):
@@ -128,8 +136,9 @@ class FiniteTrainer(InterruptibleTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; a ValueError where a weight is not finite, as in `push_to_hub`."""
-        # Also called on one rank only; with DDP all have the same weights.
-        if (weight := non_finite_weight(self.model)) is not None:
+        weight = non_finite_weight(self.model)
+        # With FSDP all ranks come here, each with its share; else it may be one of them, with all weights.
+        if self._on_any_rank(weight) if self.is_fsdp_enabled else weight is not None:
             raise _refusal(weight, "to be saved")
         super().save_model(output_dir, _internal_call)
 

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_dataset, tiny_resnet
+from conftest import NAMES, make_dataset, tiny_resnet
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from hf_balancemix.core.distributed import broadcast_buffers
 from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.data.training_data import PlainInstances
 from hf_balancemix.data.views import ViewMaker
+from hf_balancemix.models import model_from_backbone
+from hf_balancemix.models.features import pooled_features_of
 from hf_balancemix.trainer.scan import scan
 
 N = 11
@@ -166,6 +169,39 @@ def test_two_ranks_cover_all_instances_once_with_rank_0s_statistics(tmp_path, nu
     for shard, (_, logits, _) in zip(shards, results, strict=True):
         assert torch.allclose(torch.tensor(logits).view(-1, 5), expected[shard], atol=1e-6)
     assert results[0][2] == results[1][2]
+
+
+@pytest.mark.dist
+def test_a_model_whose_weights_are_spread_over_the_ranks_is_scanned_by_all_alike(tmp_path):
+    # 9 instances on two ranks, 4 a batch: the first rank has two batches, the second one and a copy.
+    data = PlainInstances(make_dataset(tmp_path / "images", 9), ViewMaker(16, seed=0))
+    model = model_from_backbone(tiny_resnet().config, NAMES).eval()
+    pixels = torch.stack([data[i]["pixel_values"] for i in range(9)]).float() / 255
+    with torch.no_grad():
+        expected = model(pixels).logits, model.pooled_features(pixels)
+
+    def work(rank: int) -> list:
+        fully_shard(model.head)
+        fully_shard(model)
+        assert model.head.weight.to_local().numel() < model.head.weight.numel()
+        results = []
+        for run in (lambda images: model(pixel_values=images).logits, pooled_features_of(model)):
+            seen = []
+            scan(
+                lambda batch, run=run: run(batch["pixel_values"].float() / 255),
+                model,
+                data,
+                lambda index, rows, seen=seen: seen.extend(zip(index.tolist(), rows.tolist(), strict=True)),
+                batch_size=4,
+            )
+            results.append(dict(seen))
+        return results
+
+    ranks = on_two_ranks(work, tmp_path)
+    for rows, *found in zip(expected, *ranks, strict=True):
+        assert [sorted(seen) for seen in found] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+        both = found[0] | found[1]
+        assert torch.allclose(torch.tensor([both[i] for i in range(9)]), rows, atol=1e-6)
 
 
 def test_without_ranks_the_buffers_are_left_alone():

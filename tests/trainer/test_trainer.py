@@ -262,6 +262,14 @@ def test_predict_needs_no_labels(dataset, tmp_path):
     assert output.label_ids is None
 
 
+def test_only_training_drops_a_last_batch(dataset, tmp_path):
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=7)
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=args, train_dataset=dataset)
+    assert len(trainer.predict(dataset).predictions) == len(dataset) == 24
+    assert args.dataloader_drop_last
+    assert len(trainer.get_train_dataloader()) == 6
+
+
 def test_the_processors_normalisation_is_kept_and_its_crop_is_not(dataset, tmp_path):
     given = ConvNextImageProcessor(size={"shortest_edge": 32}, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
     trainer = MultiLabelTrainer(

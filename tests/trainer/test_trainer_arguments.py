@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import NAMES, arguments, flat, tiny_resnet, tiny_vit
 from PIL import Image
 from torchvision.transforms import v2
@@ -22,6 +23,7 @@ from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.data.views import ViewMaker
 from hf_balancemix.methods import trainer_for
 from hf_balancemix.trainer import MixupTrainer
+from hf_balancemix.trainer.checks import check_engine
 
 
 @pytest.fixture
@@ -116,6 +118,34 @@ def test_what_would_have_no_effect_is_refused(dataset, tmp_path):
     trainer.train_dataset = dataset.shuffle(seed=0)  # whose labels the trainer has not read
     with pytest.raises(ValueError, match="train_dataset was replaced"):
         trainer.train()
+
+
+def test_processes_that_would_not_be_one_run_are_refused(dataset, tmp_path, monkeypatch):
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path), train_dataset=dataset)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_engine(trainer)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # by torchrun; without use_cpu Accelerate looks for GPUs only
+    with pytest.raises(ValueError, match=r"2 processes were started.*; pass --use_cpu --ddp_backend gloo\.$"):
+        check_engine(trainer)
+
+
+def test_fsdp_that_accelerate_would_leave_out_or_is_of_version_1_is_refused(dataset, tmp_path, monkeypatch):
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path), train_dataset=dataset)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    check_engine(trainer)
+    trainer.args.fsdp = True
+    with pytest.raises(ValueError, match="Accelerate runs DDP instead on CPU"):
+        check_engine(trainer)
+    trainer.args.fsdp = None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # by `accelerate launch`
+    with pytest.raises(ValueError, match="Accelerate runs DDP instead on CPU"):
+        check_engine(trainer)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(ValueError, match="version is 1; it must be 2"):
+        check_engine(trainer)
+    with pytest.raises(ValueError, match="save_model"):
+        trainer.export_onnx(tmp_path / "model.onnx")
 
 
 def test_what_trainer_takes_besides_works(dataset, tmp_path):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import final, run
+from test_resume import assert_same_end, final, kill_and_resume, run
 
 FLAGS = ("--arch", "vit", "--dropout", "0", "--instances", "32", "--epochs", "2", "--clip", "0")
 
@@ -57,6 +57,28 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, judge, predi
         *(f.drop(columns=["rank", "Unnamed: 0"]).reset_index(drop=True) for f in found), atol=2e-3
     )
     assert judge == "cross_fit" or len(found[0])
+
+
+@pytest.mark.dist
+def test_fsdp_equals_one_process_and_resumes_bit_equal(tmp_path):
+    # Of 31 instances the first rank scans 16, in four batches, and the second 15, in three.
+    flags = ("--arch", "vit", "--dropout", "0", "--instances", "31", "--epochs", "2", "--drop_last")
+    run(tmp_path / "one", *flags, "--batch", "8")
+    run(tmp_path / "fsdp", *flags, "--batch", "4", "--fsdp", ranks=2)
+    one, ranks = final(tmp_path / "one"), [final(tmp_path / "fsdp", rank) for rank in (0, 1)]
+    assert len(one["trace"]) == len(ranks[0]["trace"]) == 3 + 3 * 3
+    for alone, first, second in zip(one["trace"], *(end["trace"] for end in ranks), strict=True):
+        for name in alone.keys() - {"loss"}:
+            assert torch.equal(alone[name], torch.cat([first[name], second[name]])), name
+    assert torch.allclose(one["parameters"], ranks[0]["parameters"], atol=1e-5, rtol=0)
+    stored = [load_file(tmp_path / name / "checkpoint-6" / "model.safetensors") for name in ("one", "fsdp")]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.allclose(value, stored[1][key], atol=1e-5, rtol=0) for key, value in stored[0].items())
+    figures = [[line["eval_mAP"] for line in end["log"] if "eval_mAP" in line] for end in (one, ranks[0])]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+
+    resumed = kill_and_resume(tmp_path / "killed", "step:5", *flags, "--batch", "4", "--fsdp", ranks=2)
+    assert_same_end(ranks[0], resumed)
 
 
 @pytest.mark.dist

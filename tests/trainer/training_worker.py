@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from conftest import arguments, flat, make_dataset, tiny_resnet, tiny_vit
 from transformers import TrainerCallback
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--instances", type=int, default=26)
+    parser.add_argument("--drop_last", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--save_steps", type=int, default=2)
     parser.add_argument("--clip", type=float, default=0.0)
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--norm_head", action="store_true", help="batch norm of what was pooled")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2, which Accelerate leaves out on a CPU")
     parser.add_argument("--on_nan", default="stop")
     parser.add_argument("--nan", help="RANK:N, the rank whose n-th batch of training is infinite")
     parser.add_argument("--kill")
@@ -142,6 +145,7 @@ def main() -> None:
         per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=5,
         gradient_accumulation_steps=options.accumulation,
+        dataloader_drop_last=options.drop_last,
         save_strategy="steps",
         save_steps=options.save_steps,
         eval_strategy="epoch",
@@ -155,7 +159,10 @@ def main() -> None:
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
         **({"ddp_backend": "gloo"} if ranks > 1 else {}),
+        **({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}} if options.fsdp else {}),
     )
+    if options.fsdp:  # the one thing that Accelerate asks before it leaves FSDP out
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = tiny_resnet() if options.arch == "resnet" else tiny_vit(dropout=options.dropout)
     if options.norm_head:
         model.classifier.insert(1, torch.nn.BatchNorm1d(16))  # after the ResNet's nn.Flatten
