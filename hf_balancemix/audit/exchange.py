@@ -219,8 +219,11 @@ def _classifications(labels: Any) -> dict[str, Any]:
 def _mongo_time(value: Any) -> str:
     """ISO 8601 of a date in MongoDB's JSON, a text or milliseconds; empty where there is none."""
     value = value.get("$date") if isinstance(value, Mapping) else value
-    if isinstance(value, int):
-        return datetime.fromtimestamp(value / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        if isinstance(value, int):
+            return datetime.fromtimestamp(value / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):  # no date that there is
+        return ""
     return value or ""
 
 

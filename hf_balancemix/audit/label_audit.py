@@ -108,8 +108,11 @@ class LabelAudit:
         try:
             rows = datasets.Dataset(pq.read_table(folder / ROWS_FILE))
             saved = read_json(folder / CLASSES_FILE)
-            classes = [ClassAudit(**_with_tuples(values)) for values in saved["classes"]]
-            if saved["format"] != _FORMAT or not set(_columns("string")) <= set(rows.column_names):
+            classes = [_class_audit(values) for values in saved["classes"]]
+            types = {name: rows.features[name].dtype for name in _columns("string")}  # KeyError without one
+            if saved["format"] != _FORMAT or types != {
+                name: value.dtype for name, value in _columns(types["image_id"]).items()
+            }:
                 raise ValueError(f"format {quote(saved['format'])} with the columns {quote(rows.column_names)}")
         except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
             reason = one_line(error)
@@ -244,5 +247,14 @@ def references(dataset: datasets.Dataset, instance: np.ndarray) -> tuple[list[in
     return [ids[i] for i in place], [images[i] for i in place]
 
 
-def _with_tuples(values: dict) -> dict:
-    return {key: tuple(value) if key in ("wrong", "missing") and value else value for key, value in values.items()}
+def _class_audit(values: dict) -> ClassAudit:
+    """A class's audit as JSON holds it; TypeError or ValueError for anything else."""
+    rates = {key: values[key] and tuple(values[key]) for key in ("wrong", "missing")}
+    audit = ClassAudit(**values | rates)
+    numbers = [[audit.positives, audit.negatives], *filter(None, rates.values())]
+    numbers += [*audit.histogram_positive, *audit.histogram_negative]
+    if not isinstance(audit.name, str) or any(type(x) not in (int, float) for row in numbers for x in row):
+        raise ValueError(f"a class is {quote(values)}")
+    if any(len(rate) != 3 for rate in rates.values() if rate):
+        raise ValueError(f"the rates of the class {quote(audit.name)} are {quote(rates)}")
+    return audit

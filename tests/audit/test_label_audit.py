@@ -13,6 +13,7 @@ import torch
 from conftest import NAMES, arguments, label_dataset, make_dataset, tiny_vit
 
 from hf_balancemix import BalanceMixTrainer, LabelAudit, MultiLabelTrainer, audit_labels
+from hf_balancemix.audit.exchange import from_cleanlab
 from hf_balancemix.audit.label_audit import make_audit
 from hf_balancemix.core import (
     LossHistogram,
@@ -186,6 +187,49 @@ def test_a_damaged_audit_is_refused_and_an_absent_one_named(trainer, tmp_path):
     (tmp_path / "label_audit.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="holds no audit that can be read"):
         LabelAudit.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "[" * 10**5,
+        lambda text: text.replace('"format": 1', f'"format": {"7" * 5000}'),
+        lambda text: text.replace('"format": 1', f'"format": {"7" * 4000}'),
+        lambda text: text.replace('"format": 1', '"format": 1, "format": 1'),
+        lambda text: text.replace(f'"name": "{NAMES[0]}"', '"name": ["x"]'),
+        lambda text: re.sub(r'"positives": \d+', '"positives": "many"', text),
+        lambda text: re.sub(r'"wrong": [^,]+,', '"wrong": [0.1, 0.2],', text),
+        lambda text: re.sub(r'"wrong": [^,]+,', '"wrong": "all",', text),
+        lambda text: text.replace('"negatives"', '"' + "x" * 5000 + '"'),
+        lambda text: json.dumps({"classes": [json.loads(text)]}),
+        lambda text: json.dumps([text] * 5000),
+    ],
+)
+def test_a_hostile_audit_is_one_short_sentence(tmp_path, damage):
+    folder = tmp_path / "audit"
+    small_audit().save(folder)
+    LabelAudit.load(folder)
+    text = (folder / "label_audit.json").read_text()
+    (folder / "label_audit.json").write_text(damage(text))
+    assert (folder / "label_audit.json").read_text() != text
+    with pytest.raises(ValueError, match="holds no audit that can be read") as error:
+        LabelAudit.load(folder)
+    assert len(str(error.value)) < 400
+
+
+def small_audit() -> LabelAudit:
+    labels = np.eye(len(NAMES), dtype=np.uint8)
+    return from_cleanlab(label_dataset(labels, NAMES), labels == 1, np.full(labels.shape, 0.25))
+
+
+def test_an_audit_is_not_read_through_links_out_of_its_folder(tmp_path):
+    small_audit().save(tmp_path / "audit")
+    (tmp_path / "linked").mkdir()
+    for file in (tmp_path / "audit").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    with pytest.raises(ValueError, match="leads out of it"):
+        LabelAudit.load(tmp_path / "linked")
+    assert len(LabelAudit.load(tmp_path / "linked", follow_links=True).classes) == len(NAMES)
 
 
 def test_there_is_no_audit_without_label_management(trainer, dataset, tmp_path):

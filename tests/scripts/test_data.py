@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import datasets
@@ -12,6 +13,7 @@ from PIL import Image as PILImage
 
 from hf_balancemix.data import class_names, given_labels
 from hf_balancemix.scripts.data import AnyData
+from hf_balancemix.scripts.predict import image_files
 
 
 @pytest.fixture
@@ -154,3 +156,35 @@ def test_the_configurations_that_there_are(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", several)
     with pytest.raises(ValueError, match=r"configs: \['en', 'de'\]; correct --dataset_name"):
         AnyData(dataset_name="a/b").load(0)
+
+
+def test_a_local_data_set_whose_links_lead_out_of_it_needs_follow_links(tags, tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "elsewhere.png").write_bytes(_png())
+    (folder / "train" / "ant" / "0.png").symlink_to(tmp_path / "elsewhere.png")
+    for options in ({"dataset_name": str(folder)}, {"train_dir": str(folder)}):
+        if "train_dir" in options:
+            (folder / "labels.csv").write_text("file_name,ant\ntrain/ant/0.png,1\n")
+        with pytest.raises(ValueError, match=r"ant/0\.png' in .* leads out of it.*--follow_links"):
+            AnyData(**options).load_to_audit(0)
+    linked = AnyData(train_dir=str(folder), eval_dir=str(folder), follow_links=True).load(0)[0]
+    assert linked["labels"][:] == [[0]]
+
+
+def test_predict_reads_no_image_through_a_link_out_of_its_folder(tmp_path):
+    (tmp_path / "images" / "inner").mkdir(parents=True)
+    (tmp_path / "elsewhere.png").write_bytes(_png())
+    (tmp_path / "images" / "a.png").write_bytes(_png())
+    (tmp_path / "images" / "b.png").symlink_to("a.png")
+    assert [file.name for file in image_files(tmp_path / "images")[0]] == ["a.png", "b.png"]
+    (tmp_path / "images" / "inner" / "c.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(ValueError, match=r"inner/c\.png' in .* leads out of it"):
+        image_files(tmp_path / "images")
+    assert len(image_files(tmp_path / "images", follow_links=True)[0]) == 3
+
+
+def _png() -> bytes:
+    stream = io.BytesIO()
+    PILImage.new("RGB", (8, 8)).save(stream, "PNG")
+    return stream.getvalue()
