@@ -327,7 +327,11 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
             continue
         if config is not None:
             raise ValueError(f"dataset_config is {quote(config)}; a folder of save_to_disk has none; leave it out.")
-        saved = datasets.load_from_disk(name)
+        try:
+            saved = datasets.load_from_disk(name)
+        except Exception as error:  # as below
+            problem = f"the data set {quote(name)} cannot be loaded ({type(error).__name__}: {one_line(error)})"
+            raise ValueError(f"{problem}; it must be what save_to_disk wrote; copy it again.") from error
         if isinstance(saved, datasets.Dataset):
             if split != "train":
                 needed = "a folder of one saved data set has no splits"
@@ -340,10 +344,10 @@ def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
         return saved[split]
     try:
         return datasets.load_dataset(name, config, split=split)
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # OSError: files, and every kind of failed connection. An error in a row of metadata is the cause of another.
+    except Exception as error:  # files of strangers and failed connections: of `datasets` and what it calls anything
+        # An error in a row of metadata is the cause of another.
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        lines = [line.strip() for line in str(cause or error).splitlines()]
+        lines = [line.strip() for line in str(cause or error).splitlines()] or [type(error).__name__]
         # The lines after the first say what configurations there are, or how to go on.
         said = one_line(" ".join(lines if "config" in lines[0].lower() else lines[:1]), 200).rstrip(".")
         fix = "correct --dataset_name, --dataset_config or the split"

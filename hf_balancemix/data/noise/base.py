@@ -37,7 +37,7 @@ def recorded_noise(dataset: datasets.Dataset) -> dict[str, Any] | None:
         if line.startswith(_NOISE_PREFIX):
             try:
                 noise = json.loads(line.removeprefix(_NOISE_PREFIX))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(noise, dict):
                 return noise
