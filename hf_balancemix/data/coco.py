@@ -290,8 +290,9 @@ def _categories(content: dict[str, list[Any]], file: Path) -> tuple[dict[int | s
         raise ValueError(
             f"{file}: categories {quote(first)} and {quote(second)} {named}; names must differ; rename one."
         )
+    name_of = dict(zip(ids, names, strict=True))
     class_of = {category_id: k for k, category_id in enumerate(sorted(ids))}
-    return class_of, [names[ids.index(category_id)] for category_id in class_of]
+    return class_of, [name_of[category_id] for category_id in class_of]
 
 
 def _root_category(content: dict[str, list[Any]]) -> int | None:

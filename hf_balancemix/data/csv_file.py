@@ -246,15 +246,16 @@ class CsvTable:
             raise ValueError(f"{file} is not UTF-8 text ({one_line(error)}); save it as UTF-8.") from error
         if twice := sorted(name for name, number in Counter(self.header).items() if name and number > 1):
             raise ValueError(f"{file}, line 1: the header names {first_few(twice)} more than once; rename one.")
+        self._position = {name: i for i, name in reversed([*enumerate(self.header)])}  # of the first, if unnamed
         if not self.rows:
             raise ValueError(f"{file} has no rows below its header; there must be at least one; add the rows.")
 
     def column(self, name: str, argument: str = "names") -> list[str]:
         """The cells under a heading; `argument` is what named it, for the message."""
-        if name not in self.header:
+        if name not in self._position:
             header = f"{self.file}, line 1: no column {quote(name)} in the header {first_few(self.header)}"
             raise ValueError(f"{header}; correct {argument}, or the delimiter.")
-        index = self.header.index(name)
+        index = self._position[name]
         return [row[index].strip() for row in self.rows]
 
     def check_unique(self, cells: Sequence[str], column: str) -> None:

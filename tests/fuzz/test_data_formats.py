@@ -23,7 +23,7 @@ import pytest
 import yaml
 from mutate import as_json, mutated_bytes, mutated_tree, outcome, watch
 
-from hf_balancemix import BalanceMixTrainingArguments
+from hf_balancemix import BalanceMixTrainingArguments, apply_corrections
 from hf_balancemix.data import from_csv, load_coco, load_deepfashion, load_noise_map, load_voc
 from hf_balancemix.data.labels import class_names
 from hf_balancemix.data.noise_map import NoiseMap
@@ -243,6 +243,53 @@ class CsvTags(CsvColumns):
         super().check(result, inside)
 
 
+class CsvConfidences(CsvColumns):
+    def make(self) -> None:
+        rows = ["a.jpg,ant,1", "a.jpg,bee,0", "b.jpg,bee,0.7", "c.jpg,cat,0.2", "d.jpg,ant,1.0", "d.jpg,cat,1"]
+        self.files = {"labels.csv": "\n".join(["file_name,name,confidence", *rows]).encode()}
+
+    def load(self, **options):
+        return super().load(label_column="name", confidence_column="confidence", **options)
+
+    def expected(self) -> Found:
+        header, *rows = self.rows()
+        image, name, confidence = (header.index(column) for column in ("file_name", "name", "confidence"))
+        found: Found = {row[image]: set() for row in rows}
+        for row in rows:
+            if float(row[confidence]) >= 0.5:
+                found[row[image]].add(row[name])
+        return found
+
+
+class Decisions(Format):
+    """What a reviewer decided about labels, applied to a data set."""
+
+    has_root = False
+
+    def make(self) -> None:
+        kind = datasets.List(datasets.ClassLabel(names=NAMES))
+        features = datasets.Features({"image_id": datasets.Value("int64"), "labels": kind})
+        self.given = datasets.Dataset.from_dict({"image_id": [1, 2, 3], "labels": [[0, 2], [1], []]}, features)
+        rows = ["1,ant,1,wrong,ann,2026-01-01", "1,bee,0,right,,", "2,cat,0,wrong,bob,", "3,bee,0,unsure,ann,"]
+        header = "image_id,class,given,decision,reviewer,time"
+        self.files = {"decisions.csv": "\n".join([header, *rows]).encode()}
+
+    def load(self, **options):
+        return apply_corrections(self.given, self.root / "decisions.csv")
+
+    def check(self, result, inside: bool = True) -> None:
+        text = (self.root / "decisions.csv").read_bytes().decode("utf-8-sig")
+        delimiter = max(",;\t", key=text.split("\n")[0].count)
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+        header = [name.strip() for name in header]
+        labels = {str(i): set(row) for i, row in zip(self.given["image_id"], self.given["labels"], strict=True)}
+        for row in {tuple(cell.strip() for cell in row[:4]) for row in rows}:
+            cells = dict(zip(header, row, strict=False))
+            if cells["decision"] == "wrong":
+                labels[cells["image_id"]] ^= {NAMES.index(cells["class"])}
+        assert {str(i): set(row) for i, row in zip(result["image_id"], result["labels"], strict=True)} == labels
+
+
 class NoiseMaps(Format):
     """With its digest, which must find every change; and without, where what is applied must be what the rows say."""
 
@@ -332,7 +379,7 @@ class Yaml(Format):
                 assert got == value or value != value
 
 
-FORMATS = [Coco, VocClassFiles, VocXml, DeepFashion, CsvColumns, CsvTags, NoiseMaps, Yaml]
+FORMATS = [Coco, VocClassFiles, VocXml, DeepFashion, CsvColumns, CsvTags, CsvConfidences, Decisions, NoiseMaps, Yaml]
 
 
 @pytest.mark.parametrize("number", [100, IN_FULL])
