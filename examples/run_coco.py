@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     with args.main_process_first():  # the other ranks then find what rank 0 has made
         root = data.data_dir or make_scenes()
         options = {"year": data.year, "keep_unlabelled": data.keep_unlabelled, "on_bad_image": data.on_bad_image}
+        options["follow_links"] = data.follow_links
         train = load_coco(root, split="train", **options)
         val = load_coco(root, split="val", **options)
         train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
-        train = add_noise(train, noise)
+        train = add_noise(train, noise, data.follow_links)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
 

@@ -31,10 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     say(args, f"Training on DeepFashion {data.train_split}, evaluating on {data.eval_split}.")
 
     with args.main_process_first():  # the other ranks then find what rank 0 has made
-        train = load_deepfashion(data.data_dir, split=data.train_split, on_bad_image=data.on_bad_image)
-        val = load_deepfashion(data.data_dir, split=data.eval_split, on_bad_image=data.on_bad_image)
+        options = {"on_bad_image": data.on_bad_image, "follow_links": data.follow_links}
+        train = load_deepfashion(data.data_dir, split=data.train_split, **options)
+        val = load_deepfashion(data.data_dir, split=data.eval_split, **options)
         train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
-        train = add_noise(train, noise)
+        train = add_noise(train, noise, data.follow_links)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
     frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_...

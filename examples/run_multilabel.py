@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         # train, val = iterative_split(from_csv("labels.csv", "photos", label_column="tags"), [0.9, 0.1])
         train, val = data.load(args.seed)
         train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
-        train = add_noise(train, noise)
+        train = add_noise(train, noise, data.follow_links)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
     frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_...

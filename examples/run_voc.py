@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> None:
               f"{data.eval_split}; difficult objects count as {data.difficult}.")  # fmt: skip
 
     with args.main_process_first():  # the other ranks then find what rank 0 has made
-        options = {"difficult": data.difficult, "on_bad_image": data.on_bad_image}
+        options = {"difficult": data.difficult, "on_bad_image": data.on_bad_image, "follow_links": data.follow_links}
         train = load_voc(data.data_dir, year=data.train_year, split=data.train_split, **options)
         val = load_voc(data.data_dir, year=data.eval_year, split=data.eval_split, **options)
         train, val, left_out = usable(train, val, data, args.seed, args.max_image_pixels)
-        train = add_noise(train, noise)
+        train = add_noise(train, noise, data.follow_links)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
     frozen = freeze_backbone(model_args, train, val, args)  # None without --frozen_...

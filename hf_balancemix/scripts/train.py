@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(args, "No data given: using the built-in sample (small drawn scenes, made once into your cache).")
     with args.main_process_first():  # the other ranks then find what rank 0 has made
         train, val, left_out = usable(*data.load(args.seed), data, args.seed, args.max_image_pixels)
-        train = add_noise(train, noise)
+        train = add_noise(train, noise, data.follow_links)
     names = class_names(train)
     say(args, f"{len(train):,} training and {len(val):,} evaluation images, {len(names)} classes, noise: {noise}.")
     frozen = freeze_backbone(model_args, train, val, args)
@@ -114,10 +114,10 @@ def usable(
     return kept[0], kept[1], (left_out[0], left_out[1])
 
 
-def add_noise(train: datasets.Dataset, noise: NoiseArguments) -> datasets.Dataset:
+def add_noise(train: datasets.Dataset, noise: NoiseArguments, follow_links: bool = False) -> datasets.Dataset:
     """`train` with noisy `labels` and `clean_labels` beside, or as it was."""
     if noise.noise_map is not None:
-        return load_noise_map(noise.noise_map).apply(train)
+        return load_noise_map(noise.noise_map, follow_links=follow_links).apply(train)
     if noise.noise == "single_positive":
         return SinglePositive(seed=noise.noise_seed).add_to(train)
     model = {"mislabel": Mislabel, "flip": RandomFlip}.get(noise.noise)
