@@ -234,7 +234,7 @@ def _values(content: dict[str, list[Any]], part: str, key: str, kinds: tuple[typ
     for index, record in enumerate(content[part]):
         if not isinstance(record, dict):
             raise ValueError(f"{where(index)} is {quote(record)}; it must be an object with the {key}; repair it.")
-        value = record.get(key)
+        value: Any = record.get(key)
         if type(value) not in kinds:  # exact types: True is no id
             raise ValueError(f"{where(index)} has the {key} {quote(value)}; it must be {wanted}; repair it.")
         if not (_is_text(value) if isinstance(value, str) else -(2**63) <= value < 2**63):  # what a column can hold

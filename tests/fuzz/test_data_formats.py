@@ -336,6 +336,7 @@ class NoiseMaps(Format):
             assert found == self.good
         labels = {i: set(row) for i, row in zip(self.clean["image_id"], self.clean["labels"], strict=True)}
         for row in pq.read_table(self.root / "map.parquet").to_pylist():
+            row = {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
             if row["class"] is not None:
                 k = NAMES.index(row["class"])
                 assert (k in labels[row["image_id"]]) == row["clean"] != row["given"]
