@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,23 @@ def process_lock(path: str | os.PathLike[str], *, wait: bool = True) -> FileLock
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, timeout=-1 if wait else 0)
+
+
+def check_writable(folder: str | os.PathLike[str], argument: str) -> None:
+    """Make a folder, and see whether a file can be written there.
+
+    Raises:
+        ValueError: It cannot; `argument` says in the message what to change.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {folder}, where nothing can be written ({error.strerror}); it must be a folder with room "
+            "and the permission to write; choose another."
+        ) from error
 
 
 def cache_folder() -> Path:

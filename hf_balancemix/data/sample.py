@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import maximum_filter
 from tqdm.auto import tqdm
 
-from hf_balancemix.files import cache_folder
+from hf_balancemix.files import cache_folder, check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -439,7 +439,7 @@ def make_scenes(
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         problem = f"root is {root}, which exists and is not a whole scene set made with these settings"
         raise ValueError(f"{problem}; it must be a new or empty folder; delete it or pass another root.")
-    root.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(root.parent, "the folder of the built-in sample (HF_BALANCEMIX_CACHE)")
     logger.info("Drawing the built-in sample into %s", root)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
         build = Path(scratch) / root.name

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from hf_balancemix.core.keys import keyed_seed
 from hf_balancemix.data.images import decode
 from hf_balancemix.data.views import ViewMaker, normalise, undecoded_images
-from hf_balancemix.files import process_lock
+from hf_balancemix.files import check_writable, process_lock
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,7 @@ def cache_features(
     cache = Path(folder).expanduser() / f"features-{name}"
     num_rows = len(train) * (1 + num_views) + len(evaluation)
     if not _is_whole(cache, num_rows):
+        check_writable(cache.parent, "the folder of cached features (--cache_dir)")
         with process_lock(cache.with_suffix(".lock")):
             if not _is_whole(cache, num_rows):  # another process may have made it meanwhile
                 loaders = [

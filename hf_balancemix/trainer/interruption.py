@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import TrainOutput
 
-from hf_balancemix.core.distributed import gather
+from hf_balancemix.core.distributed import all_reduce_sum
+from hf_balancemix.files import quote
 from hf_balancemix.trainer.hub import CREATION, HubTrainer
 
 logger = logging.getLogger(__name__)
@@ -155,19 +156,26 @@ class InterruptibleTrainer(HubTrainer):
         return output
 
     def request_stop(self, signal_number: int = signal.SIGTERM) -> None:
-        """End the training as that signal would: from a signal handler of your own, or from another thread."""
+        """End the training as SIGTERM or SIGUSR1 would: from a signal handler of your own, or from another thread."""
+        if signal_number not in SIGNALS:
+            names = " or ".join(number.name for number in SIGNALS)
+            raise ValueError(f"signal_number is {quote(signal_number)}; it must be {names}; leave it out for SIGTERM.")
         self._signals.received = int(signal_number)
 
     # ---- where the ranks agree ----
 
     def _received(self) -> Tensor:
-        """`(1,)` int64: the number of the signal that this rank received, or 0."""
-        return torch.tensor([self._signals.received or 0], device=self.args.device)
+        """`(number of SIGNALS,)` int64: 1 for the one that this rank received, to be summed over the ranks."""
+        return torch.tensor([int(number == self._signals.received) for number in SIGNALS], device=self.args.device)
+
+    def _agree(self, received: Iterable[int]) -> None:
+        """Take note of what all ranks together received."""
+        self._stop_signal = next((int(number) for number, ranks in zip(SIGNALS, received, strict=True) if ranks), None)
 
     def _asked_to_stop(self) -> bool:
         """Must be called on every rank: whether any was told to end."""
         if self._stop_signal is None:
-            self._stop_signal = int(gather(self._received()).max()) or None
+            self._agree(all_reduce_sum(self._received()).tolist())
         return self._stop_signal is not None
 
     def _stop_if_asked(self) -> None:

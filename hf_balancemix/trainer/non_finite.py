@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import TrainOutput
 
-from hf_balancemix.core.distributed import all_reduce_sum, gather, world
+from hf_balancemix.core.distributed import all_reduce_sum, world
 from hf_balancemix.trainer.interruption import InterruptibleTrainer
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class FiniteTrainer(InterruptibleTrainer):
         self._num_steps += 1
         flags: Tensor = self._flags  # type: ignore[assignment]
         # One exchange a step: whether a rank was told to end goes with it.
-        logits, loss, stop = gather(torch.cat([flags.long(), self._received()])[None]).amax(0).tolist()
-        self._stop_signal = stop or None
+        logits, loss, *received = all_reduce_sum(torch.cat([flags.long(), self._received()])).tolist()
+        self._agree(received)
         if not (logits or loss):
             return
         names = [name for name, bad in (("logits", logits), ("loss", loss)) if bad]

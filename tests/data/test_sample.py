@@ -316,3 +316,10 @@ def test_bad_settings(settings: dict, error: type[Exception], message: str, tmp_
     with pytest.raises(error, match=message):
         make_scenes(tmp_path / "set", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_BALANCEMIX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"\(HF_BALANCEMIX_CACHE\) is .*/file, where nothing can be written"):
+        make_scenes(num_train=1, num_val=1)

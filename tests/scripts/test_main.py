@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,3 +194,18 @@ def test_every_command_that_is_written_down_is_understood(text):
             assert words[1] in ("COMMAND", "--version", "predict") or "benchmarks.paper" in words, words
         seen.add(script or words[1])
     assert {"run_coco", "predict"} <= seen
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_the_command_passes_signals_on_to_the_process_that_trains(name):
+    child = f"import signal, time; signal.signal(signal.SIG{name}, lambda *_: exit(143)); print('up', flush=True)\n"
+    child += "for _ in range(300): time.sleep(0.1)"
+    parent = "import subprocess, sys; from hf_balancemix.scripts.main import pass_signals_on; pass_signals_on()\n"
+    parent += f"sys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)"
+    paths = os.pathsep.join([str(REPOSITORY), *sys.path])
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
+    ) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        assert process.wait(30) == 143
