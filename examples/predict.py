@@ -16,7 +16,8 @@ from hf_balancemix.scripts.predict import PredictArguments, image_files, left_ou
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments((PredictArguments,), argv, description=__doc__)
     files, others = image_files(args.images, args.follow_links)
-    model, processor = load_trained(args.model)  # in evaluation mode, with the thresholds that it was saved with
+    # In evaluation mode, with the thresholds that it was saved with.
+    model, processor = load_trained(args.model, trust_remote_code=args.trust_remote_code)
     options = {name: getattr(args, name) for name in ("batch_size", "on_bad_image", "max_image_pixels")}
     written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
     print(f"{written} images written to {args.output}, {len(files) - written} skipped.{left_out(others)}")

@@ -64,6 +64,9 @@ class NetworkArguments:
         "Hub name (timm/resnet50.tv_in1k), folder, or with --backbone_weights or --from_scratch a timm architecture. "
         "Default: timm/resnet50.tv_in1k; a tiny network from scratch on the built-in sample.",
     )
+    trust_remote_code: bool = flag(
+        False, "Let the model's config bring code: of its repository, kernels, a quantization."
+    )
     backbone_weights: str | None = flag(None, "File with the state dict of the timm backbone; needs no network.")
     from_scratch: bool = flag(False, "Draw the weights anew.")
     model_kwargs: Mapping[str, Any] | str | None = flag(

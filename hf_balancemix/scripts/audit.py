@@ -41,6 +41,7 @@ class AuditArguments:
     )
     batch_size: int | None = flag(None, "Images at a time; 32 if it is not said.")
     max_image_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels, width x height, are not decoded.")
+    trust_remote_code: bool | None = flag(None, "Let the model's config bring code.")
     device: str | None = flag(None, "Where the model runs; a GPU if there is one.")
     push_to_hub: str | None = flag(None, "Hub name of a static Space, which gets the pages; it is private.")
     seed: int | None = flag(None, "Of the folds; 0 if it is not said.")
@@ -86,11 +87,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AuditArguments, DataArgume
 def make(args: AuditArguments, dataset: datasets.Dataset | None, on_bad_image: str) -> LabelAudit:
     """The audit that a run has kept, or a new one of `dataset`."""
     if dataset is None:
-        for name in ("folds", "batch_size", "device", "seed"):
+        for name in ("folds", "batch_size", "trust_remote_code", "device", "seed"):
             if (value := getattr(args, name)) is not None:
                 raise ValueError(f"{name} is {value!r}; it must come with data; pass --train_dir or --data_dir.")
         return LabelAudit.load(args.model)
-    model, processor = load_trained(args.model)
+    model, processor = load_trained(args.model, trust_remote_code=bool(args.trust_remote_code))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {name: getattr(args, name) for name in ("folds", "batch_size", "max_image_pixels", "seed")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

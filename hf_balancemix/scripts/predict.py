@@ -32,6 +32,7 @@ class PredictArguments:
     images: str = flag(MISSING, "Folder with images (sub-folders too).")
     output: str = flag("scores.csv", "CSV to write.")
     batch_size: int = flag(32, "Images at a time.")
+    trust_remote_code: bool = flag(False, "Let the model's config bring code.")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
     on_bad_image: str = flag("error", "Images that cannot be decoded: stop, or leave out.", ["error", "skip"])
     max_image_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels, width x height, are not decoded.")
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The body of `balancemix predict`."""
     (args,) = parse_arguments((PredictArguments,), argv, __doc__, prog="balancemix predict")
     files, others = image_files(args.images, args.follow_links)
-    model, processor = load_trained(args.model)
+    model, processor = load_trained(args.model, trust_remote_code=args.trust_remote_code)
     options = {name: getattr(args, name) for name in ("batch_size", "on_bad_image", "max_image_pixels")}
     written = write_probabilities(args.output, model.to(args.device), processor, files, root=args.images, **options)
     print(f"{written} images written to {args.output}, {len(files) - written} skipped.{left_out(others)}")

@@ -144,6 +144,7 @@ def load_model_from(flags: ModelArguments, train: datasets.Dataset, image_size: 
         head=head,
         head_args=head_args,
         train_labels=given_labels(train) if head == "ms_cma" else None,
+        trust_remote_code=flags.trust_remote_code,
     )
 
 
