@@ -49,10 +49,10 @@ def check_arguments(args: Any, needed: type[MultiLabelTrainingArguments]) -> Non
         )
 
 
-def check_output_dir(output_dir: str) -> None:
+def check_output_dir(output_dir: str | None) -> None:
     """A folder, or one that can be made."""
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        Path(output_dir or ".").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"output_dir is {output_dir}, which cannot be made ({error.strerror}); it must be a folder where "

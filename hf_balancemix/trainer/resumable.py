@@ -141,10 +141,9 @@ class ResumableTrainer(FiniteTrainer):
         old = json.loads(arguments.read_text()) if arguments.is_file() else {}
         new = json.loads(json.dumps(self.args.to_dict()))
         refused = next((name for name in own if name not in _SHOULD_BE_EQUAL and saved.get(name) != own[name]), None)
-        then, now = saved.get(refused), own.get(refused)
-        if refused is None and (refused := refused_change(old, new)) is not None:
-            then, now = old[refused], new[refused]
-        if refused is not None:
+        before, after = (saved, own) if refused is not None else (old, new)
+        if refused is not None or (refused := refused_change(old, new)) is not None:
+            then, now = before.get(refused), after.get(refused)
             raise ValueError(
                 f"cannot resume from {checkpoint}: its {refused} is {quote(then)}, this run's is {quote(now)}; they "
                 "must be equal; resume with the data and settings of the checkpoint, or start in another output_dir."
@@ -152,7 +151,7 @@ class ResumableTrainer(FiniteTrainer):
         saved, own = ({**facts, **(facts.get("settings") or {})} for facts in (saved, own))
         known = [name for name in own if name != "settings" and name in saved]
         changes = {name: (saved[name], own[name], True) for name in known if saved[name] != own[name]}
-        changes |= {name: change for name, *change in changed_arguments(old, new)}
+        changes |= {name: (then, now, is_used) for name, then, now, is_used in changed_arguments(old, new)}
         self._kept_arguments = {name: then for name, (then, _, is_used) in changes.items() if not is_used}
         for name, (then, now, is_used) in changes.items() if self.is_world_process_zero() else ():
             text = "%s was %s at the checkpoint and is %s now: %s is used from here on, and the run is not exactly %s."
