@@ -219,9 +219,7 @@ def test_a_disk_without_room_is_told_before_the_cache_is_written(tmp_path, parts
 def test_a_folder_that_cannot_be_written_is_told_before_any_image_is_seen(tmp_path, parts):
     (tmp_path / "file").write_text("")
     backbone = Backbone()
-    with pytest.raises(
-        ValueError, match=r"cached features \(--cache_dir\) is .*, where nothing can be written"
-    ):
+    with pytest.raises(ValueError, match=r"cached features \(--cache_dir\) is .*, where nothing can be written"):
         cache(tmp_path / "file" / "features", *parts, backbone)
     assert backbone.calls == 0
 
