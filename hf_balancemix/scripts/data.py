@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_balancemix.data import (
     class_names,
@@ -21,9 +22,10 @@ from hf_balancemix.data import (
     make_scenes,
 )
 from hf_balancemix.data.adapters import from_multi_hot, with_image_ids
-from hf_balancemix.data.files import first_few
+from hf_balancemix.data.files import absolute, first_few
 from hf_balancemix.data.labels import is_class_list
-from hf_balancemix.files import check_links, one_line, quote
+from hf_balancemix.data.views import undecoded_images
+from hf_balancemix.files import check_inside, check_links, one_line, quote
 from hf_balancemix.scripts.parser import flag
 
 Pair = tuple[datasets.Dataset, datasets.Dataset]
@@ -294,6 +296,8 @@ class AnyData(DataArguments):
         if self.image_column not in (None, "image"):
             dataset = dataset.remove_columns([name for name in dataset.column_names if name == "image"])
             dataset = dataset.rename_column(self.image_column, "image")
+        if not self.follow_links:
+            _check_image_paths(dataset, self.dataset_name or "")
         if self.objects_column is not None:
             dataset = from_detection(dataset, objects=self.objects_column, category=self.category_field, names=names)
         elif self.label_column is not None:
@@ -314,6 +318,20 @@ class AnyData(DataArguments):
         if groups and self.group_column not in dataset.column_names:
             dataset = dataset.add_column(self.group_column, groups[self.group_column])
         return dataset
+
+
+def _check_image_paths(dataset: datasets.Dataset, name: str) -> None:
+    """Raise a ValueError where an image is a path, without bytes, that leads out of the data set's folder and of the
+    caches that the Hub's files are in."""
+    if not isinstance(dataset.features.get("image"), datasets.Image):
+        return
+    parts = undecoded_images(dataset).flatten().data
+    paths = parts["image.path"].filter(parts["image.bytes"].is_null()).drop_null().to_pylist()
+    roots = [absolute(name)] if Path(name).is_dir() else []
+    roots += map(absolute, (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE))
+    for path in paths:
+        path = absolute(path)
+        check_inside(path, next((root for root in roots if path.is_relative_to(root)), roots[0]))
 
 
 def _load_split(name: str, config: str | None, split: str) -> datasets.Dataset:

@@ -7,6 +7,8 @@ import re
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
@@ -170,6 +172,25 @@ def test_a_local_data_set_whose_links_lead_out_of_it_needs_follow_links(tags, tm
             AnyData(**options).load_to_audit(0)
     linked = AnyData(train_dir=str(folder), eval_dir=str(folder), follow_links=True).load(0)[0]
     assert linked["labels"][:] == [[0]]
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "elsewhere.png", "../elsewhere.png"])
+def test_a_data_set_that_names_files_elsewhere_opens_none_of_them(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere.png").write_bytes(_png())
+    (tmp_path / "set").mkdir()
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": _png(), "path": "a.png"}, {"bytes": None, "path": path}], kind)
+    pq.write_table(pa.table({"image": images, "tags": [["a"], ["b"]]}), tmp_path / "set" / "train.parquet")
+    data = {"dataset_name": str(tmp_path / "set"), "label_column": "tags", "held_out": 0.5}
+    monkeypatch.setattr(datasets, "load_dataset", _with_images(datasets.load_dataset))
+    with pytest.raises(ValueError, match=r"in .*set leads out of it"):
+        AnyData(**data).load_to_audit(0)
+    assert len(AnyData(**data, follow_links=True).load_to_audit(0)) == 2
+
+
+def _with_images(load):
+    return lambda *args, **options: load(*args, **options).cast_column("image", Image())
 
 
 def test_predict_reads_no_image_through_a_link_out_of_its_folder(tmp_path):
