@@ -280,8 +280,8 @@ def _categories(content: dict[str, list[Any]], file: Path) -> tuple[dict[int | s
         raise ValueError(f"{file}: 'categories' is empty; it must have at least one class; list them.")
     if (root := _root_category(content)) is not None:
         logger.info(
-            "%s: category %r, %r, is the supercategory of all others and no annotation uses it: it is no class.",
-            *(file.name, ids[root], names[root]),
+            "%s: category %s, %s, is the supercategory of all others and no annotation uses it: it is no class.",
+            *(file.name, quote(ids[root]), quote(names[root])),
         )
         ids, names = ids[:root] + ids[root + 1 :], names[:root] + names[root + 1 :]
     if repeat := first_repeat(names):

@@ -328,9 +328,11 @@ def _as_flags(values: dict[str, Any], parser: argparse.ArgumentParser, file: str
             raise ValueError(f"{name} is {quote(value)} in {file}; it must be one value.")
         try:
             if several:
-                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+                words = [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
             else:
-                flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+                words = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+            " ".join(words).encode()  # JSON and YAML can name half of a character
         except (TypeError, ValueError, RecursionError) as error:  # a date in a mapping, a number of 5,000 digits
             raise ValueError(f"{name} is {quote(value)} in {file}; it must be a value of its flag.") from error
+        flags += words
     return flags

@@ -231,6 +231,8 @@ def bomb() -> str:
             "nested too deeply|value of its flag",
         ),
         (f"seed: {'7' * 5000}", "yaml", "readable as YAML or JSON: .*4300"),
+        ('label_names: ["a", "\\ud800"]', "yaml", "label_names is .* it must be a value of its flag"),
+        ('{"run_name": "\\ud800"}', "json", "run_name is .* it must be a value of its flag"),
         (f"seed: 0x{'f' * 5000}", "yaml", "seed is .* it must be a value of its flag"),
         ("seed: fast", "yaml", r"is none of its flag's: argument --seed: invalid int value: 'fast'"),
         (f"seed: {'x' * 9999}", "yaml", r"is none of its flag's: argument --seed: invalid int value: 'xxx"),
