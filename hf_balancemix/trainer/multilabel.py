@@ -177,7 +177,7 @@ class MultiLabelTrainer(AveragingTrainer):
         args = args or self._arguments_class(output_dir="outputs")
         check_arguments(args, self._arguments_class)
         if args.should_save:
-            check_output_dir(args.output_dir)
+            check_output_dir(args.output_dir or ".")
         check_trainer_options(kwargs, compute_metrics)
         check_transform(train_transform, views)
         self.train_transform = train_transform

@@ -29,7 +29,7 @@ from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
 from hf_balancemix.trainer.interruption import EVALUATION_DUE
 from hf_balancemix.trainer.non_finite import FiniteTrainer
-from hf_balancemix.trainer.same_run import changed_arguments, refused_change
+from hf_balancemix.trainer.same_run import changed_arguments, refused_changes
 from hf_balancemix.trainer.sole_run import sole_run
 
 logger = logging.getLogger(__name__)
@@ -140,18 +140,18 @@ class ResumableTrainer(FiniteTrainer):
         arguments = checkpoint / ARGUMENTS_FILE
         old = json.loads(arguments.read_text()) if arguments.is_file() else {}
         new = json.loads(json.dumps(self.args.to_dict()))
-        refused = next((name for name in own if name not in _SHOULD_BE_EQUAL and saved.get(name) != own[name]), None)
-        before, after = (saved, own) if refused is not None else (old, new)
-        if refused is not None or (refused := refused_change(old, new)) is not None:
-            then, now = before.get(refused), after.get(refused)
+        refused = [name for name in own if name not in _SHOULD_BE_EQUAL and saved.get(name) != own[name]]
+        then, now = (saved, own) if refused else (old, new)
+        for name in refused or refused_changes(old, new):
             raise ValueError(
-                f"cannot resume from {checkpoint}: its {refused} is {quote(then)}, this run's is {quote(now)}; they "
-                "must be equal; resume with the data and settings of the checkpoint, or start in another output_dir."
+                f"cannot resume from {checkpoint}: its {name} is {quote(then.get(name))}, this run's is "
+                f"{quote(now[name])}; they must be equal; resume with the data and settings of the checkpoint, or "
+                "start in another output_dir."
             )
         saved, own = ({**facts, **(facts.get("settings") or {})} for facts in (saved, own))
         known = [name for name in own if name != "settings" and name in saved]
         changes = {name: (saved[name], own[name], True) for name in known if saved[name] != own[name]}
-        changes |= {name: (then, now, is_used) for name, then, now, is_used in changed_arguments(old, new)}
+        changes |= {name: (*values, is_used) for name, *values, is_used in changed_arguments(old, new)}
         self._kept_arguments = {name: then for name, (then, _, is_used) in changes.items() if not is_used}
         for name, (then, now, is_used) in changes.items() if self.is_world_process_zero() else ():
             text = "%s was %s at the checkpoint and is %s now: %s is used from here on, and the run is not exactly %s."

@@ -44,20 +44,19 @@ enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_st
 ignore_data_skip restore_callback_states_from_checkpoint dataloader_num_workers dataloader_pin_memory
 dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context remove_unused_columns
 label_names train_sampling_strategy length_column_name ddp_timeout debug skip_memory_metrics do_train do_eval
-do_predict resume_from_checkpoint local_rank many_shot few_shot dataset_title
+do_predict resume_from_checkpoint local_rank many_shot few_shot dataset_title max_image_pixels
 """.split()  # noqa: SIM905
 
 # Schedules whose state holds more than the number of the step: it cannot be another's, and keeps its settings.
 _STATEFUL = ("one_cycle", "reduce_lr_on_plateau", "greedy")
 
 
-def refused_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The name of an argument with which the checkpoint's optimiser or schedule could not be loaded; None: there is
-    none. Both are arguments as JSON has them."""
-    if "optim" in then and then["optim"] != now["optim"]:
-        return "optim"
-    schedules = then.get("lr_scheduler_type", now["lr_scheduler_type"]), now["lr_scheduler_type"]
-    return "lr_scheduler_type" if schedules[0] != schedules[1] and {*schedules} & {*_STATEFUL} else None
+def refused_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of arguments with which the checkpoint's optimiser or schedule could not be loaded. Both are arguments
+    as JSON has them."""
+    names = [name for name in ("optim", "lr_scheduler_type") if name in then and then[name] != now[name]]
+    kinds = {then.get("lr_scheduler_type"), now["lr_scheduler_type"]}
+    return [name for name in names if name == "optim" or kinds & {*_STATEFUL}]
 
 
 def changed_arguments(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any, bool]]:
