@@ -203,6 +203,8 @@ class InterruptibleTrainer(HubTrainer):
 
     def _make_up_evaluation(self) -> None:
         """Must be called on every rank, before the first step: the evaluation that an interrupted run broke off."""
+        if self.state.global_step == 0:
+            self._saved = None  # where auto_find_batch_size begins again
         if self._saved is None or not (self._saved / EVALUATION_DUE).exists():
             return
         self._evaluating = True
