@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse import csr_array
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
 
@@ -131,3 +132,17 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
     """All parameters and buffers in one vector."""
     tensors = (getattr(t, "full_tensor", lambda t=t: t)() for t in (*model.parameters(), *model.buffers()))  # FSDP's
     return torch.cat([t.detach().float().flatten() for t in tensors])
+
+
+def remember_all(state, p_clean, judged=None) -> None:
+    """Make a `BalanceMix` remember p_G of all labels, and what its judge said; f(x) is 0.5."""
+    instance, label_class = torch.ones(state.labels.shape).nonzero(as_tuple=True)
+    p_clean = p_clean.half().flatten()
+    state._remember(instance, label_class, p_clean, torch.full_like(p_clean, 0.5), judged)
+
+
+def with_unknown_class(labels, k):
+    """Compressed labels of which nobody knows those of class k."""
+    dense = labels.toarray()
+    dense[:, k] = -1
+    return csr_array(dense)

@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from hf_balancemix.core.balance_mix import SuspiciousLabels
+from hf_balancemix.core.given_labels import compressed_labels, label_counts, labels_at
 from hf_balancemix.core.loss_histogram import bin_edges
 from hf_balancemix.core.loss_mixture import LossMixtures
 from hf_balancemix.core.noise_rates import NoiseRates
@@ -132,7 +134,7 @@ def remove_audit(folder: str | os.PathLike[str]) -> None:
 def make_audit(
     dataset: datasets.Dataset,
     names: Sequence[str],
-    labels: Tensor,
+    labels: Tensor | csr_array,
     suspicious: SuspiciousLabels,
     rates: NoiseRates | None,
     loss_counts: Tensor | None = None,
@@ -143,13 +145,14 @@ def make_audit(
     Args:
         dataset: Its `image_id` and `image` are what rows refer to; without the former, the number of the row.
         names: The K names.
-        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown; dense or sparse.
         suspicious: Entries of `labels`.
         rates: Of the K classes; None where they were not estimated.
         loss_counts: `(2, K, 36)`, as :attr:`~hf_balancemix.core.LossHistogram.coarse_counts`.
         mixtures: Eq. 7, fitted on these losses; with `loss_counts`, or neither.
     """
-    positives, negatives = ((labels == value).sum(0).tolist() for value in (1, 0))
+    labels = compressed_labels(labels)
+    negatives, positives = (count.tolist() for count in label_counts(labels))
     histograms: list[list[list[list[float]]]] = [[[]] * len(names)] * 2
     if loss_counts is not None and mixtures is not None:
         histograms = _histograms(loss_counts, mixtures)
@@ -194,11 +197,11 @@ def _if_enough(rate: list[float] | None, positives: int) -> tuple[float, float, 
 
 
 def _rows(
-    dataset: datasets.Dataset, names: Sequence[str], labels: Tensor, suspicious: SuspiciousLabels
+    dataset: datasets.Dataset, names: Sequence[str], labels: csr_array, suspicious: SuspiciousLabels
 ) -> datasets.Dataset:
     order = np.lexsort((suspicious.label_class, suspicious.instance, -suspicious.score))
     instance, label_class, score, prediction, p_clean, epochs = (x.numpy()[order] for x in suspicious)
-    given = labels.numpy()[instance, label_class]
+    given = labels_at(labels, torch.from_numpy(instance), torch.from_numpy(label_class)).numpy()
     rank = np.zeros(len(order), dtype=np.int32)
     for k in np.unique(label_class):
         rank[label_class == k] = np.arange(1, 1 + (label_class == k).sum())

@@ -11,29 +11,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
-from hf_balancemix.core.checks import check_choice, check_given_labels, check_range
-from hf_balancemix.core.distributed import all_reduce_sum, broadcast
-from hf_balancemix.core.judge import NUM_FOLDS, judge_labels
-from hf_balancemix.core.label_management import RefinedLabels, refine_labels
-from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
+from hf_balancemix.core.checks import check_choice, check_range
+from hf_balancemix.core.distributed import all_reduce_sum, broadcast, gather_ragged
+from hf_balancemix.core.given_labels import compressed_labels, label_counts, labels_at, stored_places
+from hf_balancemix.core.judge import NUM_FOLDS, JudgedClasses, judge_in_blocks
+from hf_balancemix.core.label_entries import LabelEntries, class_dtype
+from hf_balancemix.core.label_management import RefinedLabels, Reliability, refine_labels
+from hf_balancemix.core.loss_histogram import NUM_COARSE_BINS, LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import MIXTURE_PRESETS, LossMixtures
 from hf_balancemix.core.losses import LOSS_REDUCTIONS, binary_cross_entropy
 from hf_balancemix.core.mixing import mix_refined_labels
-from hf_balancemix.core.noise_rates import NoiseRates, transition_rates, wrong_posterior, wrong_probability
-from hf_balancemix.core.sampling import (
-    MINORITY_SCORES,
-    confidence_sums,
-    confidences_from_sums,
-    instance_scores,
-    sampling_weights,
-)
+from hf_balancemix.core.noise_rates import NoiseRates, transition_rates, wrong_by_rates, wrong_posterior
+from hf_balancemix.core.observed import ObservedScan
+from hf_balancemix.core.sampling import MINORITY_SCORES, confidences_from_sums, instance_scores, sampling_weights
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +61,8 @@ class BalanceMixSettings:
         trust_positives: Every positive label counts as clean.
         max_missing: A class of n positive labels has at most `max_missing` n negative ones that are not clean, those
             of the largest losses (to the width of a histogram's bin); the others count as clean whatever p_G says. A
-            class cannot lack many more labels than it has. 0: no limit, Eq. 8 as printed. None: as many as
-            `"cross_fit"` estimates, or 0.5 with `"network"`.
+            class cannot lack many more labels than it has, and only these are remembered. 0: no limit, Eq. 8 as
+            printed, for which all N x K are. None: as many as `"cross_fit"` estimates, or 0.5 with `"network"`.
         relabel_threshold: eps of Eq. 9, in [0.5, 1].
         mixup_alpha: alpha of Eq. 5; 0 does not mix.
         partner_reliability: Labels of the minority instance of a pair weigh by their own reliability, too; False takes
@@ -71,10 +70,10 @@ class BalanceMixSettings:
         loss_reduction: `"sum"` over classes, as printed, or `"mean"`.
         mixture_preset: Stopping rule of the mixtures, a name in `MIXTURE_PRESETS`.
         monotone: Correct the posterior so that it never rises with the loss; False is Eq. 8 as printed.
-        clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, kept as
-            N x K half precision; `"views"`: at the step's own view loss, where N x K does not fit in memory, and the
-            network judges.
-        prediction_source: f(x) of Eq. 9. `"scan"`: the last scan's, kept as N x K half precision; `"views"`: the mean
+        clean_probability_source: `"scan"`: p_G of each label at the loss that its mixture was fitted on, remembered of
+            the labels that may be not clean; `"views"`: at the step's own view loss, where nothing is remembered of a
+            single label, and the network judges.
+        prediction_source: f(x) of Eq. 9. `"scan"`: the last scan's, remembered of the same labels; `"views"`: the mean
             over two RandAugment views that the step predicts, as printed.
     """
 
@@ -128,6 +127,16 @@ class BalanceMixSettings:
         return self.select_clean and self.judge == "cross_fit"
 
     @property
+    def remembers_labels(self) -> bool:
+        """Whether p_G and f(x) of single labels are kept from one pass over the training set to the next."""
+        return self.select_clean and self.clean_probability_source == "scan"
+
+    @property
+    def remembers_all_labels(self) -> bool:
+        """Whether these are all N x K: any negative label may be not clean."""
+        return self.remembers_labels and self.max_missing == 0
+
+    @property
     def needs_scan(self) -> bool:
         """Whether anything is learned from the pass over the training set."""
         return self.select_clean or self.minority_score != "uniform"
@@ -155,16 +164,21 @@ class SuspiciousLabels(NamedTuple):
 
 
 class BalanceMix:
-    """All that a run remembers: tensors only, the same on every rank, whole in `state_dict`.
+    """All that a run remembers, the same on every rank, whole in `state_dict`.
+
+    Of single labels it remembers those that are unknown or may be wrong; every other one is clean (p_G = 1). So its
+    memory follows the number of positive labels, not N x K, unless `settings.remembers_all_labels`.
 
     Args:
-        labels: `(N, K)` given labels of the whole training set in {0, 1}, or -1 where unknown.
+        labels: `(N, K)` given labels of the whole training set in {0, 1}, or -1 where unknown; dense, or a
+            :class:`scipy.sparse.csr_array` in which 0 is not stored.
         settings: The method's knobs.
 
     Raises:
         ValueError: `labels` is not an (N, K) matrix of 0, 1 and -1 with at least one instance and class.
 
     Attributes:
+        labels: `(N, K)` :class:`scipy.sparse.csr_array` of int8, the given labels.
         epoch: The epoch that the statistics are for; 0 before the first :meth:`end_epoch`.
         weights: `(N,)` float64 sampling probabilities (Eq. 4), uniform at first.
         positive_confidence, negative_confidence: `(K,)` float64, P(k) and A(k) of Eq. 2; 1 at first.
@@ -175,21 +189,18 @@ class BalanceMix:
             :attr:`LossHistogram.coarse_counts`.
         missing_loss_threshold: `(K,)` float64, the loss from which on a negative label may be not clean, where the
             network judges; 0 at first.
-        clean_probability: `(N, K)` float16, p_G of every given label; 1 at first.
-        scan_probability: `(N, K)` float16 in [0, 1], f(x) in the last scan; 0.5 at first. This and the former are
-            empty, `(0, K)`, unless labels are managed and `clean_probability_source` is `"scan"`.
+        entries: The :class:`~hf_balancemix.core.label_entries.LabelEntries` that are remembered; none unless
+            `settings.remembers_labels`. :meth:`clean_probability` and :meth:`scan_probability` look them up.
     """
 
-    def __init__(self, labels: Tensor, settings: BalanceMixSettings | None = None) -> None:
+    def __init__(self, labels: Tensor | csr_array, settings: BalanceMixSettings | None = None) -> None:
         if labels.ndim != 2 or 0 in labels.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}; they must be (N, K) with N, K >= 1; pass the given labels "
                 "of the whole training set."
             )
-        check_given_labels(labels)
         self.settings = settings or BalanceMixSettings()
-        self.labels = labels.to("cpu", torch.int8)
-        self._keeps_tables = self.settings.select_clean and self.settings.clean_probability_source == "scan"
+        self.labels = compressed_labels(labels)
         self.reset()
 
     def reset(self) -> None:
@@ -202,25 +213,54 @@ class BalanceMix:
         self.mixtures: LossMixtures | None = None
         self.noise_rates: NoiseRates | None = None
         self.missing_loss_threshold = torch.zeros(k, dtype=torch.float64)
-        rows = n if self._keeps_tables else 0
-        self.clean_probability = torch.ones(rows, k, dtype=torch.float16)
-        self.scan_probability = torch.full((rows, k), 0.5, dtype=torch.float16)
         self.loss_histogram: LossHistogram | None = None
-        self.loss_counts = LossHistogram(k).coarse_counts
-        # What may turn out to be suspicious: instance, class, and the judge's probability that the class is present.
-        self._candidates = torch.zeros(0, 3, dtype=torch.float64)
+        self.loss_counts = torch.zeros(2, k, NUM_COARSE_BINS, dtype=torch.int64)
+        instance, label_class, value = stored_places(self.labels)
+        unknown = (value < 0) & self.settings.remembers_labels
+        p_clean = torch.zeros(int(unknown.sum()), dtype=torch.float16)
+        self._remember(instance[unknown], label_class[unknown], p_clean, p_clean + 0.5)
         # In how many epochs p_G was at most 1/2; with other judges that follows from p_G, which stays as it is.
-        self._epochs_distrusted = torch.zeros(0 if self.settings.cross_fits else rows, k, dtype=torch.int16)
-        self._begin_observing()
+        self._epochs_distrusted = csr_array((n, k), dtype=np.int16)
+        self._scan: ObservedScan | None = None
 
-    def _begin_observing(self) -> None:
-        k = self.labels.shape[1]
-        self._histogram = LossHistogram(k)
-        self._confidences = torch.zeros(2, 2, k, dtype=torch.int64)  # sums and counts of confidence_sums
-        self._num_observed = self._num_dropped = 0
-        # Batches of this rank: index `(B,)`, and losses or probabilities `(B, K)`.
-        self._losses: list[tuple[Tensor, Tensor]] = []
-        self._probabilities: list[tuple[Tensor, Tensor]] = []
+    def _remember(
+        self,
+        instance: Tensor,
+        label_class: Tensor,
+        p_clean: Tensor,
+        prediction: Tensor,
+        judged: Tensor | None = None,
+    ) -> None:
+        n, k = self.labels.shape
+        self._set_entries(LabelEntries.of(n, instance, label_class.to(class_dtype(k)), p_clean, prediction, judged))
+
+    def _set_entries(self, entries: LabelEntries) -> None:
+        self.entries = self._entries_of_steps = entries  # the latter on the device of the last step
+
+    def clean_probability(self, index: Tensor) -> Tensor:
+        """`(B, K)` float32 in [0, 1], p_G of the labels of some instances, `(B,)` int64; 0 where unknown."""
+        return self.entries.rows(index.cpu(), "p_clean", self.labels.shape[1], otherwise=1.0)
+
+    def scan_probability(self, index: Tensor) -> Tensor:
+        """`(B, K)` float32 in [0, 1], f(x) in the last scan of some instances, `(B,)` int64; NaN where it was not
+        remembered, as the label is clean."""
+        return self.entries.rows(index.cpu(), "prediction", self.labels.shape[1], otherwise=math.nan)
+
+    def mean_clean_probability(self) -> tuple[float, float]:
+        """The mean of p_G over the known labels, and over the positive ones; 1 where there are none."""
+        given = labels_at(self.labels, self.entries.instance, self.entries.label_class.long())
+        doubt = 1 - self.entries.p_clean.double()
+        negatives, positives = (int(count.sum()) for count in label_counts(self.labels))
+        known = float(doubt[given >= 0].sum()) / max(negatives + positives, 1)
+        return 1 - known, 1 - float(doubt[given == 1].sum()) / max(positives, 1)
+
+    def distrusted_counts(self) -> Tensor:
+        """`(2, K)` int64: of each class the negative, and the positive labels with p_G of at most 1/2."""
+        label_class = self.entries.label_class.long()
+        given = labels_at(self.labels, self.entries.instance, label_class)
+        distrusted = self.entries.p_clean <= 0.5
+        counts = [label_class[distrusted & (given == value)] for value in (0, 1)]
+        return torch.stack([torch.bincount(of_value, minlength=self.labels.shape[1]) for of_value in counts])
 
     @torch.no_grad()
     def judge(self, features: Tensor, *, seed: int = 0, on_fold: Callable[[], object] = lambda: None) -> None:
@@ -240,23 +280,32 @@ class BalanceMix:
                 f"judge is {s.judge!r} and select_clean {s.select_clean}; they must be 'cross_fit' and True where "
                 "features judge; leave the call out."
             )
-        judged = judge_labels(
+        found: list[list[Tensor]] = []
+
+        def take(some: slice, of_some: JudgedClasses) -> None:
+            t01, t10 = transition_rates(self.labels, of_some.rates)
+            score = wrong_by_rates(of_some.labels, of_some.probability, t01[some], t10)
+            p_clean = of_some.p_clean.half().masked_fill(of_some.labels < 0, 0)
+            candidate = score >= _CANDIDATE
+            at = instance, column = ((p_clean < 1) | candidate).nonzero(as_tuple=True)
+            judged = of_some.probability[at].masked_fill(~candidate[at], -1)
+            found.append([instance, (column + some.start).to(class_dtype(self.labels.shape[1])), p_clean[at], judged])
+
+        rates, mixtures, histogram = judge_in_blocks(
             features,
             self.labels,
+            take,
             mixtures=s.mixture_preset,
             monotone=s.monotone,
             max_missing=s.max_missing,
-            num_folds=max(2, min(NUM_FOLDS, len(self.labels))),
+            num_folds=max(2, min(NUM_FOLDS, self.labels.shape[0])),
             seed=seed,
             on_fold=on_fold,
         )
-        self.clean_probability = judged.p_clean.half()
-        self.mixtures, self.loss_histogram = judged.mixtures, judged.loss_histogram
-        self.loss_counts = judged.loss_histogram.coarse_counts
-        self.noise_rates = judged.rates
-        score = wrong_probability(self.labels, judged.probability, judged.rates)
-        instance, label_class = (score >= _CANDIDATE).nonzero(as_tuple=True)
-        self._candidates = torch.stack([instance, label_class, judged.probability[instance, label_class]], 1).double()
+        instance, label_class, p_clean, judged = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self._remember(instance, label_class, p_clean, torch.full_like(p_clean, 0.5), judged)
+        self.mixtures, self.loss_histogram, self.noise_rates = mixtures, histogram, rates
+        self.loss_counts = histogram.coarse_counts
 
     @torch.no_grad()
     def observe(self, index: Tensor, logits: Tensor) -> None:
@@ -267,21 +316,24 @@ class BalanceMix:
             logits: `(B, K)` of the un-augmented instances in evaluation mode, any float dtype and device. One that is
                 not finite is left out: its label is not clean, and f(x) is 0.5.
         """
-        index, logits = index.cpu(), logits.detach().to("cpu", torch.float32)
-        dropped = ~logits.isfinite()
-        labels = self.labels[index].masked_fill(dropped, -1)
-        probabilities = logits.masked_fill(dropped, 0).double().sigmoid()
-        self._num_dropped += int(dropped.sum())
-        self._confidences += torch.stack(confidence_sums(probabilities, labels))
-        self._num_observed += len(index)
-        if not self.settings.cross_fits:
-            positive = labels == 1
-            losses = label_losses(logits, positive).masked_fill(labels < 0, float("nan"))  # not in the histograms
-            self._histogram.update(losses, positive)
-            if self._keeps_tables:
-                self._losses.append((index, losses))
-        if self._keeps_tables:
-            self._probabilities.append((index, probabilities.half()))
+        self._observed().add(index, logits)
+
+    def _observed(self) -> ObservedScan:
+        if self._scan is None:
+            s = self.settings
+            keeps_losses = s.remembers_labels and not s.cross_fits
+            self._scan = ObservedScan(
+                self.labels,
+                self.entries if s.cross_fits else None,
+                counts_losses=not s.cross_fits,
+                max_missing=self._max_missing if keeps_losses else None,
+            )
+        return self._scan
+
+    @property
+    def _max_missing(self) -> float:
+        """Where the network judges."""
+        return _MAX_MISSING if self.settings.max_missing is None else self.settings.max_missing
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> None:
@@ -293,50 +345,67 @@ class BalanceMix:
         Raises:
             RuntimeError: More or fewer instances were observed than there are. That each came once is not looked at.
         """
-        num_observed = int(all_reduce_sum(torch.tensor(self._num_observed)))
-        if num_observed != len(self.labels):
-            self._begin_observing()
+        scan, self._scan = self._observed(), None
+        scan.finish()
+        num_observed, num_dropped = all_reduce_sum(torch.tensor([scan.num_observed, scan.num_dropped])).tolist()
+        n, k = self.labels.shape
+        if num_observed != n:
             raise RuntimeError(
-                f"the number of observed instances is {num_observed} over all ranks; it must be {len(self.labels)}; "
+                f"the number of observed instances is {num_observed} over all ranks; it must be {n}; "
                 "observe each instance of the training set exactly once before end_epoch."
             )
         settings = self.settings
-        P, A = confidences_from_sums(*all_reduce_sum(self._confidences))
+        P, A = confidences_from_sums(*all_reduce_sum(torch.stack([scan.sums, scan.counts])))
         self.positive_confidence, self.negative_confidence = P, A
-        # Broadcast: P and A are equal on every rank, the matrix product over unlike machines need not be.
+        # Broadcast: P and A are equal on every rank, the sums over unlike machines need not be.
         self.weights = broadcast(sampling_weights(instance_scores(self.labels, P, A, settings.minority_score)))
-        if not settings.cross_fits:
-            self._histogram.reduce()
-            self.loss_histogram = self._histogram
-            self.loss_counts = self._histogram.coarse_counts
-        if settings.select_clean and not settings.cross_fits:
-            self.mixtures = mixtures = LossMixtures.fit_histogram(self._histogram, settings.mixture_preset)
-            self.missing_loss_threshold = torch.zeros_like(self.missing_loss_threshold)
-            max_missing = _MAX_MISSING if settings.max_missing is None else settings.max_missing
-            if max_missing:
-                most_missing = max_missing * self._histogram.num_values[1].double()
-                self.missing_loss_threshold = self._histogram.threshold_of_largest(0, most_missing)
-            if self._keeps_tables:
-                if settings.manages_labels(self.epoch):
-                    self._epochs_distrusted += (self.clean_probability.cpu() <= 0.5) & (self.labels >= 0)
-                self.clean_probability = self._of_all_ranks(
-                    (index, self._p_clean_at(mixtures, losses, self.labels[index] == 1))
-                    for index, losses in self._losses
-                )
-        if self._keeps_tables:
-            self.scan_probability = self._of_all_ranks(self._probabilities)
-        if num_dropped := int(all_reduce_sum(torch.tensor(self._num_dropped))):
+        if scan.histogram is not None:
+            scan.histogram.reduce()
+            self.loss_histogram = scan.histogram
+            self.loss_counts = scan.histogram.coarse_counts
+            if settings.select_clean:
+                self._judge_by(scan, scan.histogram)
+        elif settings.remembers_labels:
+            predictions = all_reduce_sum(scan.predictions.float()).half()  # of each at most one rank has more than 0
+            self._set_entries(replace(self.entries, prediction=predictions))
+        if num_dropped:
             text = "%d of %d logits that were observed before epoch %d are not finite and were left out."
-            logger.warning(text, num_dropped, self.labels.numel(), epoch)
+            logger.warning(text, num_dropped, n * k, epoch)
         self.epoch = epoch
-        self._begin_observing()
 
-    def _of_all_ranks(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """`(N, K)` float16, of all ranks' batches of index `(B,)` and values `(B, K)`."""
-        table = torch.zeros(self.labels.shape)
-        for index, values in batches:
-            table[index] = values.float()
-        return all_reduce_sum(table).half()
+    def _judge_by(self, scan: ObservedScan, histogram: LossHistogram) -> None:
+        """The mixtures on the network's losses, and with them the entries."""
+        self.mixtures = LossMixtures.fit_histogram(histogram, self.settings.mixture_preset)
+        positives = histogram.num_values[1]
+        self.missing_loss_threshold = torch.zeros_like(self.missing_loss_threshold)
+        if self._max_missing:
+            most_missing = self._max_missing * positives.double()
+            self.missing_loss_threshold = histogram.threshold_of_largest(0, most_missing)
+        if not self.settings.remembers_labels:
+            return
+        if self.settings.manages_labels(self.epoch):
+            self._count_distrusted()
+        least, found = scan.least_kept(histogram, positives), []
+        self._set_entries(self.entries.of_none())  # not the old ones beside the new
+        while scan.kept:
+            labels = scan.kept.pop().of_at_least(least)
+            label_class, positive = labels.label_class.long(), labels.given == 1
+            p_clean = self._p_clean_at(labels.loss, positive, label_class).half()
+            score = _score(labels.given, p_clean, labels.prediction)
+            keep = (p_clean < 1) | (score >= SUSPICIOUS)
+            found.append([x[keep] for x in (labels.instance, labels.label_class, p_clean, labels.prediction)])
+        none = [torch.zeros(0, dtype=dtype) for dtype in (torch.int32, class_dtype(len(least)), *[torch.float16] * 2)]
+        columns = [torch.cat(parts) for parts in zip(none, *found[::-1], strict=True)]
+        found.clear()
+        self._remember(*map(gather_ragged, columns))
+
+    def _count_distrusted(self) -> None:
+        instance, label_class = self.entries.instance, self.entries.label_class.long()
+        distrusted = (self.entries.p_clean <= 0.5) & (labels_at(self.labels, instance, label_class) >= 0)
+        lengths = torch.bincount(instance[distrusted], minlength=self.labels.shape[0])
+        start = np.concatenate([[0], lengths.cumsum(0).numpy()]).astype(np.int32)
+        once = np.ones(start[-1], dtype=np.int16), label_class[distrusted].int().numpy(), start
+        self._epochs_distrusted = self._epochs_distrusted + csr_array(once, shape=self.labels.shape)
 
     @torch.no_grad()
     def refine(self, index: Tensor, labels: Tensor, probabilities: Tensor | None = None) -> RefinedLabels:
@@ -369,36 +438,45 @@ class BalanceMix:
                 "the labels were not judged; they must be before they are refined; call judge with features of a "
                 'pretrained backbone before the first epoch, or set judge to "network".'
             )
+        options = {"relabel": s.relabel, "ambiguous": s.ambiguous, "trust_positives": s.trust_positives}
+        if not s.remembers_labels:
+            assert probabilities is not None
+            p_clean = self._p_clean_of_views(labels, probabilities)
+            return refine_labels(labels, p_clean, probabilities, s.relabel_threshold, **options)
+        entries = self._entries_of_steps = self._entries_of_steps.to(labels.device)
+        place, some = entries.places(index.to(labels.device))
+        label_class = entries.label_class[place].long()
         if probabilities is None:
-            self.scan_probability = self.scan_probability.to(labels.device)
-            probabilities = self.scan_probability[index.to(labels.device)].float()
-        return refine_labels(
-            labels,
-            self._p_clean(index, labels, probabilities),
-            probabilities,
-            s.relabel_threshold,
-            relabel=s.relabel,
-            ambiguous=s.ambiguous,
-            trust_positives=s.trust_positives,
+            of_entries = entries.prediction[place].float().where(some, 0.5)
+        else:
+            of_entries = probabilities.gather(1, label_class)
+        p_clean = entries.p_clean[place].float().where(some, 1.0)
+        refined = refine_labels(labels.gather(1, label_class), p_clean, of_entries, s.relabel_threshold, **options)
+        unknown = labels < 0
+        every = RefinedLabels(
+            labels.float(), unknown.to(torch.uint8) * Reliability.AMBIGUOUS.value, (~unknown).float()
         )
+        return RefinedLabels(*(table.scatter(1, label_class, x) for table, x in zip(every, refined, strict=True)))
 
-    def _p_clean(self, index: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
+    def _p_clean_of_views(self, labels: Tensor, probabilities: Tensor) -> Tensor:
         if self.mixtures is None:
             return torch.ones_like(probabilities)
-        if self._keeps_tables:
-            self.clean_probability = self.clean_probability.to(probabilities.device)
-            return self.clean_probability[index.to(probabilities.device)].float()
-        losses = label_losses(torch.logit(probabilities.float(), 1e-6), labels.clamp(min=0))
-        return self._p_clean_at(self.mixtures, losses.cpu(), (labels == 1).cpu()).to(probabilities.device)
+        losses = label_losses(torch.logit(probabilities.float(), 1e-6), labels.clamp(min=0)).cpu()
+        positive = (labels == 1).cpu()
+        p_clean = self.mixtures.clean_probability(losses, positive, monotone=self.settings.monotone)
+        p_clean = p_clean.masked_fill(~positive & (losses < self.missing_loss_threshold), 1.0)
+        return p_clean.to(probabilities.device)
 
-    def _p_clean_at(self, mixtures: LossMixtures, losses: Tensor, positive: Tensor) -> Tensor:
-        p_clean = mixtures.clean_probability(losses, positive, monotone=self.settings.monotone)
-        return p_clean.masked_fill(~positive & (losses < self.missing_loss_threshold), 1.0)
+    def _p_clean_at(self, losses: Tensor, positive: Tensor, label_class: Tensor) -> Tensor:
+        """`(M,)` p_G of single labels, by their losses, whether they are positive, and their classes."""
+        assert self.mixtures is not None
+        p_clean = self.mixtures.clean_probability_of(losses, positive, label_class, self.settings.monotone)
+        return p_clean.masked_fill(~positive & (losses < self.missing_loss_threshold[label_class]), 1.0)
 
     @property
     def has_suspicious_labels(self) -> bool:
         """Whether :meth:`suspicious_labels` can say anything."""
-        return self.mixtures is not None and self._keeps_tables
+        return self.mixtures is not None and self.settings.remembers_labels
 
     def suspicious_labels(self) -> SuspiciousLabels:
         """The given labels with a score of `SUSPICIOUS` or more, in the order of the instances.
@@ -406,48 +484,46 @@ class BalanceMix:
         The score is :func:`wrong_probability`, of the mean log-odds of two that predict the label: the heads that did
         not see it, and the network in the last scan, which has learned by refined labels. (Each alone finds fewer.)
         Where the network judges, the score is the mean of 1 - p_G and of how far its prediction in the last scan is
-        from the label. With what a network has learned by heart, no rates can be estimated, and no probability.
+        from the label. With what a network has learned by heart, no rates can be estimated, and no probability. Of a
+        class of n positive labels the n + 100 negative ones of the largest losses are looked at, or `max_missing` n
+        where that is more.
 
         Raises:
-            ValueError: Nothing was judged, or no table of p_G is kept.
+            ValueError: Nothing was judged, or no p_G is remembered.
         """
         if self.mixtures is None:
             raise ValueError(
                 "no label was judged; the labels must be before suspicious ones are asked for; set select_clean=True, "
                 "and train first."
             )
-        if not self._keeps_tables:
+        if not self.settings.remembers_labels:
             raise ValueError(
                 "clean_probability_source is 'views', which remembers no label; it must be 'scan' where suspicious "
                 "labels are asked for; set it to 'scan'."
             )
+        entries = self.entries
+        instance, label_class = entries.instance, entries.label_class.long()
+        given = labels_at(self.labels, instance, label_class)
         if self.settings.cross_fits:
             assert self.noise_rates is not None
-            instance, label_class = self._candidates[:, :2].long().T
-            x = torch.logit(self._candidates[:, 2], 1e-6)
+            x = torch.logit(entries.judged.double(), 1e-6)
             if self.epoch:
                 # In half precision 1 is anything from 1 - 2^-12 on.
-                f = self.scan_probability.cpu()[instance, label_class].double()
-                x = (x + torch.logit(f, 2.0**-12)) / 2
+                x = (x + torch.logit(entries.prediction.double(), 2.0**-12)) / 2
             t01, t10 = transition_rates(self.labels, self.noise_rates)
-            positive = self.labels[instance, label_class] == 1
-            score = wrong_posterior(positive, x.sigmoid(), t01[label_class], t10).float()
-            keep = score >= SUSPICIOUS
-            instance, label_class, score = instance[keep], label_class[keep], score[keep]
+            score = wrong_posterior(given == 1, x.sigmoid(), t01[label_class], t10).float()
+            score = score.masked_fill(entries.judged < 0, 0)  # which are no candidates
         else:
-            given, p_given = self.labels.clamp(min=0), self.clean_probability.cpu().float()
-            scores = ((1 - p_given) + (self.scan_probability.cpu().float() - given).abs()) / 2
-            scores = scores.masked_fill(self.labels < 0, 0)
-            instance, label_class = (scores >= SUSPICIOUS).nonzero(as_tuple=True)
-            score = scores[instance, label_class]
-        prediction, p_clean = (
-            table.cpu()[instance, label_class].float() for table in (self.scan_probability, self.clean_probability)
-        )
+            score = _score(given, entries.p_clean, entries.prediction)
+        keep = score >= SUSPICIOUS
+        instance, label_class, p_clean = instance[keep], label_class[keep], entries.p_clean[keep].float()
         if self.settings.cross_fits:
             epochs = (p_clean <= 0.5) * max(0, self.epoch - max(self.settings.label_warmup_epochs, 1))
         else:
-            epochs = self._epochs_distrusted[instance, label_class]
-        return SuspiciousLabels(instance, label_class, score, prediction, p_clean, epochs.int())
+            epochs = labels_at(self._epochs_distrusted, instance, label_class)
+        return SuspiciousLabels(
+            instance, label_class, score[keep], entries.prediction[keep].float(), p_clean, epochs.int()
+        )
 
     def mix_labels(self, random: RefinedLabels, minority: RefinedLabels, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 for refined labels, and their weights; see :func:`~hf_balancemix.core.mixing.mix_refined_labels`."""
@@ -466,56 +542,91 @@ class BalanceMix:
             state |= {f"mixtures.{name}": value for name, value in self.mixtures.state_dict().items()}
         if self.noise_rates is not None:
             state |= {f"noise_rates.{name}": value for name, value in self.noise_rates._asdict().items()}
-            state["candidates"] = self._candidates
-        if len(self._epochs_distrusted):
-            state["epochs_distrusted"] = self._epochs_distrusted
+        if self.settings.remembers_labels:
+            state |= {f"entries.{name}": value for name, value in self.entries.state_dict().items()}
+            if not self.settings.cross_fits:
+                state |= {f"distrusted.{name}": value for name, value in _compressed(self._epochs_distrusted).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: It belongs to a training set of another size or to other settings; nothing is changed then.
+            ValueError: It belongs to a training set of another size, to other settings or to another version; nothing
+                is changed then.
         """
-        own, names = self.state_dict(), ["epoch", *_LEARNED]
-        if len(self._epochs_distrusted) and "noise_rates.wrong" not in state:  # else another judge was at work before
-            names.append("epochs_distrusted")
-        judged = ["candidates"] if self.settings.cross_fits and "noise_rates.wrong" in state else []
-        for name in (*names, *judged):
+        if "clean_probability" in state:
+            raise ValueError(
+                "the saved state holds tables of all labels, as an older version of hf_balancemix wrote it; it must "
+                "hold single ones; resume with that version, or begin anew."
+            )
+        own, remembers = self.state_dict(), self.settings.remembers_labels
+        if remembers != any(name.startswith("entries.") for name in state):
+            found, wanted = ("absent", "there") if remembers else ("there", "absent")
+            raise ValueError(
+                f"the saved state's entries of single labels are {found}; they must be {wanted} in this run; resume "
+                "with the settings of the checkpoint (clean_probability_source among them)."
+            )
+        judged_by_network = "noise_rates.wrong" not in state
+        # Else another judge was at work before, and no epoch counts.
+        needed = [name for name in own if not name.startswith("distrusted.") or judged_by_network]
+        for name in needed:
+            if name.startswith(("mixtures.", "noise_rates.")):
+                continue
             if name not in state:
                 raise ValueError(
                     f"the saved state's {name} is absent, as another version of hf_balancemix wrote it; it must be "
                     "there; resume with that version, or begin anew."
                 )
-            if name not in judged and state[name].shape != own[name].shape:
+            if (name in _LEARNED or name.endswith("lengths")) and state[name].shape != own[name].shape:
                 raise ValueError(
                     f"the saved state's {name} is of shape {tuple(state[name].shape)}; it must be of shape "
                     f"{tuple(own[name].shape)} in this run (N, K = {tuple(self.labels.shape)}); resume with the data "
-                    "set and settings of the checkpoint (clean_probability_source among them)."
+                    "set of the checkpoint."
                 )
-        if self.settings.cross_fits and "noise_rates.wrong" not in state:
+        if self.settings.cross_fits and judged_by_network:
             raise ValueError(
                 "the saved state's noise_rates are absent, as the network judged its labels; they must be there where "
                 "judge is 'cross_fit'; set judge to 'network'."
             )
-        mixtures, rates = (
+        mixtures, rates, entries, distrusted = (
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            for prefix in ("mixtures.", "noise_rates.")
+            for prefix in ("mixtures.", "noise_rates.", "entries.", "distrusted.")
         )
         self.mixtures = LossMixtures.from_state_dict(mixtures) if mixtures else None
         self.noise_rates = NoiseRates(**rates) if rates and self.settings.cross_fits else None
         self.epoch = int(state["epoch"])
-        if self.settings.cross_fits:
-            self._candidates = state["candidates"].clone()
-        if "epochs_distrusted" in names:
-            self._epochs_distrusted = state["epochs_distrusted"].clone()
+        if remembers:
+            loaded = LabelEntries.from_state_dict(entries)
+            if not self.settings.cross_fits:
+                loaded = replace(loaded, judged=loaded.judged[:0])
+                if judged_by_network:
+                    self._epochs_distrusted = _of_compressed(distrusted, self.labels.shape)
+            self._set_entries(loaded)
         for name in _LEARNED:
             setattr(self, name, state[name].clone())
-        self._begin_observing()  # a scan may have been given up
+        self._scan = None  # it may have been given up
+
+
+def _score(given: Tensor, p_clean: Tensor, prediction: Tensor) -> Tensor:
+    """Where the network judges: `(M,)` float32 in [0, 1], how suspicious single labels are."""
+    score = ((1 - p_clean.float()) + (prediction.float() - given.clamp(min=0)).abs()) / 2
+    return score.masked_fill(given < 0, 0)
+
+
+def _compressed(counts: csr_array) -> dict[str, Tensor]:
+    dtype = class_dtype(counts.shape[1])
+    return {
+        "lengths": torch.from_numpy(np.diff(counts.indptr)).to(dtype),
+        "label_class": torch.from_numpy(counts.indices).to(dtype),
+        "epochs": torch.from_numpy(counts.data),
+    }
+
+
+def _of_compressed(state: dict[str, Tensor], shape: tuple[int, int]) -> csr_array:
+    start = np.concatenate([[0], state["lengths"].long().cumsum(0).numpy()]).astype(np.int32)
+    return csr_array((state["epochs"].clone().numpy(), state["label_class"].int().numpy(), start), shape=shape)
 
 
 _MAX_MISSING = 0.5  # where the network judges; half as many as a class has is what 40 % mislabelling takes away
-_LEARNED = (
-    "weights", "positive_confidence", "negative_confidence", "missing_loss_threshold", "clean_probability",
-    "scan_probability", "loss_counts",
-)  # fmt: skip
+_LEARNED = ("weights", "positive_confidence", "negative_confidence", "missing_loss_threshold", "loss_counts")

@@ -47,6 +47,26 @@ def gather(tensor: Tensor) -> Tensor:
     return all_reduce_sum(rows).flatten(0, 1).to(tensor.dtype)
 
 
+def gather_ragged(tensor: Tensor) -> Tensor:
+    """Must be called on every rank: the ranks' 1-D tensors, of any lengths, one after another."""
+    rank, num_ranks = world()
+    if num_ranks == 1:
+        return tensor
+    lengths = torch.zeros(num_ranks, dtype=torch.int64)
+    lengths[rank] = len(tensor)
+    lengths = all_reduce_sum(lengths)
+    width = tensor.element_size()
+    padded = torch.zeros(int(lengths.max()) * width, dtype=torch.uint8)  # bytes: gloo does not know every dtype
+    padded[: len(tensor) * width] = tensor.contiguous().view(torch.uint8)
+    if dist.get_backend() == "nccl":
+        padded = padded.cuda()
+    parts = [torch.empty_like(padded) for _ in range(num_ranks)]
+    dist.all_gather(parts, padded)
+    return torch.cat(
+        [part[: n * width].cpu().view(tensor.dtype) for part, n in zip(parts, lengths.tolist(), strict=True)]
+    )
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Must be called on every rank: give every rank the buffers of rank 0.
 

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
-from hf_balancemix.core.checks import check_given_labels, check_range
+from hf_balancemix.core.checks import check_range
 from hf_balancemix.core.distributed import broadcast
+from hf_balancemix.core.given_labels import compressed_labels
 from hf_balancemix.core.label_management import refine_labels
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import LossMixtures, MixtureSettings
-from hf_balancemix.core.noise_rates import NoiseRates, estimate_noise_rates
-from hf_balancemix.core.out_of_fold import out_of_fold_logits, principal_components
+from hf_balancemix.core.noise_rates import NoiseRates, anchor_counts, rates_of_anchors
+from hf_balancemix.core.out_of_fold import OutOfFoldHeads, principal_components
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class JudgedLabels(NamedTuple):
 @torch.no_grad()
 def judge_labels(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | csr_array,
     *,
     mixtures: str | MixtureSettings = "dividemix",
     monotone: bool = True,
@@ -88,74 +90,172 @@ def judge_labels(
         >>> judge_labels(features, labels).p_clean.argmin()
         tensor(0)
     """
-    if features.ndim != 2 or len(features) != len(labels) or features.shape[1] == 0:
+    labels = compressed_labels(labels)
+    p_clean, probability = torch.empty(labels.shape), torch.empty(labels.shape)
+
+    def keep(some: slice, of_some: JudgedClasses) -> None:
+        p_clean[:, some], probability[:, some] = of_some.p_clean, of_some.probability
+
+    judged = judge_in_blocks(
+        features, labels, keep, mixtures=mixtures, monotone=monotone, max_missing=max_missing, num_folds=num_folds,
+        num_rounds=num_rounds, seed=seed, on_fold=on_fold,
+    )  # fmt: skip
+    return JudgedLabels(p_clean, probability, *judged)
+
+
+class JudgedClasses(NamedTuple):
+    """What is found of k classes; each `(N, k)`."""
+
+    labels: Tensor
+    """int8, as given."""
+    p_clean: Tensor
+    """float32, as in :class:`JudgedLabels`."""
+    probability: Tensor
+    """float32, as there."""
+    rates: NoiseRates
+    """Of all classes."""
+
+
+@torch.no_grad()
+def judge_in_blocks(
+    features: Tensor,
+    labels: csr_array,
+    take: Callable[[slice, JudgedClasses], object],
+    *,
+    mixtures: str | MixtureSettings,
+    monotone: bool = True,
+    max_missing: float | None = None,
+    num_folds: int = NUM_FOLDS,
+    num_rounds: int = NUM_ROUNDS,
+    seed: int = 0,
+    on_fold: Callable[[], object] = lambda: None,
+) -> tuple[NoiseRates, LossMixtures, LossHistogram]:
+    """:func:`judge_labels`, some classes at a time: `take` gets each block, and nothing is `(N, K)`.
+
+    Across classes go only numbers of each class. So in every round all blocks are fitted first, and predicted with
+    again once these are known.
+    """
+    n, num_classes = labels.shape
+    if features.ndim != 2 or len(features) != n or features.shape[1] == 0:
         raise ValueError(
-            f"features have shape {tuple(features.shape)}; they must be (N, D) with N = {len(labels)} as the labels "
+            f"features have shape {tuple(features.shape)}; they must be (N, D) with N = {n} as the labels "
             "and D >= 1; pass one vector for each instance."
         )
-    check_given_labels(labels)
     check_range("num_rounds", num_rounds, 1)
     check_range("max_missing", max_missing or 0, 0)
-    labels = labels.cpu()
     finite = features.isfinite().all(1).cpu()  # a row that is not would turn all axes to itself
-    known = (labels >= 0) & finite[:, None]
-    given, positive = labels.clamp(min=0).float(), labels == 1
     # Broadcast: the axes need not be the same, bit for bit, on unlike machines.
     components = broadcast(principal_components(features.masked_fill(~finite.to(features.device)[:, None], 0)))
+    columns = labels.tocsc()
 
-    targets, weights = given, known.float()
+    def given_of(some: slice) -> tuple[Tensor, Tensor]:
+        given = torch.from_numpy(columns[:, some].toarray(order="C"))
+        return given, (given >= 0) & finite[:, None]
+
+    refined: dict[int, _Changes] = {}  # by the first class of a block
     for number in range(num_rounds):
-        logits = out_of_fold_logits(
-            components, targets, weights, num_folds=num_folds, seed=seed + number, on_fold=on_fold
-        )
+        heads = OutOfFoldHeads(components, num_folds=num_folds, seed=seed + number, on_fold=on_fold)
+        blocks, fitted_heads, anchors = heads.blocks(num_classes), [], []
+        histogram = LossHistogram(num_classes)
+        for some in blocks:
+            given, known = given_of(some)
+            targets, weights = given.clamp(min=0).float(), known.float()
+            if number:
+                refined[some.start].apply(targets, weights)
+            logits, fitted = heads.fit(targets, weights)
+            fitted_heads.append(fitted)
+            if number == 0:
+                anchors.append(anchor_counts(logits, given.masked_fill(~known, -1)))
+            histogram.cells[:, some] = _counted_losses(logits, given == 1, known).cells
         if number == 0:
-            rates = estimate_noise_rates(logits, labels.masked_fill(~known, -1))
+            rates = rates_of_anchors(torch.cat(anchors))
             if not any(rate[0].any() for rate in rates):
                 logger.warning(
                     "the features do not tell the classes apart, so that all labels count as clean; a network from "
                     'scratch needs judge="network".'
                 )
-        losses = label_losses(logits, positive)
-        histogram = LossHistogram(labels.shape[1])
-        histogram.update(losses.masked_fill(~known, float("nan")), positive)
-        fitted = LossMixtures.fit_histogram(histogram, mixtures)
-        p_clean = _as_many_as(rates, fitted, histogram, losses, positive, monotone, max_missing)
-        p_clean = p_clean.masked_fill(~finite[:, None], 0.0)
-        refined = refine_labels(labels, p_clean, logits.sigmoid(), _CONFIDENT)
-        targets, weights = refined.labels.clamp(min=0), refined.weight * known
-    return JudgedLabels(p_clean, logits.sigmoid(), rates, fitted, histogram)
+        fitted_mixtures = LossMixtures.fit_histogram(histogram, mixtures)
+        limits = _limits(rates, fitted_mixtures, histogram, monotone, max_missing)
+        for some, fitted in zip(blocks, fitted_heads, strict=True):
+            (given, known), logits = given_of(some), heads.predict(fitted)
+            losses, of_some = label_losses(logits, given == 1), _Limits(*(x[..., some] for x in limits))
+            p_clean = _as_many_as(of_some, fitted_mixtures.of_classes(some), losses, given == 1, monotone)
+            p_clean = p_clean.masked_fill(~finite[:, None], 0.0)
+            # Rounded from float64, as the last bit of float32 depends on where in a block the value stands.
+            probability = logits.double().sigmoid().float()
+            if number == num_rounds - 1:
+                take(some, JudgedClasses(given, p_clean, probability, rates))
+            else:
+                again = refine_labels(given, p_clean, probability, _CONFIDENT)
+                refined[some.start] = _Changes.of(given, known, again.labels, again.weight)
+    return rates, fitted_mixtures, histogram
 
 
-def _as_many_as(
-    rates: NoiseRates,
-    mixtures: LossMixtures,
-    histogram: LossHistogram,
-    losses: Tensor,
-    positive: Tensor,
-    monotone: bool,
-    max_missing: float | None,
-) -> Tensor:
-    """`(N, K)` p_G, of which as many are at most 1/2 as `rates` says, the others 1.
+class _Changes(NamedTuple):
+    """Where the targets and weights of a round differ from the given labels, `(M,)` each."""
+
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, given: Tensor, known: Tensor, labels: Tensor, weight: Tensor) -> _Changes:
+        row, column = (((labels != given) | (weight != 1)) & known).nonzero(as_tuple=True)
+        return cls(row, column, labels[row, column], weight[row, column])
+
+    def apply(self, targets: Tensor, weights: Tensor) -> None:
+        targets[self.row, self.column], weights[self.row, self.column] = self.target, self.weight
+
+
+def _counted_losses(logits: Tensor, positive: Tensor, known: Tensor) -> LossHistogram:
+    histogram = LossHistogram(logits.shape[1])
+    histogram.update(label_losses(logits, positive).masked_fill(~known, float("nan")), positive)
+    return histogram
+
+
+class _Limits(NamedTuple):
+    """What p_G needs to know of each class, `(2, K)` by polarity, or `(K,)`."""
+
+    cut: Tensor
+    """float64, the loss from which on as many labels are wrong as the rates say."""
+    at_cut: Tensor
+    """float32, Eq. 8 there."""
+    may_be_missing: Tensor
+    """`(1, K)` float64, the loss from which on a negative label may be; NaN: the rate says which."""
+
+
+def _limits(
+    rates: NoiseRates, mixtures: LossMixtures, histogram: LossHistogram, monotone: bool, max_missing: float | None
+) -> _Limits:
+    shares = rates.missing[0], rates.wrong[0]
+    cuts = [histogram.threshold_of_largest(i, shares[i] * histogram.num_values[i]) for i in (0, 1)]
+    at_cut = [
+        mixtures.clean_probability(c.clamp(max=16).float()[None], torch.full((1, len(c)), bool(i)), monotone=monotone)
+        for i, c in enumerate(cuts)
+    ]
+    limit = torch.full_like(cuts[0], torch.nan)
+    if max_missing is not None:
+        most = max_missing * histogram.num_values[1] if max_missing else torch.full_like(cuts[0], torch.inf)
+        limit = histogram.threshold_of_largest(0, most)
+    return _Limits(torch.stack(cuts), torch.cat(at_cut), limit[None])
+
+
+def _as_many_as(limits: _Limits, mixtures: LossMixtures, losses: Tensor, positive: Tensor, monotone: bool) -> Tensor:
+    """`(N, k)` p_G, of which as many are at most 1/2 as the rates say, the others 1.
 
     In each set p_G is Eq. 8, shifted in its log-odds to 1/2 at the loss from which on labels are wrong: the mixture
     gives the order and the slope, the rate the place.
     """
 
-    def p_clean(losses: Tensor, positive: Tensor) -> Tensor:
-        return mixtures.clean_probability(losses, positive, monotone=monotone)
+    def by_set(of_sets: Tensor) -> Tensor:
+        return torch.where(positive, of_sets[1], of_sets[0])
 
-    def by_set(of_negative: Tensor, of_positive: Tensor) -> Tensor:
-        return torch.where(positive, of_positive, of_negative)
-
-    shares = rates.missing[0], rates.wrong[0]
-    cuts = [histogram.threshold_of_largest(i, shares[i] * histogram.num_values[i]) for i in (0, 1)]
-    at_cut = [p_clean(c.clamp(max=16).float()[None], torch.full((1, len(c)), bool(i))) for i, c in enumerate(cuts)]
-    p, p_at_cut = (x.double().clamp(1e-9, 1 - 1e-9) for x in (p_clean(losses, positive), by_set(*at_cut)))
+    p_clean = mixtures.clean_probability(losses, positive, monotone=monotone)
+    p, p_at_cut = (x.double().clamp(1e-9, 1 - 1e-9) for x in (p_clean, by_set(limits.at_cut)))
     shifted = torch.sigmoid(torch.logit(p) - torch.logit(p_at_cut)).clamp(max=0.5).float()
-    wrong = (losses >= by_set(*cuts)) & by_set(*mixtures.separated)
+    wrong = (losses >= by_set(limits.cut)) & by_set(mixtures.separated)
     judged = shifted.where(wrong, 1.0)
-    if max_missing is None:
+    if limits.may_be_missing.isnan().all():
         return judged
-    limit = max_missing * histogram.num_values[1] if max_missing else torch.full_like(cuts[0], torch.inf)
-    may_be_missing = losses >= histogram.threshold_of_largest(0, limit)
-    return torch.where(positive, judged, p.float().where(may_be_missing, 1.0))
+    return torch.where(positive, judged, p.float().where(losses >= limits.may_be_missing, 1.0))

@@ -23,6 +23,7 @@ _OFFSET_BITS = 17
 _OFFSET_MASK = (1 << _OFFSET_BITS) - 1
 _FIRST_BIN = (127 - 14) << 6  # what the bits of 2^-14 read after the offset is shifted out
 _NUM_BINS = 18 << 6  # 18 powers of two, up to 2^4, of 64 bins
+NUM_COARSE_BINS = _NUM_BINS // 32
 _LARGEST = 16 * (1 - 2.0**-24)  # the last float32 below 2^4; a larger loss (probability under 1.2e-7) counts as this
 
 # Work is done in pieces that stay in the cache. A set has at most one value in a row, so a piece's sums stay below
@@ -125,6 +126,23 @@ class LossHistogram:
                 keep = None if finite is None else finite[piece]
                 _add(losses[piece], positive[piece], keep, self.cells[:, first : first + classes].view(3, -1))
 
+    @torch.no_grad()
+    def update_negative(self, losses: Tensor, some: slice) -> None:
+        """Add the losses `(B, k)` of some classes, finite, all of negative labels; faster than :meth:`update`."""
+        of_class = torch.arange(0, losses.shape[1] * _NUM_BINS, _NUM_BINS, dtype=torch.int32)
+        for part in losses.split(_ROWS_AT_ONCE):
+            bins, offsets = _bins_and_offsets(part)
+            added = _counted(bins.add_(of_class).flatten(), offsets.flatten(), losses.shape[1] * _NUM_BINS)
+            self.cells[:, some, 0] += added.view(3, -1, _NUM_BINS)
+
+    @torch.no_grad()
+    def update_positive(self, losses: Tensor, label_class: Tensor) -> None:
+        """Add single losses of positive labels, finite, and their classes, `(M,)` each."""
+        bins, offsets = (x.long() for x in _bins_and_offsets(losses))
+        at = (2 * label_class + 1) * _NUM_BINS + bins
+        for moment, values in zip(self.cells, (torch.ones_like(offsets), offsets, offsets * offsets), strict=True):
+            moment.view(-1).index_add_(0, at, values)
+
     def threshold_of_largest(self, polarity: int, counts: Tensor) -> Tensor:
         """Where the largest losses of each class begin, to the width of a bin.
 
@@ -173,24 +191,32 @@ def bin_moments(cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return number, low + offset * step, (square / some - offset**2).clamp(min=0) * step**2
 
 
+def _bins_and_offsets(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Bin and place in it, int32; of a loss that is not finite any."""
+    bits = (losses.float() + _SHIFT).clamp(_SHIFT, _LARGEST).view(torch.int32)
+    return (bits >> _OFFSET_BITS).sub_(_FIRST_BIN), bits & _OFFSET_MASK
+
+
 def _add(losses: Tensor, positive: Tensor, keep: Tensor | None, state: Tensor) -> None:
     """Add losses of some classes, `(rows, classes)`, to their part of a histogram's cells, `(3, their cells)`."""
     num_cells = state.shape[1]
-    # Of a loss that is not finite: any bin.
-    bits = (losses.float() + _SHIFT).clamp(_SHIFT, _LARGEST).view(torch.int32)
-    bins, offsets = bits >> _OFFSET_BITS, bits & _OFFSET_MASK
+    bins, offsets = _bins_and_offsets(losses)
     of_class = torch.arange(0, num_cells, 2 * _NUM_BINS, dtype=torch.int32, device=losses.device)
-    cells = bins.add_(of_class - _FIRST_BIN).add_(positive.to(torch.int32), alpha=_NUM_BINS)
+    cells = bins.add_(of_class).add_(positive.to(torch.int32), alpha=_NUM_BINS)
     cells, offsets = (x.reshape(-1) if keep is None else x[keep] for x in (cells, offsets))
     if cells.device.type != "cpu" or len(cells) < num_cells:
         cells, offsets = cells.long(), offsets.long()
         state[0].index_add_(0, cells, torch.ones_like(cells))
         state[1].index_add_(0, cells, offsets)
         state[2].index_add_(0, cells, offsets * offsets)
-    else:  # the same sums, several times faster where there are many values; deterministic on the CPU only
-        offsets = offsets.double()
-        squares = torch.bincount(cells, offsets * offsets, num_cells)
-        packed = torch.bincount(cells, offsets.add_(1 << 31), num_cells).long()  # counts and offsets in one pass
-        state[0] += packed >> 31
-        state[1] += packed & ((1 << 31) - 1)
-        state[2] += squares.long()
+    else:
+        state += _counted(cells, offsets, num_cells)
+
+
+def _counted(cells: Tensor, offsets: Tensor, num_cells: int) -> Tensor:
+    """`(3, cells)` int64 moments of the values: those of `index_add_`, several times faster where there are many
+    values; deterministic on the CPU only."""
+    offsets = offsets.double()
+    squares = torch.bincount(cells, offsets * offsets, num_cells)
+    packed = torch.bincount(cells, offsets.add_(1 << 31), num_cells).long()  # counts and offsets in one pass
+    return torch.stack([packed >> 31, packed & ((1 << 31) - 1), squares.long()])

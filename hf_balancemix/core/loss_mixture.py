@@ -135,20 +135,33 @@ class LossMixtures:
         """
         num_classes = checked_num_classes(losses, "losses", self.means.shape[1])
         positive = checked_positive(labels, losses, "losses")
-        separated = self.separated.to(losses.device)
-        odds = [x.to(losses.device) for x in _log_odds(self.means, self.variances, self.weights)]
-        falling = [x.to(losses.device) for x in _falling_range(self.means, self.variances)]
+        sets = [x.to(losses.device) for x in self._sets()]
         p_clean = torch.empty(losses.shape, dtype=torch.float32, device=losses.device)
         rows = max(1, _VALUES_AT_ONCE // num_classes)  # bounds the float64 temporaries
         for x, t, out in zip(losses.split(rows), positive.split(rows), p_clean.split(rows), strict=True):
-            y = x.double()
-            if monotone:
-                y = y.clamp(*(_of_label(bound, t) for bound in falling))
-            at, constant, slope, curve = (_of_label(coefficient, t) for coefficient in odds)
-            y = y - at
-            clean = torch.sigmoid(constant + y * (slope + y * curve))
-            out.copy_(torch.where(_of_label(separated, t), clean, 1.0).masked_fill_(~torch.isfinite(x), 0.0))
+            out.copy_(_clean(x, [torch.where(t, of_set[1], of_set[0]) for of_set in sets], monotone))
         return p_clean
+
+    def of_classes(self, some: slice) -> LossMixtures:
+        """The mixtures of some of the classes."""
+        return LossMixtures(*(getattr(self, field.name)[:, some] for field in fields(self)))
+
+    def clean_probability_of(
+        self, losses: Tensor, positive: Tensor, label_class: Tensor, monotone: bool = True
+    ) -> Tensor:
+        """:meth:`clean_probability` of single labels: losses, which are positive, and their classes, `(M,)` each."""
+        set_of_label = positive.long() * self.means.shape[1] + label_class
+        sets = [x.flatten() for x in self._sets()]
+        p_clean = torch.empty(len(losses), dtype=torch.float32)
+        parts = (x.split(_VALUES_AT_ONCE) for x in (losses, set_of_label, p_clean))
+        for x, at, out in zip(*parts, strict=True):
+            out.copy_(_clean(x, [of_set[at] for of_set in sets], monotone))
+        return p_clean
+
+    def _sets(self) -> list[Tensor]:
+        """What :func:`_clean` needs of each set, `(2, K)` each."""
+        falling = _falling_range(self.means, self.variances)
+        return [*_log_odds(self.means, self.variances, self.weights), *falling, self.separated]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The five tensors by name."""
@@ -189,9 +202,15 @@ def _falling_range(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(excess < 0, vertex, -torch.inf), torch.where(excess > 0, vertex, torch.inf)
 
 
-def _of_label(parameter: Tensor, positive: Tensor) -> Tensor:
-    """The element of `(2, K)` that belongs to each of `(B, K)` labels."""
-    return torch.where(positive, parameter[1], parameter[0])
+def _clean(losses: Tensor, of_labels: list[Tensor], monotone: bool) -> Tensor:
+    """Eq. 8 at losses, with what :meth:`LossMixtures._sets` gives of each label's set, in their shape."""
+    at, constant, slope, curve, low, high, separated = of_labels
+    y = losses.double()
+    if monotone:
+        y = y.clamp(low, high)
+    y = y - at
+    clean = torch.sigmoid(constant + y * (slope + y * curve))
+    return torch.where(separated, clean, 1.0).masked_fill_(~torch.isfinite(losses), 0.0)
 
 
 class _Bins(NamedTuple):

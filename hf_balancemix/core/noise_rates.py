@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from hf_balancemix.core.checks import check_given_labels, check_same_shape
+from hf_balancemix.core.given_labels import compressed_labels, label_counts
 
 _TOP, _LEAST = 0.1, 5  # anchors of T10: the share of n instances, and the fewest
 _PRIOR = 50  # anchors that the other classes' T10 counts for
@@ -61,7 +63,17 @@ def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
     check_same_shape(logits=logits, labels=labels)
     check_given_labels(labels)
     logits, labels = logits.cpu(), labels.cpu()
-    counts = torch.tensor([_anchor_counts(x, y) for x, y in zip(logits.T, labels.T, strict=True)], dtype=torch.float64)
+    return rates_of_anchors(anchor_counts(logits, labels))
+
+
+def anchor_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """What :func:`estimate_noise_rates` counts of each of k classes, `(k, 9)` float64; `(N, k)` logits and labels."""
+    counts = [_anchor_counts(x, y) for x, y in zip(logits.T, labels.T, strict=True)]
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def rates_of_anchors(counts: Tensor) -> NoiseRates:
+    """:func:`estimate_noise_rates` of the `(K, 9)` :func:`anchor_counts` of all classes."""
     v, top, top_negative, topmost, topmost_negative, low, low_positive, lowest, lowest_positive = counts.T
     usable = (v > 0) & (v < 1)
     some = usable & (top >= _LEAST)
@@ -112,15 +124,19 @@ def wrong_probability(labels: Tensor, probability: Tensor, rates: NoiseRates) ->
     """
     check_same_shape(labels=labels, probability=probability)
     check_given_labels(labels)
-    labels, q = labels.cpu(), probability.cpu().double()
+    return wrong_by_rates(labels.cpu(), probability.cpu(), *transition_rates(labels, rates))
+
+
+def wrong_by_rates(labels: Tensor, probability: Tensor, t01: Tensor, t10: Tensor) -> Tensor:
+    """:func:`wrong_probability` of some of the classes, with their T01 `(k,)` and the T10 of all."""
+    q = probability.double()
     known = (labels >= 0) & q.isfinite()
-    posterior = wrong_posterior(labels == 1, q.nan_to_num(0.5), *transition_rates(labels, rates))
-    return posterior.where(known, 0).float()
+    return wrong_posterior(labels == 1, q.nan_to_num(0.5), t01, t10).where(known, 0).float()
 
 
-def transition_rates(labels: Tensor, rates: NoiseRates) -> tuple[Tensor, Tensor]:
-    """T01 `(K,)` and T10 `()`, float64, of :func:`wrong_probability`."""
-    n, m = ((labels.cpu() == value).sum(0).double() for value in (1, 0))
+def transition_rates(labels: Tensor | csr_array, rates: NoiseRates) -> tuple[Tensor, Tensor]:
+    """T01 `(K,)` and T10 `()`, float64, of :func:`wrong_probability`; `labels` as :func:`compressed_labels` takes."""
+    m, n = (count.double() for count in label_counts(compressed_labels(labels)))
     wrong, missing = rates.wrong[0].cpu() * n, rates.missing[0].cpu() * m  # labels
     clean_positive, clean_negative = n - wrong + missing, m - missing + wrong
     t01, t10 = (wrong / clean_negative.clamp(min=1e-9)).clamp(max=1), (missing / clean_positive).clamp(max=1)

@@ -6,7 +6,8 @@ folds cannot, so that its loss at a label says how well the label fits what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,40 +75,91 @@ def out_of_fold_logits(
         ValueError: The shapes of targets and weights differ, or `num_folds` is out of its range.
     """
     check_same_shape(targets=targets, weights=weights)
-    n, num_classes = targets.shape
-    check_range("num_folds", num_folds, 2, n)
-    order = torch.randperm(n, generator=keyed_generator(seed, "folds"))
-    fold = torch.empty(n, dtype=torch.int64)
-    fold[order] = torch.arange(n) % num_folds
-    chosen = torch.empty(n, num_classes)
-    for some in torch.arange(num_classes).split(max(1, _VALUES_AT_ONCE // (len(_PENALTIES) * n))):
-        y, weight = targets[:, some], weights[:, some]
-        logits = _of_all_penalties(features, y, weight, fold, num_folds, on_fold)
-        losses = torch.stack([_bce(one, y, weight).sum(0) for one in logits])
-        chosen[:, some] = logits.gather(0, losses.argmin(0).expand(1, *y.shape))[0]
-    return chosen
+    heads = OutOfFoldHeads(features, num_folds=num_folds, seed=seed, on_fold=on_fold)
+    logits = torch.empty(targets.shape)
+    for some in heads.blocks(targets.shape[1]):
+        logits[:, some] = heads.fit(targets[:, some], weights[:, some])[0]
+    return logits
+
+
+class FittedHeads(NamedTuple):
+    """What :meth:`OutOfFoldHeads.fit` found for k classes, to be predicted with again."""
+
+    of_folds: list[tuple[Tensor, Tensor]]
+    """Of each fold of this rank the coefficients `(C, D, k)` and biases `(C, 1, k)` for C penalties."""
+    choice: Tensor
+    """`(k,)` int64, which penalty."""
+
+
+class OutOfFoldHeads:
+    """The heads of :func:`out_of_fold_logits` for a block of classes at a time, so that nothing is `(N, K)`.
+
+    Args:
+        features, num_folds, seed, on_fold: As there.
+    """
+
+    def __init__(
+        self, features: Tensor, *, num_folds: int = 5, seed: int = 0, on_fold: Callable[[], object] = lambda: None
+    ) -> None:
+        n = len(features)
+        check_range("num_folds", num_folds, 2, n)
+        self.features, self.num_folds, self.on_fold = features, num_folds, on_fold
+        order = torch.randperm(n, generator=keyed_generator(seed, "folds"))
+        self.fold = torch.empty(n, dtype=torch.int64)
+        self.fold[order] = torch.arange(n) % num_folds
+
+    def blocks(self, num_classes: int) -> list[slice]:
+        """Which classes to fit together; the line search of a fit is that of its whole block."""
+        width = max(1, _VALUES_AT_ONCE // (len(_PENALTIES) * len(self.features)))
+        return [slice(first, min(first + width, num_classes)) for first in range(0, num_classes, width)]
+
+    def fit(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, FittedHeads]:
+        """Must be called on every rank: out-of-fold logits `(N, k)`, and the heads.
+
+        Args:
+            targets, weights: `(N, k)` of one of :meth:`blocks`.
+        """
+        fitted, logits = [], torch.zeros(len(_PENALTIES), *targets.shape)
+        for test, train in self._folds():
+            x = self.features[train.to(self.features.device)]
+            y, w = (table[train].to(x.device) for table in (targets, weights))
+            fitted.append(_fit(x, y, w))
+            logits[:, test] = self._predict(test, fitted[-1])
+            self.on_fold()
+        logits = all_reduce_sum(logits)
+        losses = torch.stack([_bce(one, targets, weights).sum(0) for one in logits])
+        heads = FittedHeads(fitted, losses.argmin(0))
+        return _chosen(logits, heads.choice), heads
+
+    def predict(self, heads: FittedHeads) -> Tensor:
+        """Must be called on every rank: the logits `(N, k)` that :meth:`fit` returned, again."""
+        logits = torch.zeros(len(self.features), len(heads.choice))
+        for (test, _), fitted in zip(self._folds(), heads.of_folds, strict=True):
+            logits[test] = _chosen(self._predict(test, fitted), heads.choice)
+        return all_reduce_sum(logits)
+
+    def _folds(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The instances that each fold of this rank holds out, and the others."""
+        rank, num_ranks = world()
+        for held_out in range(rank, self.num_folds, num_ranks):
+            test = self.fold == held_out
+            yield test.nonzero().squeeze(1), (~test).nonzero().squeeze(1)
+
+    def _predict(self, test: Tensor, fitted: tuple[Tensor, Tensor]) -> Tensor:
+        # For all penalties also where one is wanted: a product of another shape may differ in its last bit.
+        coefficients, bias = fitted
+        return (self.features[test.to(self.features.device)] @ coefficients + bias).cpu()
+
+
+def _chosen(logits: Tensor, choice: Tensor) -> Tensor:
+    """`(N, k)` of `(C, N, k)`, each class of its penalty."""
+    return logits.gather(0, choice.expand(1, *logits.shape[1:]))[0]
 
 
 def _bce(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(
         logits, targets.expand_as(logits), weights.expand_as(logits), reduction="none"
     )
-
-
-def _of_all_penalties(
-    features: Tensor, targets: Tensor, weights: Tensor, fold: Tensor, num_folds: int, on_fold: Callable[[], object]
-) -> Tensor:
-    """Out-of-fold logits `(C, N, K)` for each of the C penalties, on the CPU."""
-    rank, num_ranks = world()
-    logits = torch.zeros(len(_PENALTIES), *targets.shape)
-    for held_out in range(rank, num_folds, num_ranks):
-        test, train = (part.nonzero().squeeze(1) for part in (fold == held_out, fold != held_out))
-        x, x_test = (features[part.to(features.device)] for part in (train, test))
-        y, w = (table[train].to(features.device) for table in (targets, weights))
-        coefficients, bias = _fit(x, y, w)
-        logits[:, test] = (x_test @ coefficients + bias).cpu()
-        on_fold()
-    return all_reduce_sum(logits)
 
 
 def _fit(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from hf_balancemix.core.checks import check_choice, check_range, check_same_shape
+from hf_balancemix.core.given_labels import compressed_labels, label_counts
 from hf_balancemix.core.keys import keyed_generator
 
 MINORITY_SCORES = ("paper", "positive", "uniform")
@@ -39,7 +43,8 @@ def class_confidences(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
 # Probabilities are summed as integers of this unit: exact, hence the same in any order and on any number of ranks.
 # 2^31 instances fit into 63 bits.
-_UNIT = 2**32
+CONFIDENCE_UNIT = 2**32
+_ROWS_AT_ONCE = 1 << 18  # of compressed labels
 
 
 def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,24 +66,24 @@ def confidence_sums(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
         raise ValueError(
             f"probabilities hold {p[bad][0]:g}; each must be in [0, 1]; pass the sigmoid of finite logits."
         )
-    confidence = (torch.where(positive, p, 1 - p) * _UNIT).round().long()
+    confidence = (torch.where(positive, p, 1 - p) * CONFIDENCE_UNIT).round().long()
     sums = torch.stack([(confidence * negative).sum(0), (confidence * positive).sum(0)])
     return sums, torch.stack([negative.sum(0), positive.sum(0)])
 
 
 def confidences_from_sums(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 2 from the totals of :func:`confidence_sums`: `(P, A)`, each `(K,)` float64."""
-    negative, positive = torch.where(counts > 0, sums.double() / _UNIT / counts.clamp(min=1), 1.0)
+    negative, positive = torch.where(counts > 0, sums.double() / CONFIDENCE_UNIT / counts.clamp(min=1), 1.0)
     return positive, negative
 
 
-def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: str = "paper") -> Tensor:
+def instance_scores(labels: Tensor | csr_array, positive: Tensor, negative: Tensor, score: str = "paper") -> Tensor:
     """Eq. 3: how confidently the model knows each instance's labels; a low score marks a minority instance.
 
     Args:
-        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown. The score is that of the known labels, so that
-            their number does not count; an instance without any is neutral: it gets the harmonic mean of the other
-            scores, with which Eq. 4 draws it with the probability 1 / N.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown; dense, or a :class:`scipy.sparse.csr_array`. The
+            score is that of the known labels, so that their number does not count; an instance without any is neutral:
+            it gets the harmonic mean of the other scores, with which Eq. 4 draws it with the probability 1 / N.
         positive, negative: `(K,)` P(k) and A(k) in [0, 1].
         score: `"paper"`: Eq. 3 as printed, the sum over classes of P(k) where the label is 1 and A(k) where it is 0;
             K times their mean where some are unknown.
@@ -99,19 +104,30 @@ def instance_scores(labels: Tensor, positive: Tensor, negative: Tensor, score: s
         [1.8, 0.9]
     """
     check_choice("minority_score", score, MINORITY_SCORES)
+    rows = compressed_labels(labels)
+    num_instances, num_classes = rows.shape
     if score == "uniform":
-        return torch.ones(len(labels), dtype=torch.float64)
-    t, num_known = (labels == 1).double(), (labels >= 0).double().sum(1)
-    scores = t @ positive.double()
+        return torch.ones(num_instances, dtype=torch.float64)
+    P, A = positive.double().numpy(), negative.double().numpy()
+    # As if all labels were negative ones, and what the stored labels change; for "positive" nothing but these.
+    all_negative = A.sum() if score == "paper" else 0.0
+    of_value = np.stack([0 * P, P - A, -A] if score == "paper" else [0 * P, P, 0 * A])  # of 0, 1 and, the last, -1
+    sums, num_positive, num_known = np.empty((3, num_instances))
+    for piece, row, label_class, value in _pieces(rows):
+        length = piece.stop - piece.start
+        changes = of_value[value, label_class]
+        sums[piece] = all_negative + np.bincount(row, changes, length)
+        num_positive[piece] = np.bincount(row, value == 1, length)
+        num_known[piece] = num_classes - np.bincount(row, value == -1, length)
+    scores, known = torch.from_numpy(sums), torch.from_numpy(num_known)
     if score == "paper":
-        scores += (labels == 0).double() @ negative.double()
-        scores *= labels.shape[1] / num_known.clamp(min=1)  # times 1 where all are known
+        scores *= num_classes / known.clamp(min=1)  # times 1 where all are known
     else:
-        count = t.sum(1)
+        count = torch.from_numpy(num_positive)
         scores = torch.where(count > 0, scores / count.clamp(min=1), 1.0)
     # A class that the model gives no probability at all must not take the whole epoch.
     scores = scores.clamp(min=1e-3)
-    judged = num_known > 0
+    judged = known > 0
     neutral = 1 / (1 / scores[judged]).mean() if judged.any() else 1.0
     return torch.where(judged, scores, neutral)
 
@@ -166,18 +182,32 @@ def effective_sample_size(weights: Tensor) -> float:
     return float(w.sum() ** 2 / (w.square().sum() * len(w)))
 
 
-def class_lift(weights: Tensor, labels: Tensor) -> Tensor:
+def class_lift(weights: Tensor, labels: Tensor | csr_array) -> Tensor:
     """How often each class is drawn relative to uniform sampling.
 
     Args:
         weights: `(N,)` sampling probabilities, sum 1.
-        labels: `(N, K)` in {0, 1}, the clean labels where they are known; -1 (unknown) counts as 0.
+        labels: `(N, K)` in {0, 1}, the clean labels where they are known; -1 (unknown) counts as 0; dense or sparse.
 
     Returns:
         `(K,)` float64; 1 = as often as uniform, NaN for a class without positive labels.
     """
-    t = (labels == 1).double()
-    return (weights.double() @ t) * len(t) / t.sum(0)
+    rows, w = compressed_labels(labels), weights.double().numpy()
+    num_instances, num_classes = rows.shape
+    drawn = np.zeros(num_classes)
+    for piece, row, label_class, value in _pieces(rows):
+        drawn += np.bincount(label_class, w[piece][row] * (value == 1), num_classes)
+    return torch.from_numpy(drawn) * num_instances / label_counts(rows)[1]
+
+
+def _pieces(labels: csr_array) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """Some instances at a time: which, and the row among them, the class and the value of their stored labels."""
+    for first in range(0, labels.shape[0], _ROWS_AT_ONCE):
+        piece = slice(first, min(first + _ROWS_AT_ONCE, labels.shape[0]))
+        start = labels.indptr[piece.start : piece.stop + 1]
+        stored = slice(start[0], start[-1])
+        row = np.repeat(np.arange(len(start) - 1), np.diff(start))
+        yield piece, row, labels.indices[stored], labels.data[stored]
 
 
 class PairKey(NamedTuple):
@@ -210,9 +240,9 @@ class EpochSampler(Sampler[PairKey]):
     def __len__(self) -> int:
         return self.num_instances
 
-    def _permutation(self) -> list[int]:
+    def _permutation(self) -> Iterator[int]:
         generator = keyed_generator(self.seed, self.epoch, "random")
-        return torch.randperm(self.num_instances, generator=generator).tolist()
+        return _integers(torch.randperm(self.num_instances, generator=generator))
 
     def __iter__(self) -> Iterator[PairKey]:
         epoch = self.epoch
@@ -237,6 +267,11 @@ class PairSampler(EpochSampler):
     def __iter__(self) -> Iterator[PairKey]:
         epoch = self.epoch
         generator = keyed_generator(self.seed, epoch, "minority")
-        minority = systematic_resample(self.weights(), self.num_instances, generator).tolist()
-        for pair in zip(self._permutation(), minority, strict=True):
+        minority = systematic_resample(self.weights(), self.num_instances, generator)
+        for pair in zip(self._permutation(), _integers(minority), strict=True):
             yield PairKey(epoch, *pair)
+
+
+def _integers(values: Tensor) -> Iterator[int]:
+    """Those of a 1-D tensor; never a list of them all, which takes 40 bytes each."""
+    return chain.from_iterable(part.tolist() for part in values.split(1 << 16))

@@ -1,4 +1,5 @@
-"""Label columns: from what a `datasets.Dataset` stores to an (N, K) matrix of 0, 1 and, where unknown, -1.
+"""Label columns: from what a `datasets.Dataset` stores to an (N, K) matrix of 0, 1 and, where unknown, -1; compressed
+rows first, so that only who asks for a dense one has N x K numbers.
 
 Two forms are understood. A *class list* is `List(ClassLabel(names=...))`, the ids of the classes that are present in
 an instance; it is what this package's loaders make, because the class names travel with the data. A *multi-hot*
@@ -17,8 +18,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from scipy.sparse import csr_array
 
 from hf_balancemix.files import quote
+
+# Of class lists, and of multi-hot columns.
+_ROWS_AT_ONCE, _VALUES_AT_ONCE = 1 << 16, 1 << 23
 
 
 def column_feature(dataset: Any, column: str, fix: str) -> Any:
@@ -66,11 +71,33 @@ def has_class_names(dataset: datasets.Dataset) -> bool:
     return is_class_list(dataset.features["labels"])
 
 
-def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Tensor:
-    """The label column as a matrix, read through Arrow: no other column is read, no image is decoded.
+def sparse_labels(dataset: datasets.Dataset, column: str = "labels") -> csr_array:
+    """A label column as compressed rows, read through Arrow some rows at a time; no image is decoded.
 
     Args:
         dataset: A `datasets.Dataset`, also after `select`, `shuffle` or `concatenate_datasets`.
+        column: Name of the label column. Of `labels` also what is unknown is read, as by :func:`given_labels`.
+
+    Returns:
+        (N, K) int8 array in which 1 and, for unknown labels, -1 are stored; the classes of a row in order.
+
+    Raises:
+        TypeError, ValueError: As :func:`given_labels`, or for another column as :func:`label_matrix`.
+    """
+    labels = _read(dataset, column, unknown=column == "labels")
+    if column == "labels" and "unknown_labels" in dataset.features:
+        unknown = _read(dataset, "unknown_labels", unknown=False)
+        _check_unknown((labels == 1).multiply(unknown).nonzero(), class_names(dataset))
+        labels = labels - unknown
+        labels.data = labels.data.clip(min=-1)  # an unknown label that stands in both columns
+    return labels
+
+
+def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Tensor:
+    """The label column as a dense matrix, read as by :func:`sparse_labels`.
+
+    Args:
+        dataset: A `datasets.Dataset`.
         column: Name of the label column.
 
     Returns:
@@ -80,7 +107,7 @@ def label_matrix(dataset: datasets.Dataset, column: str = "labels") -> torch.Ten
         TypeError, ValueError: As `class_names`; a row is not a valid label list (see `multi_hot`); or `labels` is
             there, too, and has other classes.
     """
-    return torch.from_numpy(_read(dataset, column, unknown=False).astype(np.uint8))
+    return torch.from_numpy(_read(dataset, column, unknown=False).toarray().view(np.uint8))
 
 
 def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
@@ -93,30 +120,26 @@ def given_labels(dataset: datasets.Dataset) -> torch.Tensor:
     Raises:
         TypeError, ValueError: As `label_matrix`; or a class is both present and unknown in an instance.
     """
-    labels = _read(dataset, "labels", unknown=True)
-    if "unknown_labels" in dataset.features:
-        unknown = label_matrix(dataset, "unknown_labels").numpy()
-        labels = mark_unknown(labels, unknown, class_names(dataset))
-    return torch.from_numpy(labels)
+    return torch.from_numpy(sparse_labels(dataset).toarray())
 
 
 def stored_labels(dataset: datasets.Dataset, column: str) -> torch.Tensor:
     """(N, K) int8 of 0, 1 and, where a multi-hot column has -1, NaN or None, -1; errors as `label_matrix`."""
-    return torch.from_numpy(_read(dataset, column, unknown=True))
+    return torch.from_numpy(_read(dataset, column, unknown=True).toarray())
 
 
 def check_unknown_column(dataset: datasets.Dataset) -> None:
     """Raise a ValueError where unknown labels stand in `labels` itself, which noise would write over as 0."""
     if is_class_list(dataset.features["labels"]):  # which has no room for them: it need not be read
         return
-    if (stored_labels(dataset, "labels") < 0).any():
+    if (_read(dataset, "labels", unknown=True).data < 0).any():
         raise ValueError(
             "column 'labels' has -1, NaN or None for unknown labels; with noise it must have 0 there, and 1 in a "
             "column 'unknown_labels' of the same form; move them with dataset.map."
         )
 
 
-def _read(dataset: datasets.Dataset, column: str, unknown: bool) -> np.ndarray:
+def _read(dataset: datasets.Dataset, column: str, unknown: bool) -> csr_array:
     """(N, K) int8 of 0, 1 and, where `unknown` allows it, -1."""
     feature, names = _label_feature(dataset, column), class_names(dataset, column)
     if column != "labels" and "labels" in dataset.features and names != class_names(dataset):
@@ -124,23 +147,39 @@ def _read(dataset: datasets.Dataset, column: str, unknown: bool) -> np.ndarray:
             f"column '{column}' has other classes than 'labels'; both must have the same, in the same order; use "
             f"dataset.cast_column('{column}', dataset.features['labels'])."
         )
-    lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    rows = dataset.select_columns([column]).with_format("arrow")
+    at_once = _ROWS_AT_ONCE if is_class_list(feature) else max(1, _VALUES_AT_ONCE // len(names))
+    parts = [
+        _read_rows(rows[first : first + at_once][column].combine_chunks(), feature, len(names), column, first, unknown)
+        for first in range(0, len(dataset), at_once)
+    ]
+    if not parts:
+        return csr_array((0, len(names)), dtype=np.int8)
+    counts = np.concatenate([[0], *(np.diff(part.indptr) for part in parts)])
+    stored = [np.concatenate([getattr(part, name) for part in parts]) for name in ("data", "indices")]
+    start = counts.cumsum().astype(np.int32 if len(stored[0]) < 2**31 else np.int64)
+    return csr_array((*stored, start), shape=(len(dataset), len(names)))
+
+
+def _read_rows(lists: pa.Array, feature: Any, num_classes: int, column: str, first: int, unknown: bool) -> csr_array:
+    """Those of :func:`_read` from row `first` on."""
     if lists.null_count:
-        _raise_not_a_list(column, int(np.flatnonzero(lists.is_null())[0]), None)
+        _raise_not_a_list(column, first + int(np.flatnonzero(lists.is_null())[0]), None)
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     values = lists.flatten()  # respects the offset of a sliced array, which `.values` does not
     if is_class_list(feature):
         unknown = False  # what is not known of class ids stands in `unknown_labels`
     absent = np.asarray(values.is_null()) if values.null_count else np.zeros(len(values), dtype=bool)
     if absent.any() and not unknown:
-        _raise_bad_value(column, _row_of(lengths, int(absent.argmax())), None, is_class_list(feature))
+        _raise_bad_value(column, first + _row_of(lengths, int(absent.argmax())), None, is_class_list(feature))
     values = values.fill_null(False if pa.types.is_boolean(values.type) else 0).to_numpy(zero_copy_only=False)
+    if is_class_list(feature):
+        return _from_class_ids(values, lengths, num_classes, column, first)
     if unknown:
         absent |= (values == -1) | (values != values)  # NaN is unlike itself
         values = np.where(absent, 0, values)
-    fill = _from_class_ids if is_class_list(feature) else _from_zeros_and_ones
-    matrix = fill(values, lengths, len(names), column).astype(np.int8)
-    return np.where(absent.reshape(matrix.shape), -1, matrix).astype(np.int8) if unknown else matrix
+    matrix = _from_zeros_and_ones(values, lengths, num_classes, column, first).view(np.int8)
+    return csr_array(np.where(absent.reshape(matrix.shape), np.int8(-1), matrix))
 
 
 def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
@@ -150,10 +189,15 @@ def mark_unknown(labels: np.ndarray, unknown: np.ndarray, names: Sequence[str] |
     """
     if unknown.shape != labels.shape:
         raise ValueError(f"unknown has the shape {unknown.shape}; it must be {labels.shape}; give each label a value.")
-    for row, k in np.argwhere((unknown != 0) & (labels == 1)):
+    _check_unknown(((unknown != 0) & (labels == 1)).nonzero(), names)
+    return np.where(unknown != 0, -1, labels).astype(np.int8)
+
+
+def _check_unknown(both: tuple[np.ndarray, ...], names: Sequence[str] | None) -> None:
+    """ValueError where some labels, by row and class, are both present and unknown."""
+    for row, k in zip(*both, strict=True):
         name = f"class {quote(names[k] if names else str(k))}"
         raise ValueError(f"row {row}: {name} is in 'labels' and in 'unknown_labels'; it must be in one; remove it.")
-    return np.where(unknown != 0, -1, labels).astype(np.int8)
 
 
 def multi_hot(
@@ -189,8 +233,10 @@ def multi_hot(
     for position, value in enumerate(flat):
         if type(value) not in allowed:
             _raise_bad_value(column, _row_of(lengths, position), value, not one_hot_input)
-    fill = _from_zeros_and_ones if one_hot_input else _from_class_ids
-    return torch.from_numpy(fill(np.array(flat, dtype=None if flat else np.int64), lengths, num_classes, column))
+    values = np.array(flat, dtype=None if flat else np.int64)
+    if one_hot_input:
+        return torch.from_numpy(_from_zeros_and_ones(values, lengths, num_classes, column))
+    return torch.from_numpy(_from_class_ids(values, lengths, num_classes, column).toarray().view(np.uint8))
 
 
 def with_changed_labels(
@@ -280,28 +326,36 @@ def _raise_bad_value(column: str, row: int, value: Any, class_list: bool) -> Non
     raise ValueError(f"column '{column}', row {row} has {quote(value)}; it must be of {needed}.")
 
 
-def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
+def _from_class_ids(ids: np.ndarray, lengths: np.ndarray, num_classes: int, column: str, first: int = 0) -> csr_array:
     outside = np.flatnonzero((ids < 0) | (ids >= num_classes))
     if len(outside):
-        found = f"column '{column}', row {_row_of(lengths, outside[0])} has the class id {int(ids[outside[0]])}"
+        row = first + _row_of(lengths, outside[0])
+        found = f"column '{column}', row {row} has the class id {int(ids[outside[0]])}"
         raise ValueError(f"{found}; it must be in 0..{num_classes - 1} for K = {num_classes} classes; correct the id.")
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    matrix = np.zeros((len(lengths), num_classes), dtype=np.uint8)
-    matrix[rows, ids] = 1
-    if int(matrix.sum(dtype=np.int64)) != len(ids):
+    start = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+    stored = np.ones(len(ids), dtype=np.int8), ids.astype(np.int32), start
+    labels = csr_array(stored, shape=(len(lengths), num_classes))
+    if not labels.has_canonical_format:
+        labels.sort_indices()
+        labels.sum_duplicates()
+    if labels.nnz != len(ids):
+        rows = np.repeat(np.arange(len(lengths)), lengths)
         row, twice = Counter(zip(rows.tolist(), ids.tolist(), strict=True)).most_common(1)[0][0]
-        found = f"column '{column}', row {row} lists the class id {twice} more than once"
+        found = f"column '{column}', row {first + row} lists the class id {twice} more than once"
         raise ValueError(f"{found}; it must be there once; use sorted(set(ids)).")
-    return matrix
+    return labels
 
 
-def _from_zeros_and_ones(values: np.ndarray, lengths: np.ndarray, num_classes: int, column: str) -> np.ndarray:
+def _from_zeros_and_ones(
+    values: np.ndarray, lengths: np.ndarray, num_classes: int, column: str, first: int = 0
+) -> np.ndarray:
+    """(N, K) uint8."""
     wrong = np.flatnonzero(lengths != num_classes)
     if len(wrong):
-        found = f"column '{column}', row {int(wrong[0])} has {int(lengths[wrong[0]])} values"
+        found = f"column '{column}', row {first + int(wrong[0])} has {int(lengths[wrong[0]])} values"
         fix = f"if they are class ids, dataset.cast_column('{column}', List(ClassLabel(names=[...])))"
         raise ValueError(f"{found}; there must be one for each of the K = {num_classes} classes; {fix}.")
     bad = np.flatnonzero(~((values == 0) | (values == 1)))  # NaN is neither
     if len(bad):
-        _raise_bad_value(column, _row_of(lengths, bad[0]), values[bad[0]].item(), class_list=False)
+        _raise_bad_value(column, first + _row_of(lengths, bad[0]), values[bad[0]].item(), class_list=False)
     return values.astype(np.uint8).reshape(len(lengths), num_classes)

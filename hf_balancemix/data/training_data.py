@@ -9,13 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey
 from hf_balancemix.data.images import MAX_IMAGE_PIXELS, bad_images, decode
-from hf_balancemix.data.labels import given_labels
+from hf_balancemix.data.labels import sparse_labels
 from hf_balancemix.data.views import Views, undecoded_images
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,9 @@ class TrainingPairs(Dataset):
 
     Args:
         dataset: With `image` and `labels`, optionally `clean_labels`.
-        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown.
+        labels: `(N, K)` given labels as of :func:`~hf_balancemix.data.labels.sparse_labels`.
         views: Makes the views.
-        clean_labels: `(N, K)` uint8 or None.
+        clean_labels: The same of the clean ones, or None.
         two_views_from: First epoch in which each instance has two views (label-wise management); None: never.
         mixup_alpha: alpha of Eq. 5.
     """
@@ -76,10 +77,10 @@ class TrainingPairs(Dataset):
     def __init__(
         self,
         dataset: datasets.Dataset,
-        labels: Tensor,
+        labels: csr_array,
         views: Views,
         *,
-        clean_labels: Tensor | None = None,
+        clean_labels: csr_array | None = None,
         two_views_from: int | None = None,
         mixup_alpha: float = 0.0,
     ) -> None:
@@ -97,23 +98,29 @@ class TrainingPairs(Dataset):
         # One Arrow access for both halves of the batch.
         indices = [key.random for key in keys] + [key.minority for key in keys if key.minority is not None]
         images = dict(zip(indices, self.images[indices]["image"], strict=True))
+        labels = _rows_of(self.labels, indices)
+        clean_labels = {} if self.clean_labels is None else _rows_of(self.clean_labels, [key.random for key in keys])
         rows = []
         for key in keys:
-            row = self._instance(images[key.random], key, key.random, role="random", prefix="")
+            row = self._instance(images[key.random], labels, key, key.random, role="random", prefix="")
             if self.clean_labels is not None:
-                row["clean_labels"] = self.clean_labels[key.random].float()
+                row["clean_labels"] = clean_labels[key.random]
             if key.minority is not None:
-                row |= self._instance(images[key.minority], key, key.minority, role="minority", prefix="minority_")
+                row |= self._instance(
+                    images[key.minority], labels, key, key.minority, role="minority", prefix="minority_"
+                )
                 row["lam"] = torch.tensor(mixing_coefficient(self.mixup_alpha, self.views.seed, *key[:2]))
             rows.append(row)
         return rows
 
-    def _instance(self, image: Any, key: PairKey, index: int, role: str, prefix: str) -> dict[str, Tensor]:
+    def _instance(
+        self, image: Any, labels: dict[int, Tensor], key: PairKey, index: int, role: str, prefix: str
+    ) -> dict[str, Tensor]:
         two = self.two_views_from is not None and key.epoch >= self.two_views_from
         views = self.views.augmented(image, key.epoch, key.random, role, num_views=2 if two else 1)
         row = {
             f"{prefix}pixel_values": views[0],
-            f"{prefix}labels": self.labels[index].float(),
+            f"{prefix}labels": labels[index],
             f"{prefix}index": torch.tensor(index),
         }
         if two:
@@ -128,10 +135,10 @@ class PlainInstances(Dataset):
     where unknown, if the data set has labels.
     """
 
-    def __init__(self, dataset: datasets.Dataset, views: Views, labels: Tensor | None = None) -> None:
+    def __init__(self, dataset: datasets.Dataset, views: Views, labels: csr_array | None = None) -> None:
         self.images = views.images(dataset)
         if labels is None and "labels" in dataset.column_names:
-            labels = given_labels(dataset)
+            labels = sparse_labels(dataset)
         self.views, self.labels = views, labels
 
     def __len__(self) -> int:
@@ -142,13 +149,20 @@ class PlainInstances(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         images = self.images[list(indices)]["image"]
+        labels = {} if self.labels is None else _rows_of(self.labels, indices)
         rows = []
         for index, image in zip(indices, images, strict=True):
             row = {"pixel_values": self.views.plain(image), "index": torch.tensor(index)}
             if self.labels is not None:
-                row["labels"] = self.labels[index].float()
+                row["labels"] = labels[index]
             rows.append(row)
         return rows
+
+
+def _rows_of(labels: csr_array, indices: Sequence[int]) -> dict[int, Tensor]:
+    """Of each index its labels, `(K,)` float32."""
+    rows = torch.from_numpy(labels[np.asarray(indices)].toarray()).float()
+    return dict(zip(indices, rows, strict=True))
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -225,7 +225,7 @@ class CoTeachingTrainer(MixupTrainer):
                 "The figures of evaluations are those of the mean of the logits of two networks. This model is one of "
                 "them, the first, and its own figures were not recorded; its peer is in the folder peer."
             )
-        num_instances = 0 if self.train_labels is None else len(self.train_labels)
+        num_instances = 0 if self.train_labels is None else self.train_labels.shape[0]
         self.clean = torch.ones(num_instances, 2, dtype=torch.bool)
 
     def _run_facts(self) -> dict[str, Any]:

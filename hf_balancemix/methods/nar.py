@@ -125,7 +125,7 @@ class NARTrainer(ELRTrainer):
 
     def _forget(self) -> None:
         super()._forget()
-        self.labels = torch.zeros(0, 0, dtype=torch.int8) if self.train_labels is None else self.train_labels.clone()
+        self.labels = torch.zeros(0, 0, dtype=torch.int8) if self.train_labels is None else self._dense_labels()
 
     def _labels(self, inputs: dict[str, Tensor], prefix: str) -> Tensor:
         return self._rows(self.labels, inputs, prefix).to(inputs["labels"])
@@ -134,7 +134,8 @@ class NARTrainer(ELRTrainer):
         super()._learn(probabilities, epoch)
         if epoch < self.warmup_epochs:
             return
-        given, self.labels = self._training_labels, handled_labels(self._training_labels, probabilities, self.settings)
+        given = self._dense_labels()
+        self.labels = handled_labels(given, probabilities, self.settings)
         groups = {
             "left_out": (self.labels < 0) & (given >= 0),
             "made_positive": (self.labels == 1) & (given == 0),

@@ -218,10 +218,10 @@ class TEstimatorTrainer(MixupTrainer):
         if epoch > self.warmup_epochs or epoch <= self.warmup_epochs - _RECORDED_EPOCHS:
             return
         logits = self._scan_table(lambda logits, labels: logits)
-        self._recorded += scaled_losses(logits, self._training_labels)
+        self._recorded += scaled_losses(logits, self._dense_labels())
         if epoch < self.warmup_epochs:
             return
-        labels, mean = self._training_labels, self._recorded / min(_RECORDED_EPOCHS, self.warmup_epochs)
+        labels, mean = self._dense_labels(), self._recorded / min(_RECORDED_EPOCHS, self.warmup_epochs)
         selected = select_clean_labels(mean, labels, self.args.monotone)
         matrices, source = _estimate(labels, selected, logits.double().sigmoid(), self.min_selected)
         # Broadcast: the counts are equal on every rank, their quotients over unlike machines need not be.

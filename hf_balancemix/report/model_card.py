@@ -27,10 +27,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
+from scipy.sparse import csr_array
 from transformers import Trainer, TrainingArguments
 
 from hf_balancemix import __version__
 from hf_balancemix.core.citation import CITATION
+from hf_balancemix.core.given_labels import label_counts
 from hf_balancemix.data.noise import recorded_noise, without_recorded_noise
 from hf_balancemix.files import whole_file
 from hf_balancemix.report.figures import (
@@ -202,7 +204,6 @@ def card_facts(trainer: Trainer) -> dict[str, Any]:
     changed |= {f"{name} ({trainer.method_name})": v for name, v in getattr(trainer, "method_settings", {}).items()}
     packages = ("torchvision", "transformers", "accelerate", "datasets", "timm")
     versions = {"hf_balancemix": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    given = _positives(trainer.train_labels)
     given = _positives(trainer.train_labels)
     return {
         "name": (repository or Path(args.output_dir or ".").absolute().name).split("/")[-1] or "model",
@@ -403,12 +404,13 @@ def _describe(dataset: Any, title: str | None, given: Any = None, clean: Any = N
         "noisy": "clean_labels" in dataset.column_names,
     }
     if given is not None:
-        positive = given == 1
-        facts["num_positives"] = int(positive.sum())
-        facts["num_unknown"] = int((given < 0).sum())
+        facts["num_positives"] = int((given.data == 1).sum())
+        facts["num_unknown"] = int((given.data < 0).sum())
         if clean is not None:
-            facts["num_added"] = int((positive & (clean == 0)).sum())
-            facts["num_removed"] = int(((given == 0) & (clean == 1)).sum())
+            both = int((given == 1).multiply(clean).sum())
+            unknown = int((given == -1).multiply(clean).sum())
+            facts["num_added"] = facts["num_positives"] - both
+            facts["num_removed"] = int(clean.sum()) - both - unknown
             facts["noisy"] = bool(facts["num_added"] or facts["num_removed"])
     return facts
 
@@ -438,16 +440,13 @@ def _adapter(model: Any) -> dict[str, Any] | None:
     }
 
 
-def _positives(labels: torch.Tensor | None) -> list[int] | None:
-    return None if labels is None else (labels == 1).sum(0).tolist()
+def _positives(labels: csr_array | None) -> list[int] | None:
+    return None if labels is None else label_counts(labels)[1].tolist()
 
 
 def _judged_labels(balance_mix: Any) -> list[list[int]] | None:
     """Of each class the given negative, and the given positive labels with p_G of at most 0.5; None without p_G."""
-    if not len(balance_mix.clean_probability):
-        return None
-    distrusted, labels = balance_mix.clean_probability.cpu() <= 0.5, balance_mix.labels.cpu()
-    return [(distrusted & (labels == value)).sum(0).tolist() for value in (0, 1)]
+    return balance_mix.distrusted_counts().tolist() if balance_mix.settings.remembers_labels else None
 
 
 def _suspicious(balance_mix: Any) -> tuple[int, int] | None:

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from hf_balancemix.audit.label_audit import LabelAudit, make_audit
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
 from hf_balancemix.core.evaluation import evaluation_mode
-from hf_balancemix.data.labels import given_labels
+from hf_balancemix.core.given_labels import label_counts, same_labels
+from hf_balancemix.data.labels import sparse_labels
 from hf_balancemix.data.training_data import TrainingPairs
 from hf_balancemix.metrics import LabelQuality
 from hf_balancemix.models.features import pooled_features_of
@@ -99,9 +100,10 @@ class BalanceMixTrainer(MixupTrainer):
     def _label_audit(self) -> LabelAudit:
         state = self.balance_mix
         suspicious = state.suspicious_labels()
-        labels = given_labels(self.train_dataset)
-        if not torch.equal(labels, state.labels):
-            found = f"train_dataset has {len(labels)} rows, and not the labels of the {len(state.labels)} trained on"
+        labels = sparse_labels(self.train_dataset)
+        if not same_labels(labels, state.labels):
+            rows, trained = labels.shape[0], state.labels.shape[0]
+            found = f"train_dataset has {rows} rows, and not the labels of the {trained} trained on"
             raise ValueError(f"{found}; it must be the trainer's first; set it back, all rows in their order.")
         return make_audit(
             self.train_dataset,
@@ -195,7 +197,7 @@ class BalanceMixTrainer(MixupTrainer):
             device = "cpu" if self.args.device.type == "mps" else self.args.device
             state.judge(features.to(device), seed=self.views.seed, on_fold=bar.update)
         assert state.noise_rates is not None
-        positive, negative = ((state.labels == value).sum(0).double() for value in (1, 0))
+        negative, positive = (count.double() for count in label_counts(state.labels))
         wrong, missing = state.noise_rates.wrong[0] @ positive, state.noise_rates.missing[0] @ negative
         n = positive.sum().clamp(min=1)
         self.log({"noise_rate_wrong": float(wrong / n), "noise_rate_missing": float(missing / n)})
@@ -225,10 +227,8 @@ class BalanceMixTrainer(MixupTrainer):
         for name, group in (self.class_groups or {}).items():
             if np.isfinite(lift[group]).any():
                 logs[f"sampler_lift_{name}"] = float(np.nanmean(lift[group]))
-        if len(state.clean_probability):
-            p, given = state.clean_probability.float().cpu(), state.labels.cpu()
-            for name, labels in (("p_clean_mean", given >= 0), ("p_clean_mean_positives", given == 1)):
-                logs[name] = p[labels].mean().item() if labels.any() else 1.0
+        if state.settings.remembers_labels:
+            logs["p_clean_mean"], logs["p_clean_mean_positives"] = state.mean_clean_probability()
         return logs
 
     # ---- checkpoints ----

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor, nn
+from scipy.sparse import csr_array
+from torch import nn
 from transformers import Trainer
 
-from hf_balancemix.data.labels import class_names, given_labels, has_class_names, label_matrix
+from hf_balancemix.core.given_labels import same_labels
+from hf_balancemix.data.labels import class_names, has_class_names, sparse_labels
 from hf_balancemix.data.training_data import undecoded_images
 from hf_balancemix.models.loading import check_image_size
 from hf_balancemix.models.peft_models import check_adapters
@@ -126,13 +127,14 @@ def check_images(dataset: Any) -> None:
         )
 
 
-def check_train_dataset(dataset: datasets.Dataset, labels: Tensor, args: MultiLabelTrainingArguments) -> None:
+def check_train_dataset(dataset: datasets.Dataset, labels: csr_array, args: MultiLabelTrainingArguments) -> None:
     """At least one global batch of instances with images."""
     check_images(dataset)
-    if len(labels) < args.global_batch_size:
+    num_instances = labels.shape[0]
+    if num_instances < args.global_batch_size:
         raise ValueError(
-            f"train_dataset has {len(labels)} instances, fewer than one global batch of {args.global_batch_size}; it "
-            "must have at least so many; lower the batch size."
+            f"train_dataset has {num_instances} instances, fewer than one global batch of {args.global_batch_size}; "
+            "it must have at least so many; lower the batch size."
         )
 
 
@@ -172,8 +174,8 @@ def check_eval_dataset(eval_dataset: Any, names: list[str] | None) -> None:
                 f"train_dataset has {len(names)} classes and eval_dataset {len(own)}, or they differ in name or order "
                 f"({names[:3]} ... against {own[:3]} ...); load both with the same class list."
             )
-        if "clean_labels" in dataset.column_names and not torch.equal(
-            given_labels(dataset), label_matrix(dataset, "clean_labels").to(torch.int8)
+        if "clean_labels" in dataset.column_names and not same_labels(
+            sparse_labels(dataset), sparse_labels(dataset, "clean_labels")
         ):
             logger.warning(
                 "eval_dataset carries noisy labels (its labels differ from its clean_labels), and metrics use the "

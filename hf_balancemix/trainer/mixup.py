@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_balancemix.core import EpochSampler, PairSampler, minority_mixup
 from hf_balancemix.core.distributed import all_reduce_sum
+from hf_balancemix.core.given_labels import label_rows
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs
 from hf_balancemix.trainer.checks import check_warmup, epochs_of
 from hf_balancemix.trainer.multilabel import MultiLabelTrainer
@@ -45,7 +46,7 @@ class MixupTrainer(MultiLabelTrainer):
         super()._read_arguments()
         if self.train_labels is None:
             return
-        num_epochs = epochs_of(self.args, len(self.train_labels))
+        num_epochs = epochs_of(self.args, self.train_labels.shape[0])
         self.warmup_epochs = max(self.args.settle_warmup(num_epochs), 1)
         if self._ends_warmup:
             check_warmup(self.warmup_epochs, num_epochs)
@@ -59,13 +60,13 @@ class MixupTrainer(MultiLabelTrainer):
 
     def _partner_weights(self) -> Tensor:
         """`(N,)` float64 sampling probabilities of the second instance of a pair, which comes with its labels."""
-        n = len(self._training_labels)
+        n = self._num_instances
         return torch.full((n,), 1 / n, dtype=torch.float64)
 
     def _make_sampler(self) -> EpochSampler:
         if self.args.mixup_alpha == 0:
             return super()._make_sampler()
-        return PairSampler(len(self._training_labels), self.views.seed, weights=lambda: self._partner_weights())
+        return PairSampler(self._num_instances, self.views.seed, weights=lambda: self._partner_weights())
 
     def _training_pairs(self, **options: Any) -> TrainingPairs:
         return super()._training_pairs(mixup_alpha=self.args.mixup_alpha, **options)
@@ -139,7 +140,7 @@ class MixupTrainer(MultiLabelTrainer):
             self._check_weights(f"in the scan after step {self.state.global_step}")
             what = "logits" if model is None else "features"
             text = (
-                f"the {what} of {num_bad} of {len(self._training_labels)} instances are not finite in the scan after "
+                f"the {what} of {num_bad} of {self._num_instances} instances are not finite in the scan after "
                 f"step {self.state.global_step}"
             )
             if self.args.on_nan == "stop":
@@ -163,9 +164,9 @@ class MixupTrainer(MultiLabelTrainer):
 
         def observe(index: Tensor, logits: Tensor) -> None:
             index = index.cpu()
-            rows = row(logits.detach().float().cpu(), labels[index]).to(dtype)
+            rows = row(logits.detach().float().cpu(), label_rows(labels, index)).to(dtype)
             if not tables:
-                tables.append(rows.new_zeros(len(labels), rows.shape[1]))
+                tables.append(rows.new_zeros(labels.shape[0], rows.shape[1]))
             tables[0][index] = rows
 
         self._scan(observe, model)

@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -29,9 +30,10 @@ from transformers.trainer_utils import has_length
 
 from hf_balancemix.audit.label_audit import remove_audit
 from hf_balancemix.core import EpochSampler
+from hf_balancemix.core.given_labels import label_counts
 from hf_balancemix.core.losses import binary_cross_entropy
 from hf_balancemix.data.describe import is_of_paper
-from hf_balancemix.data.labels import class_names, given_labels, label_matrix
+from hf_balancemix.data.labels import class_names, sparse_labels
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate
 from hf_balancemix.data.views import ViewMaker, Views, normalise, undecoded_images
 from hf_balancemix.metrics import RunningFigures, class_groups, evaluation_figures, shot_bounds
@@ -56,6 +58,7 @@ from hf_balancemix.trainer.checks import (
 )
 from hf_balancemix.trainer.last_batch import fault_of_one_instance, has_batch_of_one
 from hf_balancemix.trainer.pos_weight import check_pos_weight, positive_weights
+from hf_balancemix.trainer.resumable import CHECKPOINT_FORMAT
 from hf_balancemix.trainer.training_args import MultiLabelTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -134,8 +137,9 @@ class MultiLabelTrainer(AveragingTrainer):
     can try any of them.
 
     Attributes:
-        train_labels: `(N, K)` int8 given labels, 0, 1 or -1 (unknown); None without `train_dataset`.
-        clean_labels: `(N, K)` uint8, where the data set has them.
+        train_labels: `(N, K)` :class:`scipy.sparse.csr_array` of int8, the given labels: 1 and -1 (unknown) are
+            stored; None without `train_dataset`. `train_labels.toarray()` is the dense matrix.
+        clean_labels: As `train_labels`, of 1 only, where the data set has them.
         pos_weight: `(K,)` float32 of `args.pos_weight`, or None. The loss of evaluations has none.
 
     Raises:
@@ -192,14 +196,14 @@ class MultiLabelTrainer(AveragingTrainer):
         self._running_figures: RunningFigures | None = None  # of an evaluation under way
         self.class_names = None if class_names is None else list(label_settings(class_names)["label2id"])
         self._num_classes: int | None = None
-        self.train_labels: Tensor | None = None
-        self.clean_labels: Tensor | None = None
+        self.train_labels: csr_array | None = None
+        self.clean_labels: csr_array | None = None
         if train_dataset is not None:
             self.class_names = names_of(train_dataset, self.class_names)
-            self.train_labels = given_labels(train_dataset)
+            self.train_labels = sparse_labels(train_dataset)
             self._num_classes = self.train_labels.shape[1]
             if "clean_labels" in train_dataset.column_names:
-                self.clean_labels = label_matrix(train_dataset, "clean_labels")
+                self.clean_labels = sparse_labels(train_dataset, "clean_labels")
         super().__init__(
             model=model,
             args=args,
@@ -291,15 +295,26 @@ class MultiLabelTrainer(AveragingTrainer):
             self._read_arguments()
 
     @property
-    def _training_labels(self) -> Tensor:
+    def _training_labels(self) -> csr_array:
         """`train_labels`, where there must be some."""
         if self.train_labels is None:
             raise ValueError("train_dataset is None; it must be a datasets.Dataset to train on; pass one.")
         return self.train_labels
 
+    @property
+    def _num_instances(self) -> int:
+        return self._training_labels.shape[0]
+
+    def _dense_labels(self) -> Tensor:
+        """`(N, K)` int8, for methods that keep a table of all labels."""
+        return torch.from_numpy(self._training_labels.toarray())
+
     @cached_property
     def _data_digest(self) -> str:
-        digest = hashlib.blake2b(self._training_labels.numpy().tobytes(), digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
+        labels = self._training_labels
+        for part in (labels.indptr.astype(np.int64), labels.indices.astype(np.int32), labels.data):
+            digest.update(part)
         digest.update("\x1f".join(class_names(self.train_dataset)).encode())
         if "image_id" in self.train_dataset.column_names:
             digest.update("\x1f".join(map(str, self.train_dataset["image_id"])).encode())
@@ -324,10 +339,11 @@ class MultiLabelTrainer(AveragingTrainer):
         if self.args.lr_scheduler_type == "one_cycle":  # which cannot be longer than it was drawn
             facts |= {"num_train_epochs": self.args.num_train_epochs, "max_steps": self.args.max_steps}
         return facts | {
+            "format": CHECKPOINT_FORMAT,
             "pos_weight": check_pos_weight(self.args.pos_weight),
             "trainer": type(self).__name__,
             "method": self.method_name,
-            "num_instances": len(self._training_labels),
+            "num_instances": self._num_instances,
             "num_classes": self._training_labels.shape[1],
             "data": self._data_digest,
             "images": self._images_digest,
@@ -342,7 +358,7 @@ class MultiLabelTrainer(AveragingTrainer):
     # ---- data ----
 
     def _make_sampler(self) -> EpochSampler:
-        return EpochSampler(len(self._training_labels), self.views.seed)
+        return EpochSampler(self._num_instances, self.views.seed)
 
     def _training_pairs(self, **options: Any) -> TrainingPairs:
         return TrainingPairs(self.train_dataset, self._training_labels, self.views, **options)
@@ -428,7 +444,7 @@ class MultiLabelTrainer(AveragingTrainer):
 
     def _check_last_batch(self) -> None:
         """A model that cannot be trained on one instance never meets one."""
-        args, n, size = self.args, len(self._training_labels), self._train_batch_size
+        args, n, size = self.args, self._num_instances, self._train_batch_size
         num_batches = max(args.max_steps, 0) * args.gradient_accumulation_steps
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # whose forward pass all ranks must call alike
@@ -513,7 +529,7 @@ class MultiLabelTrainer(AveragingTrainer):
     def class_counts(self) -> np.ndarray | None:
         """`(K,)` positive training labels a class, clean ones where they are known; None without training data."""
         labels = self.train_labels if self.clean_labels is None else self.clean_labels
-        return None if labels is None else (labels == 1).sum(0).numpy()
+        return None if labels is None else label_counts(labels)[1].numpy()
 
     @property
     def shot_bounds(self) -> tuple[int, int] | None:

@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
+
+from hf_balancemix.core.given_labels import compressed_labels, label_counts
 
 
 def check_pos_weight(value: Any) -> str | list[float] | float | None:
@@ -28,13 +31,13 @@ def check_pos_weight(value: Any) -> str | list[float] | float | None:
     return [float(x) for x in numbers] if isinstance(parsed, (list, tuple)) else float(numbers[0])
 
 
-def positive_weights(value: Any, labels: Tensor) -> Tensor | None:
+def positive_weights(value: Any, labels: Tensor | csr_array) -> Tensor | None:
     """`pos_weight` as `(K,)` float32 for K classes; None for None.
 
     Args:
         value: As :func:`check_pos_weight` takes it. `"balanced"`: number of negative labels over that of positive
             ones, class by class, so that both weigh the same in total; 1 for a class that lacks either.
-        labels: `(N, K)` given training labels in {0, 1}; -1 (unknown) counts as neither.
+        labels: `(N, K)` given training labels in {0, 1}; -1 (unknown) counts as neither; dense or sparse.
 
     Raises:
         ValueError: As there, or the list has not K numbers.
@@ -47,7 +50,7 @@ def positive_weights(value: Any, labels: Tensor) -> Tensor | None:
     if value is None:
         return None
     if value == "balanced":
-        positive, negative = (labels == 1).sum(0), (labels == 0).sum(0)
+        negative, positive = label_counts(compressed_labels(labels))
         return torch.where((positive > 0) & (negative > 0), negative / positive, 1.0).float()
     if isinstance(value, list) and len(value) != num_classes:
         raise ValueError(

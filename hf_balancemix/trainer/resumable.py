@@ -38,6 +38,7 @@ RUN_FILE = "run.json"
 STATE_FILE = "balancemix_state.safetensors"
 ARGUMENTS_FILE = "training_args.json"
 _SHOULD_BE_EQUAL = ("global_batch_size", "ranks", "settings", "images")
+CHECKPOINT_FORMAT = 2  # 1, which was not written, has tables of all labels
 
 
 class ResumableTrainer(FiniteTrainer):
@@ -137,6 +138,11 @@ class ResumableTrainer(FiniteTrainer):
                 f"cannot resume from {checkpoint}: {problem[:-1]}; it must be whole; pass another, or True, the last."
             )
         saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._checkpoint_facts()
+        if (version := saved.get("format", 1)) != CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: another version of hf_balancemix wrote it, in format {version}; it "
+                f"must be in format {CHECKPOINT_FORMAT}; resume with that version, or start in another output_dir."
+            )
         arguments = checkpoint / ARGUMENTS_FILE
         old = json.loads(arguments.read_text()) if arguments.is_file() else {}
         new = json.loads(json.dumps(self.args.to_dict()))

@@ -30,6 +30,10 @@ def case(n=400, k=3, seed=0):
     return logits, torch.where(flipped, 1 - clean, clean), clean
 
 
+def p_clean_of(state):
+    return state.clean_probability(torch.arange(state.labels.shape[0]))
+
+
 NETWORK = BalanceMixSettings(judge="network")
 VIEWS = BalanceMixSettings(judge="network", prediction_source="views")
 
@@ -50,7 +54,7 @@ def test_a_scan_gives_the_parts_own_results():
     assert torch.equal(state.negative_confidence, A)
     losses = label_losses(logits, given)
     expected = LossMixtures.fit(losses, given, "dividemix").clean_probability(losses, given).half()
-    assert torch.equal(state.clean_probability, expected)
+    assert torch.equal(p_clean_of(state), expected.float())
     assert state.epoch == 1
     assert state.weights.sum().item() == pytest.approx(1)
 
@@ -148,8 +152,8 @@ def test_a_class_without_positive_labels_lacks_none():
     given[:, 0] = 0
     state = observed(BalanceMix(given, NETWORK), logits)
     state.end_epoch(1)
-    assert state.clean_probability[:, 0].eq(1).all()
-    assert not state.clean_probability[:, 1].eq(1).all()
+    assert p_clean_of(state)[:, 0].eq(1).all()
+    assert not p_clean_of(state)[:, 1].eq(1).all()
 
 
 def test_the_limit_travels_in_the_state():
@@ -164,7 +168,7 @@ def test_the_limit_travels_in_the_state():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("missing", ["candidates", "loss_counts"])
+@pytest.mark.parametrize("missing", ["entries.judged", "loss_counts"])
 def test_the_state_of_a_version_without_an_audit_is_refused(missing):
     _, given, clean = case()
     judged = BalanceMix(given)
@@ -197,9 +201,9 @@ def test_a_limit_beyond_all_labels_is_none_and_one_that_was_lifted_is_gone():
     lifted.load_state_dict(limited.state_dict())  # a run that is resumed with another setting
     for state in (free, wide, lifted):
         observed(state, logits).end_epoch(2)
-    assert (free.clean_probability < 0.5).sum() > (limited.clean_probability < 0.5).sum()
-    assert torch.equal(free.clean_probability, wide.clean_probability)
-    assert torch.equal(free.clean_probability, lifted.clean_probability)
+    assert (p_clean_of(free) < 0.5).sum() > (p_clean_of(limited) < 0.5).sum()
+    assert torch.equal(p_clean_of(free), p_clean_of(wide))
+    assert torch.equal(p_clean_of(free), p_clean_of(lifted))
 
 
 def test_before_the_first_scan_everything_is_uniform_and_clean():
@@ -226,10 +230,12 @@ def test_predictions_of_the_scan_decide_as_the_same_predictions_of_a_step():
         assert torch.equal(a, b)
     other = BalanceMix(given, kept.settings)
     other.load_state_dict(kept.state_dict())
-    assert torch.equal(other.scan_probability, logits.double().sigmoid().half())
+    remembered, f = p_clean_of(other) < 1, other.scan_probability(torch.arange(400))
+    assert torch.equal(f[remembered], logits.double().sigmoid().half().float()[remembered])
     without = BalanceMix(given, replace(VIEWS, clean_probability_source="views"))
-    with pytest.raises(ValueError, match="clean_probability is of shape"):
-        without.load_state_dict(kept.state_dict())
+    for one, state in ((without, kept), (kept, without)):
+        with pytest.raises(ValueError, match=r"entries of single labels are .*clean_probability_source among them"):
+            one.load_state_dict(state.state_dict())
 
 
 def test_predictions_must_come_from_where_the_settings_say():
@@ -267,7 +273,7 @@ def test_p_clean_from_views_needs_no_table_and_agrees_on_the_same_losses():
     views = observed(BalanceMix(given, replace(VIEWS, clean_probability_source="views")), logits)
     for state in (table, views):
         state.end_epoch(1)
-    assert len(views.clean_probability) == 0
+    assert len(views.entries) == 0
     index = torch.arange(400)
     a, b = (s.refine(index, given, logits.sigmoid()) for s in (table, views))
     assert (a.reliability == b.reliability).float().mean() > 0.995
@@ -328,14 +334,12 @@ def test_unknown_labels_change_nothing_that_is_known():
         alone.end_epoch(1)
         assert state.positive_confidence[k] == alone.positive_confidence[0]
         assert state.negative_confidence[k] == alone.negative_confidence[0]
-        assert torch.equal(state.clean_probability[known, k], alone.clean_probability[:, 0])
-    assert state.clean_probability[unknown].eq(0).all()
+        assert torch.equal(p_clean_of(state)[known, k], p_clean_of(alone)[:, 0])
+    assert p_clean_of(state)[unknown].eq(0).all()
 
 
 def test_an_unknown_label_is_set_where_the_model_is_confident_and_ignored_elsewhere():
     state = BalanceMix(torch.tensor([[-1, -1, -1]]), VIEWS)
-    state.mixtures = object()  # past the first scan
-    state.clean_probability = torch.zeros(1, 3, dtype=torch.float16)
     refined = state.refine(torch.tensor([0]), torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[0.99, 0.01, 0.5]]))
     assert refined.labels.tolist() == [[1, 0, -1]]
     assert refined.weight.tolist() == [[1, 1, 0]]
@@ -366,7 +370,8 @@ def test_logits_that_are_not_finite_are_left_out_and_said(caplog):
     state.end_epoch(1)
     assert caplog.messages == ["3 of 24 logits that were observed before epoch 1 are not finite and were left out."]
     other.end_epoch(1)
-    for name in ("positive_confidence", "negative_confidence", "missing_loss_threshold", "clean_probability"):
+    for name in ("positive_confidence", "negative_confidence", "missing_loss_threshold"):
         assert torch.equal(getattr(state, name), getattr(other, name)), name
+    assert torch.equal(p_clean_of(state), p_clean_of(other))
     assert state.weights.isfinite().all()
-    assert state.scan_probability[0, 0] == 0.5
+    assert state.scan_probability(torch.tensor([0]))[0, 0] == 0.5

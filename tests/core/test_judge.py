@@ -165,22 +165,22 @@ def judged_state(**changes):
 def test_a_state_keeps_what_was_judged_through_its_epochs_and_its_checkpoints():
     features, given, state = judged_state()
     judged = judge_labels(features, given, seed=3)
-    p_clean = judged.p_clean.half()
-    assert torch.equal(state.clean_probability, p_clean)
+    p_clean, every = judged.p_clean.half().float(), torch.arange(len(given))
+    assert torch.equal(state.clean_probability(every), p_clean)
     state.observe(torch.arange(len(given)), torch.randn(given.shape, generator=torch.Generator().manual_seed(0)))
     state.end_epoch(1)
-    assert torch.equal(state.clean_probability, p_clean)  # the network's losses say nothing
+    assert torch.equal(state.clean_probability(every), p_clean)  # the network's losses say nothing
     assert torch.equal(state.loss_histogram.cells, judged.loss_histogram.cells)
     other = BalanceMix(given, state.settings)
     other.load_state_dict(state.state_dict())
-    assert torch.equal(other.clean_probability, p_clean)
+    assert torch.equal(other.clean_probability(every), p_clean)
     assert all(torch.equal(a, b) for a, b in zip(other.noise_rates, judged.rates, strict=True))
     index = torch.arange(10)
     refined = [s.refine(index, given[:10]) for s in (state, other)]
     assert all(torch.equal(a, b) for a, b in zip(*refined, strict=True))
     state.reset()
     assert state.noise_rates is None
-    assert (state.clean_probability == 1).all()
+    assert (state.clean_probability(every) == 1).all()
 
 
 def test_labels_that_nobody_judged_are_not_refined():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hf_balancemix import drop_bad_images
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey, PairSampler
-from hf_balancemix.data.labels import given_labels, label_matrix
+from hf_balancemix.data.labels import label_matrix, sparse_labels
 from hf_balancemix.data.training_data import PlainInstances, TrainingPairs, collate, undecoded_images
 from hf_balancemix.data.views import ViewMaker, to_tensor
 
@@ -28,7 +28,7 @@ def data(tmp_path) -> datasets.Dataset:
 
 def pairs(data: datasets.Dataset, seed: int = 3, **settings) -> TrainingPairs:
     settings = {"two_views_from": 1, "mixup_alpha": 4.0} | settings
-    return TrainingPairs(data, given_labels(data), ViewMaker(SIZE, seed), **settings)
+    return TrainingPairs(data, sparse_labels(data), ViewMaker(SIZE, seed), **settings)
 
 
 def assert_same_rows(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -42,7 +42,7 @@ def assert_same_rows(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 
 def test_columns_shapes_and_types(data):
     clean = label_matrix(data)
-    pair = pairs(data, clean_labels=clean)[PairKey(1, 4, 9)]
+    pair = pairs(data, clean_labels=sparse_labels(data))[PairKey(1, 4, 9)]
     image = ((3, SIZE, SIZE), torch.uint8)
     label = ((len(NAMES),), torch.float32)
     expected = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, arguments, flat, tiny_resnet, tiny_vit
+from conftest import NAMES, arguments, flat, tiny_resnet, tiny_vit, with_unknown_class
 from loss_worker import main as run_worker
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -26,6 +26,7 @@ from hf_balancemix.core import (
     minority_mixup,
     splc_loss,
 )
+from hf_balancemix.data import given_labels
 from hf_balancemix.methods import METHODS, LargeLossTrainer, LossTrainer, trainer_for
 from hf_balancemix.report.model_card import card_facts, render_model_card
 from hf_balancemix.trainer.resumable import STATE_FILE
@@ -154,7 +155,7 @@ def test_permanent_corrections_replayed_step_by_step(dataset, tmp_path):
         tmp_path, num_train_epochs=3, dataloader_num_workers=2, dataloader_persistent_workers=True
     )  # fmt: skip
     trainer = trainer_for("ll-cp", args, {"delta": 12.0}, model=tiny_vit(), train_dataset=dataset)
-    given = trainer.train_labels.bool()
+    given = given_labels(dataset).bool()
     steps = record(trainer)
     trainer.train()
     expected, met, few = torch.zeros_like(given), 0, 0
@@ -260,7 +261,7 @@ def test_two_ranks_make_the_corrections_of_one_process_with_twice_the_batch(tmp_
 def test_unknown_labels_have_no_loss_and_are_never_corrected(dataset, tmp_path):
     args = arguments(tmp_path, num_train_epochs=3)
     trainer = trainer_for("ll-cp", args, {"delta": 100.0}, model=tiny_resnet(), train_dataset=dataset)
-    trainer.train_labels[:, 2] = -1
+    trainer.train_labels = with_unknown_class(trainer.train_labels, 2)
     before = trainer.model.classifier[1].weight[2].clone()
     trainer.args.weight_decay = 0.0
     trainer.train()

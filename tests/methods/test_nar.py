@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import arguments, make_dataset, tiny_vit
 
+from hf_balancemix.data import given_labels
 from hf_balancemix.methods import ELRSettings, NARSettings, NARTrainer, elr_loss, handled_labels, trainer_for
 
 SETTINGS = NARSettings(
@@ -110,7 +111,7 @@ def test_labels_are_handled_after_the_warm_up_by_the_models_own_predictions(tmp_
     for warmup in (1, 3):
         trainer = run(tmp_path / "out", data, own | {"min_share": 0}, label_warmup_epochs=warmup, learning_rate=0.0)
         trainer.train()
-        given = trainer.train_labels
+        given = given_labels(data)
         assert torch.equal(trainer.labels, handled_labels(given, p, trainer.settings))
         logged = [line for line in trainer.state.log_history if "nar_left_out" in line]
         assert [line["epoch"] for line in logged] == [*range(warmup, 4)]

@@ -12,6 +12,7 @@ import torch
 from conftest import arguments, flat, make_dataset, stop_after, tiny_vit
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from hf_balancemix.data import given_labels
 from hf_balancemix.methods import estimate_transition_matrices, importance_reweighted_bce, t_estimator, trainer_for
 
 
@@ -319,7 +320,7 @@ def test_matrices_come_from_the_models_own_scans(data, tmp_path):
     # At learning rate 0 all scans of the warm-up are the same, and everything can be computed again from outside.
     trainer = run(tmp_path, data, epochs=4, label_warmup_epochs=3, learning_rate=0.0, model=tiny_vit())
     trainer.train()
-    logits, labels = torch.tensor(trainer.predict(data).predictions), trainer.train_labels
+    logits, labels = torch.tensor(trainer.predict(data).predictions), given_labels(data)
     assert trainer.matrices.shape == (5, 2, 2)
     selected = t_estimator.select_clean_labels(t_estimator.scaled_losses(logits, labels), labels)
     expected = estimate_transition_matrices(labels, selected, logits.double().sigmoid(), min_selected=10)

@@ -21,6 +21,7 @@ from transformers import ViTForImageClassification
 from hf_balancemix import BalanceMixTrainer, Mislabel, MultiLabelTrainer, load_coco
 from hf_balancemix.core import LossHistogram
 from hf_balancemix.data import coco, make_scenes
+from hf_balancemix.data.labels import label_matrix
 from hf_balancemix.data.noise import record_noise, recorded_noise
 from hf_balancemix.methods import trainer_for
 from hf_balancemix.models import load_model
@@ -111,7 +112,7 @@ def test_the_text_holds_the_recorded_figures(trained, card):
     assert "The weights are the **last** ones, after epoch 3 (step 18)" in text
     classes = rows(text, "Each class")
     given, clean = trainer.train_labels.sum(0).tolist(), trainer.clean_labels.sum(0).tolist()
-    p_clean, labels = trainer.balance_mix.clean_probability.float().cpu(), trainer.train_labels
+    p_clean, labels = trainer.balance_mix.clean_probability(torch.arange(24)), label_matrix(trainer.train_dataset)
     for k, name in enumerate(NAMES):
         group = "many" if clean[k] > 12 else "few" if clean[k] < 6 else "medium"
         distrusted = int(((p_clean[:, k] <= 0.5) & (labels[:, k] == 1)).sum())
@@ -155,7 +156,7 @@ def test_the_mixtures_of_the_best_and_the_worst_class_come_with_their_losses(tra
     best, worst = int(np.argmax(ap)), int(np.argmin(ap))
     assert good_and_bad_class(state, ap) == {"highest AP": best, "lowest AP": worst}
     histogram = LossHistogram(5)
-    histogram.update(torch.rand(24, 5), trainer.train_labels)
+    histogram.update(torch.rand(24, 5), label_matrix(trainer.train_dataset))
     monkeypatch.setattr(state, "loss_histogram", histogram, raising=False)
     shown = chosen_mixtures(state, NAMES, {"best": best})
     assert shown[0].name == f"{NAMES[best]} (best)"

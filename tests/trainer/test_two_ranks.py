@@ -31,7 +31,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(tmp_path, judge, predi
         assert torch.allclose(limits[0], limits[1], rtol=1 / 64)  # the width of a bin
         assert (limits[0] > 0).all()
     else:
-        for name in ("noise_rates.wrong", "noise_rates.missing", "clean_probability"):
+        for name in ("noise_rates.wrong", "noise_rates.missing", "entries.label_class", "entries.p_clean"):
             assert torch.equal(one["state"][name], ranks[0]["state"][name]), name
 
     assert len(one["trace"]) == len(ranks[0]["trace"]) == len(ranks[1]["trace"])
