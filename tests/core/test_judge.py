@@ -67,7 +67,7 @@ def test_the_parts_are_those_of_one_round():
     features, given, _ = case()
     judged = judge_labels(features, given, num_rounds=1, seed=5)
     logits = out_of_fold_logits(principal_components(features), given.float(), torch.ones(given.shape), seed=5)
-    assert torch.equal(judged.probability, logits.sigmoid())
+    assert torch.equal(judged.probability, logits.double().sigmoid().float())
     for one, other in zip(judged.rates, estimate_noise_rates(logits, given), strict=True):
         assert torch.equal(one, other)
     losses = label_losses(logits, given)
