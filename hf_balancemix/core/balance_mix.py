@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_balancemix.core.checks import check_choice, check_range
 from hf_balancemix.core.distributed import all_reduce_sum, broadcast, gather_ragged
-from hf_balancemix.core.given_labels import compressed_labels, label_counts, labels_at, stored_places
+from hf_balancemix.core.given_labels import compressed_labels, label_counts, labels_at, unknown_places
 from hf_balancemix.core.judge import NUM_FOLDS, JudgedClasses, judge_in_blocks
 from hf_balancemix.core.label_entries import LabelEntries, class_dtype
 from hf_balancemix.core.label_management import RefinedLabels, Reliability, refine_labels
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 JUDGES = ("cross_fit", "network")
 CLEAN_PROBABILITY_SOURCES = ("scan", "views")
 PREDICTION_SOURCES = ("scan", "views")
+BYTES_A_LABEL = 40  # at the peak of an epoch's end, where all labels are remembered (`benchmarks/scale.py`)
 SUSPICIOUS = 0.1  # from which score on
 _CANDIDATE = 0.01  # from which score on a label may become suspicious, as the network learns
 
@@ -215,10 +216,11 @@ class BalanceMix:
         self.missing_loss_threshold = torch.zeros(k, dtype=torch.float64)
         self.loss_histogram: LossHistogram | None = None
         self.loss_counts = torch.zeros(2, k, NUM_COARSE_BINS, dtype=torch.int64)
-        instance, label_class, value = stored_places(self.labels)
-        unknown = (value < 0) & self.settings.remembers_labels
-        p_clean = torch.zeros(int(unknown.sum()), dtype=torch.float16)
-        self._remember(instance[unknown], label_class[unknown], p_clean, p_clean + 0.5)
+        instance, label_class = unknown_places(self.labels)
+        p_clean = torch.zeros(len(instance), dtype=torch.float16)
+        self._remember(instance, label_class, p_clean, p_clean + 0.5)
+        if not self.settings.remembers_labels:
+            self._set_entries(self.entries.of_none())
         # In how many epochs p_G was at most 1/2; with other judges that follows from p_G, which stays as it is.
         self._epochs_distrusted = csr_array((n, k), dtype=np.int16)
         self._scan: ObservedScan | None = None

@@ -59,6 +59,13 @@ def stored_places(labels: csr_array) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(rows), torch.from_numpy(labels.indices).long(), torch.from_numpy(labels.data)
 
 
+def unknown_places(labels: csr_array) -> tuple[Tensor, Tensor]:
+    """Row and class, `(M,)` int64 each, of the unknown labels; row by row."""
+    at = np.flatnonzero(labels.data < 0)
+    rows = np.searchsorted(labels.indptr, at, side="right") - 1
+    return torch.from_numpy(rows), torch.from_numpy(labels.indices[at]).long()
+
+
 def label_counts(labels: csr_array) -> tuple[Tensor, Tensor]:
     """`(K,)` int64 each: negative labels and positive labels of each class."""
     n, k = labels.shape

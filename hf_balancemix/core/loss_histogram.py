@@ -143,15 +143,16 @@ class LossHistogram:
         for moment, values in zip(self.cells, (torch.ones_like(offsets), offsets, offsets * offsets), strict=True):
             moment.view(-1).index_add_(0, at, values)
 
-    def threshold_of_largest(self, polarity: int, counts: Tensor) -> Tensor:
+    def threshold_of_largest(self, polarity: int, counts: Tensor, some: slice = slice(None)) -> Tensor:
         """Where the largest losses of each class begin, to the width of a bin.
 
         Args:
             polarity: 0: of negative labels, 1: of positive ones.
-            counts: `(K,)` how many of each class's losses, at least 0, any dtype; they need not be whole.
+            counts: `(k,)` how many of each class's losses, at least 0, any dtype; they need not be whole.
+            some: Which k classes; all by default.
 
         Returns:
-            `(K,)` float64 on the CPU: the lower edge of the bin that holds the `counts`-th largest loss; inf where
+            `(k,)` float64 on the CPU: the lower edge of the bin that holds the `counts`-th largest loss; inf where
             `counts` is 0; 0 where the set has fewer.
 
         Example:
@@ -160,7 +161,7 @@ class LossHistogram:
             >>> histogram.threshold_of_largest(0, torch.tensor([2]))
             tensor([1.9999], dtype=torch.float64)
         """
-        from_the_top = self.counts[polarity].flip(-1).cumsum(-1)
+        from_the_top = self.counts[polarity, some].flip(-1).cumsum(-1)
         counts = counts.to(from_the_top.device, torch.float64)
         enough = _NUM_BINS - 1 - (from_the_top < counts[:, None]).sum(-1)  # -1: the set has fewer
         thresholds = bin_edges()[enough.clamp(min=0).cpu()]

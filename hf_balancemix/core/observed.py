@@ -18,7 +18,7 @@ from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.sampling import CONFIDENCE_UNIT
 
 # Batches wait until there are so many logits or instances, and are then counted some classes at a time, in the cache.
-_VALUES_AT_ONCE = 1 << 24
+_VALUES_AT_ONCE = 1 << 23
 _ROWS_AT_ONCE = 1 << 14
 _VALUES_OF_A_BLOCK = 1 << 17
 _FEWEST_TO_PRUNE = 1 << 22
@@ -78,7 +78,6 @@ class ObservedScan:
         self.predictions = torch.zeros(0 if entries is None else len(entries), dtype=torch.float16)
         self.kept: list[KeptLabels] = []
         self._positives = label_counts(labels)[1]
-        self._least_kept = torch.zeros(k)
         self._num_kept = self._num_left = 0  # labels kept, and left by the last pruning
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
@@ -98,8 +97,8 @@ class ObservedScan:
             for some, rows in zip(index.split(_ROWS_AT_ONCE), logits.split(_ROWS_AT_ONCE), strict=True):
                 self._count(some, rows)
 
-    def least_kept(self, histogram: LossHistogram, positives: Tensor) -> Tensor:
-        """`(K,)` float64: the loss from which on a negative label is kept.
+    def least_kept(self, histogram: LossHistogram, positives: Tensor, some: slice = slice(None)) -> Tensor:
+        """`(k,)` float64: the loss from which on a negative label of some classes, `(k,)` positives, is kept.
 
         These are the `max_missing` n largest losses of a class of n positive labels, which can be anything but clean;
         and where the prediction may make a label suspicious, the n + 100 largest. The more is in the histogram, the
@@ -107,8 +106,9 @@ class ObservedScan:
         """
         if not self._max_missing:
             return torch.zeros(len(positives), dtype=torch.float64)
-        missing = histogram.threshold_of_largest(0, self._max_missing * positives.double())
-        return missing.minimum(histogram.threshold_of_largest(0, positives + _MORE_SUSPICIOUS).clamp(min=_LEAST_DOUBT))
+        missing = histogram.threshold_of_largest(0, self._max_missing * positives.double(), some)
+        suspicious = histogram.threshold_of_largest(0, positives + _MORE_SUSPICIOUS, some)
+        return missing.minimum(suspicious.clamp(min=_LEAST_DOUBT))
 
     def _count(self, index: Tensor, logits: Tensor) -> None:
         """Instances `(R,)` and logits `(R, K)`, which are written over."""
@@ -131,7 +131,7 @@ class ObservedScan:
         num_apart = torch.bincount(label_class, minlength=num_classes)
         self.counts[0] += len(index) - num_apart
         self.sums[0] -= num_apart * CONFIDENCE_UNIT
-        least, found_rows, found_classes, found_losses = self._least_kept, [], [], []
+        found_rows, found_classes, found_losses = [], [], []
         width = max(1, _VALUES_OF_A_BLOCK // len(index))
         for first in range(0, num_classes, width):
             some = slice(first, first + width)
@@ -141,10 +141,11 @@ class ObservedScan:
                 losses = F.softplus(x, threshold=40).float()  # as label_losses
                 self.histogram.update_negative(losses, some)
                 if self._max_missing is not None:
-                    at = np.flatnonzero((losses >= least[some]).numpy())
+                    least = self.least_kept(self.histogram, self._positives[some], some)
+                    at = np.flatnonzero((losses >= _rounded_down(least)).numpy())
                     found_losses.append(losses.flatten()[at])
-                    found_rows.append(torch.from_numpy(at // losses.shape[1]))
-                    found_classes.append(torch.from_numpy(at % losses.shape[1] + first))
+                    found_rows.append(torch.from_numpy((at // losses.shape[1]).astype(np.int32)))
+                    found_classes.append(torch.from_numpy((at % losses.shape[1]).astype(np.int32)) + first)
         positive = (given == 1) & apart.isfinite()
         confidence = (apart[positive].double().sigmoid() * CONFIDENCE_UNIT).round().long()
         self.sums[1].index_add_(0, label_class[positive], confidence)
@@ -161,7 +162,7 @@ class ObservedScan:
         x = logits[rows, classes]
         real = x > -math.inf
         rows, classes, losses, x = rows[real], classes[real], losses[real], x[real]
-        order = torch.cat([row * num_classes + label_class, rows * num_classes + classes]).argsort()
+        order = torch.cat([row * num_classes + label_class, rows.long() * num_classes + classes]).argsort()
         self._keep(
             KeptLabels(
                 instance=index.int()[torch.cat([row, rows])[order]],
@@ -181,8 +182,12 @@ class ObservedScan:
         least = self.least_kept(self.histogram, self._positives)
         self.kept = [labels.of_at_least(least) for labels in self.kept]
         self._num_kept = self._num_left = sum(len(labels.loss) for labels in self.kept)
-        rounded = least.float()
-        self._least_kept = torch.where(rounded > least, rounded.nextafter(torch.zeros(())), rounded)
+
+
+def _rounded_down(values: Tensor) -> Tensor:
+    """float32 of float64."""
+    rounded = values.float()
+    return torch.where(rounded > values, rounded.nextafter(torch.zeros(())), rounded)
 
 
 def _predictions(logits: Tensor) -> Tensor:

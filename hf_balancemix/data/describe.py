@@ -9,8 +9,9 @@ import datasets
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_balancemix.core.given_labels import label_counts
 from hf_balancemix.data.files import PAPER_DATA
-from hf_balancemix.data.labels import class_names, given_labels, label_matrix
+from hf_balancemix.data.labels import class_names, sparse_labels
 
 _SHOWN = 24  # classes in the printed table: all of them, or the first and the last half of so many
 
@@ -87,26 +88,28 @@ class Description:
         """Count the labels of a data set; see :func:`hf_balancemix.describe`."""
         from hf_balancemix.metrics import class_groups, shot_bounds  # here, as it takes scikit-learn with it
 
-        given = given_labels(dataset).numpy()
-        positive, negative = given == 1, given == 0
-        positives = positive.sum(axis=0)
+        given = sparse_labels(dataset)
+        positive, unknown = given == 1, given == -1
+        negatives, positives = (count.numpy() for count in label_counts(given))
         clean_positives, noise = positives, None
         if "clean_labels" in dataset.features:
-            clean = label_matrix(dataset, "clean_labels").numpy() == 1
+            clean = sparse_labels(dataset, "clean_labels")
+            kept = positive.multiply(clean).sum(axis=0)
             clean_positives = clean.sum(axis=0)
+            known = clean_positives - unknown.multiply(clean).sum(axis=0)
             noise = RealisedNoise(
-                clean_positives=(clean & (given >= 0)).sum(axis=0),
-                clean_negatives=(~clean & (given >= 0)).sum(axis=0),
-                lost=(clean & negative).sum(axis=0),
-                gained=(~clean & positive).sum(axis=0),
+                clean_positives=known,
+                clean_negatives=positives + negatives - known,
+                lost=known - kept,
+                gained=positives - kept,
             )
         bounds = shot_bounds(clean_positives, many, few, of_paper=is_of_paper(dataset))
         one_group = {name: np.full(len(positives), name == "medium") for name in ("many", "medium", "few")}
         return cls(
             names=class_names(dataset),
-            num_instances=len(given),
+            num_instances=given.shape[0],
             positives=positives,
-            negatives=negative.sum(axis=0),
+            negatives=negatives,
             labels_per_instance=np.bincount(positive.sum(axis=1), minlength=1),
             groups=class_groups(clean_positives, *bounds) if bounds else one_group,
             many=bounds and bounds[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_balancemix.audit.label_audit import LabelAudit, make_audit
 from hf_balancemix.core import BalanceMix, RefinedLabels, class_lift, effective_sample_size, mix_images
+from hf_balancemix.core.balance_mix import BYTES_A_LABEL
 from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.core.given_labels import label_counts, same_labels
 from hf_balancemix.data.labels import sparse_labels
@@ -76,6 +78,8 @@ class BalanceMixTrainer(MixupTrainer):
         if self.train_labels is not None and (
             not hasattr(self, "balance_mix") or self.balance_mix.settings != settings
         ):
+            if settings.remembers_all_labels:
+                _check_memory(*self.train_labels.shape)
             self.balance_mix = BalanceMix(self.train_labels, settings)
 
     @property
@@ -251,3 +255,17 @@ class BalanceMixTrainer(MixupTrainer):
         quality = {k.removeprefix("quality."): v for k, v in state.items() if k.startswith("quality.")}
         self.balance_mix.load_state_dict(state)
         self.quality.load_state_dict(quality)
+
+
+def _check_memory(num_instances: int, num_classes: int) -> None:
+    """Says how much memory a run needs that remembers all labels; a ValueError where the machine has less."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, of which each remembers all
+    needed = num_instances * num_classes * BYTES_A_LABEL * ranks / 1e9
+    text = f"max_missing is 0, so that all {num_instances:,} x {num_classes:,} labels are remembered"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        raise ValueError(
+            f"{text}, which needs {needed:,.1f} GB of memory; it must be at most the {memory:,.1f} GB "
+            "that there are; set max_missing=0.5, or clean_probability_source='views'."
+        )
+    logger.info("%s, which needs %.1f GB of memory; max_missing=0.5 needs far less.", text, needed)

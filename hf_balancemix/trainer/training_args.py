@@ -341,7 +341,8 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
     )
     max_missing: float | None = _argument(
         "At most so many times as many negative labels of a class as it has positive ones can count as not clean; 0: "
-        "any number, as printed. Default: as many as the judge estimates; 0.5 where the network judges."
+        "any number, as printed, for which all labels are remembered, 40 bytes each. Default: as many as the judge "
+        "estimates; 0.5 where the network judges."
     )
     relabel_threshold: float = _argument(
         "Probability from which the model is confident, eps of Eq. 9, in [0.5, 1]; the paper has 0.55 for single "
@@ -362,8 +363,8 @@ class BalanceMixTrainingArguments(MultiLabelTrainingArguments):
         "Correct the clean probability so that it never rises with the loss; Eq. 8 has no correction."
     )
     clean_probability_source: str = _argument(
-        "'scan' keeps the clean probabilities, N x K in half precision; 'views' computes them from a step's own "
-        "losses, where N x K does not fit in memory; prediction_source is then 'views', too.",
+        "'scan' remembers the clean probabilities of labels that may be wrong; 'views' computes them from a step's "
+        "own losses and remembers none; prediction_source is then 'views', too.",
         BalanceMixSettings.clean_probability_source,
         choices=[*CLEAN_PROBABILITY_SOURCES],
     )

@@ -178,6 +178,13 @@ def test_the_state_of_a_version_without_an_audit_is_refused(missing):
         BalanceMix(given).load_state_dict(state)
 
 
+def test_the_state_of_a_version_with_tables_is_refused_in_one_sentence():
+    _, given, _ = case()
+    state = BalanceMix(given, NETWORK).state_dict() | {"clean_probability": torch.ones(400, 3)}
+    with pytest.raises(ValueError, match="tables of all labels, as an older version of hf_balancemix wrote it"):
+        BalanceMix(given, NETWORK).load_state_dict(state)
+
+
 def test_a_state_without_one_of_its_tensors_is_refused_and_changes_nothing():
     logits, given, _ = case()
     state = observed(BalanceMix(given, NETWORK), logits)

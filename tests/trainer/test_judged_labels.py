@@ -3,7 +3,9 @@ network."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from conftest import NAMES, arguments, make_dataset, tiny_resnet, tiny_vit
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_balancemix import BalanceMixTrainer, load_model
+from hf_balancemix import BalanceMixTrainer, MultiLabelTrainer, load_model
 from hf_balancemix.core import judge_labels
 from hf_balancemix.data.labels import label_matrix
 from hf_balancemix.frozen import FeatureClassifier, FeatureClassifierConfig
 from hf_balancemix.models.features import pooled_features_of
+from hf_balancemix.trainer.checkpoints import write_manifest
 
 MODELS = {
     "transformers": tiny_vit,
@@ -178,3 +181,29 @@ def test_fewer_instances_than_folds_are_judged(tmp_path):
     trainer = BalanceMixTrainer(model=tiny_vit(), args=args, train_dataset=data)
     trainer.train()
     assert trainer.balance_mix.clean_probability(torch.arange(3)).shape == (3, 5)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_sentence(dataset, tmp_path):
+    def trainer():
+        args = arguments(tmp_path / "o", save_strategy="epoch", num_train_epochs=1)
+        return MultiLabelTrainer(model=tiny_resnet(), args=args, train_dataset=dataset)
+
+    trainer().train()
+    checkpoint = tmp_path / "o" / "checkpoint-6"
+    facts = json.loads((checkpoint / "run.json").read_text())
+    del facts["format"]
+    (checkpoint / "run.json").write_text(json.dumps(facts | {"data": "as it was told apart then"}))
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match="another version of hf_balancemix wrote it, in format 1; it must be in"):
+        trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_run_that_remembers_all_labels_says_what_it_needs_before_it_begins(dataset, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    args = arguments(tmp_path, judge="network", max_missing=0.0)
+    BalanceMixTrainer(model=tiny_resnet(), args=args, train_dataset=dataset)
+    assert "all 24 x 5 labels are remembered, which needs 0.0 GB of memory; max_missing=0.5 needs" in caplog.text
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, 1000))
+    with pytest.raises(ValueError, match=r"must be at most the 0\.0 GB that there are; set max_missing=0\.5, or"):
+        BalanceMixTrainer(model=tiny_resnet(), args=args, train_dataset=dataset)
+    BalanceMixTrainer(model=tiny_resnet(), args=arguments(tmp_path, judge="network"), train_dataset=dataset)
