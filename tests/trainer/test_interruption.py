@@ -84,7 +84,8 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_equal(tmp_path, monkeypatch, 
     assert caught.value.checkpoint == tmp_path / "ended" / f"checkpoint-{step}"
     assert checkpoints.last_whole_checkpoint(tmp_path / "ended") == caught.value.checkpoint
     assert f"SIGTERM stopped the run after step {step}; " in str(caught.value)
-    resumed = a_trainer(tmp_path / "ended", data, method, **changes)
+    # As a notebook does it, or a new process.
+    resumed = ended if moment.startswith("scan") else a_trainer(tmp_path / "ended", data, method, **changes)
     resumed.train(resume_from_checkpoint=True)
     assert_same_end(end_of(whole), end_of(resumed))
     assert figures(whole) == figures(resumed)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,10 @@ def main() -> None:
 
     trainer.balance_mix.refine, trainer.balance_mix.loss = traced_refine, traced_loss
     if options.kill and options.kill_rank in (rank, -1, -2):
-        number = getattr(signal, f"SIG{options.by}")
         pid = 0 if options.kill_rank == -2 else os.getpid()
-        arm(trainer, options.kill, lambda: os.kill(pid, number), pytest.MonkeyPatch())
+        # By another process: workers of a data loader end without a word by a signal from their own.
+        command = ["sh", "-c", f"kill -s {options.by} {pid}"]
+        arm(trainer, options.kill, lambda: [subprocess.run(command, check=False), time.sleep(1)], pytest.MonkeyPatch())
     if options.nan and rank == int(options.nan.split(":")[0]):
         poisoned_batches(trainer, int(options.nan.split(":")[1]))
     error = None
