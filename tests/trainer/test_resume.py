@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,28 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, configuration, moment):
     whole = final(tmp_path / "whole")
     assert whole["world"] == ranks
     assert_same_end(whole, kill_and_resume(tmp_path / "killed", moment, *flags, ranks=ranks))
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(tmp_path):
+    flags = ("--arch", "vit", "--dropout", "0", "--instances", "32", "--epochs", "2", "--judge", "network")
+    run(tmp_path / "two", *flags, "--batch", "4", ranks=2)
+    whole = [final(tmp_path / "two", rank) for rank in (0, 1)]
+    for ranks in (1, 4):
+        folder = tmp_path / str(ranks)
+        # In the middle of an epoch in which labels are managed: two of its four steps are left.
+        shutil.copytree(tmp_path / "two" / "checkpoint-6", folder / "checkpoint-6")
+        done = run(folder, *flags, "--batch", str(8 // ranks), "--resume", ranks=ranks)
+        assert f"ranks was 2 at the checkpoint and is {ranks} now" in done.stderr
+        ends = [final(folder, rank) for rank in range(ranks)]
+        assert ends[0]["world"] == ranks
+        assert ends[0]["steps"] == 8
+        assert torch.allclose(ends[0]["parameters"], whole[0]["parameters"], atol=1e-5, rtol=0)
+        assert {len(end["trace"]) for end in ends} == {2 * 3}
+        # Of both batches the same instances in the same order, each once, and the same decisions about their labels.
+        for i in range(-6, 0):
+            for name in ends[0]["trace"][i].keys() - {"loss"}:
+                one, other = (torch.cat([end["trace"][i][name] for end in group]) for group in (whole, ends))
+                assert torch.equal(one, other), name
 
 
 @pytest.mark.slow
