@@ -76,6 +76,19 @@ def check_engine(trainer: Trainer) -> None:
             f"FSDP is asked for, and Accelerate runs DDP instead on {trainer.args.device.type.upper()}; GPUs must be "
             "there for FSDP; leave it out."
         )
+    if trainer.is_deepspeed_enabled:
+        if trainer.args.on_nan == "skip":
+            raise ValueError(
+                "on_nan is 'skip'; it must be 'stop' with DeepSpeed, whose optimizer steps before a loss is looked "
+                "at; leave it out."
+            )
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        zero = plugin.deepspeed_config["zero_optimization"]
+        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "stage3_gather_16bit_weights_on_model_save is false; it must be true, or no model would be saved; set "
+                "it in the DeepSpeed config."
+            )
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin

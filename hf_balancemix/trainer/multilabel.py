@@ -352,8 +352,15 @@ class MultiLabelTrainer(AveragingTrainer):
             "image_size": self.views.image_size,
             "global_batch_size": self.args.global_batch_size,
             "ranks": self.args.world_size,
-            "engine": "FSDP" if self.is_fsdp_enabled else None,  # which has files of its own
+            "engine": self._engine,
         }
+
+    @property
+    def _engine(self) -> str | None:
+        """What keeps parts of the weights on each process, and checkpoints in files of its own, if anything does."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed, ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP" if self.is_fsdp_enabled else None
 
     # ---- data ----
 

@@ -21,10 +21,10 @@ _ADVICE = "lower learning_rate, train in float32, or look for damaged images and
 def non_finite_weight(model: nn.Module, buffers: bool = True) -> str | None:
     """The name of the first parameter that is not finite, or buffer that holds NaN; None if there is none.
 
-    Of parameters that are spread over the ranks (FSDP) only this rank's share is looked at.
+    Of parameters that are spread over the ranks (FSDP, ZeRO-3) only this rank's share is looked at.
     """
     # A buffer may hold an infinity on purpose, as masks of attention do.
-    tests = {name: ~_share(p.detach()).isfinite().all() for name, p in model.named_parameters()}
+    tests = {name: ~_share(p).detach().isfinite().all() for name, p in model.named_parameters()}
     tests |= {name: b.isnan().any() for name, b in model.named_buffers() if buffers and b.is_floating_point()}
     if not tests:
         return None
@@ -33,7 +33,7 @@ def non_finite_weight(model: nn.Module, buffers: bool = True) -> str | None:
 
 
 def _share(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
 class FiniteTrainer(InterruptibleTrainer):
@@ -137,8 +137,9 @@ class FiniteTrainer(InterruptibleTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; a ValueError where a weight is not finite, as in `push_to_hub`."""
         weight = non_finite_weight(self.model)
-        # With FSDP all ranks come here, each with its share; else it may be one of them, with all weights.
-        if self._on_any_rank(weight) if self.is_fsdp_enabled else weight is not None:
+        # With FSDP and DeepSpeed all ranks come here, each with its share; else it may be one, with all weights.
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._on_any_rank(weight) if spread else weight is not None:
             raise _refusal(weight, "to be saved")
         super().save_model(output_dir, _internal_call)
 

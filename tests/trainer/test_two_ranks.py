@@ -81,6 +81,27 @@ def test_fsdp_equals_one_process_and_resumes_bit_equal(tmp_path):
     assert_same_end(ranks[0], resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_zero_equals_one_process_and_resumes_bit_equal(tmp_path, stage):
+    pytest.importorskip("deepspeed", reason="no dependency; it builds on a CPU")
+    flags = ("--arch", "vit", "--dropout", "0", "--instances", "31", "--epochs", "2", "--drop_last", "--clip", "1")
+    flags += ("--judge", "network", "--predictions", "scan")
+    run(tmp_path / "one", *flags, "--batch", "8")
+    run(tmp_path / "zero", *flags, "--batch", "4", "--zero", stage, ranks=2)
+    kill_and_resume(tmp_path / "killed", "step:5", *flags, "--batch", "4", "--zero", stage, ranks=2)
+    names = ("one", "zero", "killed")
+    one, zero, killed = (load_file(tmp_path / name / "checkpoint-6" / "model.safetensors") for name in names)
+    assert one.keys() == zero.keys() == killed.keys()
+    assert all(torch.allclose(value, zero[name], atol=1e-5, rtol=0) for name, value in one.items())
+    assert all(torch.equal(value, killed[name]) for name, value in zero.items())
+    traces = [final(tmp_path / "one")["trace"], *(final(tmp_path / "zero", rank)["trace"] for rank in (0, 1))]
+    for alone, first, second in zip(*traces, strict=True):
+        for name in alone.keys() - {"loss"}:
+            assert torch.equal(alone[name], torch.cat([first[name], second[name]])), name
+
+
 @pytest.mark.dist
 def test_two_ranks_have_the_average_of_one_process(tmp_path):
     flags = (*FLAGS, "--ema", "0.8", "--save_steps", "3")

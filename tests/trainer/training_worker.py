@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--norm_head", action="store_true", help="batch norm of what was pooled")
     parser.add_argument("--fsdp", action="store_true", help="FSDP2, which Accelerate leaves out on a CPU")
+    parser.add_argument("--zero", type=int, help="DeepSpeed, this stage")
     parser.add_argument("--on_nan", default="stop")
     parser.add_argument("--nan", help="RANK:N, the rank whose n-th batch of training is infinite")
     parser.add_argument("--kill")
@@ -140,6 +141,14 @@ def main() -> None:
     data = data.cast_column("image", data.features["image"])
     noise = Mislabel(rate=0.4, seed=0).fit(data)
     noisy = data.map(noise, batched=True, features=noise.features, load_from_cache_file=False, keep_in_memory=True)
+    engine = {"ddp_backend": "gloo"} if ranks > 1 else {}
+    if options.fsdp:
+        engine |= {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    if options.zero:
+        zero = {"stage": options.zero, "stage3_gather_16bit_weights_on_model_save": True}
+        zero["stage3_param_persistence_threshold"] = 0  # else so small a model stays whole
+        sizes = "train_micro_batch_size_per_gpu train_batch_size gradient_accumulation_steps gradient_clipping"
+        engine["deepspeed"] = dict.fromkeys(sizes.split(), "auto") | {"zero_optimization": zero}
     args = arguments(
         options.folder,
         num_train_epochs=options.epochs,
@@ -159,8 +168,7 @@ def main() -> None:
         judge=options.judge,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
-        **({"ddp_backend": "gloo"} if ranks > 1 else {}),
-        **({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}} if options.fsdp else {}),
+        **engine,
     )
     if options.fsdp:  # the one thing that Accelerate asks before it leaves FSDP out
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
