@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from conftest import arguments, make_dataset, tiny_vit
@@ -27,9 +26,14 @@ from hf_balancemix import MultiLabelTrainer
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import describe, set_aside, stale_files
 
+try:
+    import httpx2 as httpx
+except ImportError:  # huggingface_hub 1
+    import httpx
+
 WORKER = Path(__file__).parent / "push_worker.py"
 WRONG = "hf_" + "w" * 34
-BROKEN = "secret of mine\nand more"  # no header can hold it, and httpx2 quotes it
+BROKEN = "secret of mine\nand more"  # no header can hold it, and httpx quotes it
 MODEL_FILES = {
     ".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     "training_args.json",
@@ -426,7 +430,7 @@ def test_a_name_that_the_hub_cannot_take_is_said_before_training(tmp_path, name)
 
 def test_errors_are_one_line_without_tokens(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "found-by-itself")
-    response = httpx2.Response(403, request=httpx2.Request("POST", "https://hub.example/api"))
+    response = httpx.Response(403, request=httpx.Request("POST", "https://hub.example/api"))
     assert describe(HfHubHTTPError("a\nb", response=response), None) == "HfHubHTTPError: a b."
     error = OSError(f"given1 found-by-itself {TOKEN}\n  {b'two%clines' % 10} end.")
     assert describe(error, "given1") == r"OSError: <token> <token> <token> b'two\nlines' end."
