@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import random
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -146,6 +147,21 @@ def test_fsdp_that_accelerate_would_leave_out_or_is_of_version_1_is_refused(data
         check_engine(trainer)
     with pytest.raises(ValueError, match="save_model"):
         trainer.export_onnx(tmp_path / "model.onnx")
+
+
+def test_deepspeed_that_would_skip_no_step_or_save_no_model_is_refused(dataset, tmp_path, monkeypatch):
+    trainer = MultiLabelTrainer(model=tiny_vit(), args=arguments(tmp_path), train_dataset=dataset)
+    zero = {"stage": 3}
+    trainer.is_deepspeed_enabled = True
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save is false; it must be true"):
+        check_engine(trainer)
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
+    check_engine(trainer)
+    trainer.args.on_nan = "skip"
+    with pytest.raises(ValueError, match="on_nan is 'skip'; it must be 'stop' with DeepSpeed"):
+        check_engine(trainer)
 
 
 def test_what_trainer_takes_besides_works(dataset, tmp_path):
