@@ -377,7 +377,7 @@ class Yaml(Format):
             texts = isinstance(value, str) and name in ("train_dir", "label_column", "separator")
             numbers = type(value) in (int, float) and name in ("seed", "held_out", "learning_rate", "mixup_alpha")
             if texts or numbers:
-                assert got == value or value != value
+                assert got == (value if texts or name == "seed" else float(value))
 
 
 FORMATS = [Coco, VocClassFiles, VocXml, DeepFashion, CsvColumns, CsvTags, CsvConfidences, Decisions, NoiseMaps, Yaml]
