@@ -227,3 +227,10 @@ def test_arguments_without_an_effect_are_refused(tmp_path):
         apply_corrections(dataset, path)
     with pytest.raises(ValueError, match="column 'corrections' is"):
         apply_corrections(dataset.add_column("corrections", ["x"] * 6), [GOOD])
+
+
+@pytest.mark.parametrize("score", ["high", float("nan"), -0.1, 2, [0.9], 10**400])
+def test_a_score_that_is_none_is_refused_by_row(score):
+    row = {"image_id": 1, "class": "ant", "given": 1, "score": score}
+    with pytest.raises(ValueError, match=r"the audit, row 0: score is .*; it must be a number in"):
+        Corrections.of(audit=[row], min_score=0.5)
