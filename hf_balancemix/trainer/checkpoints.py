@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_balancemix.files import is_temporary, sync_folder, whole_file
+from hf_balancemix.files import check_links, is_temporary, sync_folder, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | N
     """One sentence that names the first fault of a checkpoint that is not whole; None if it is.
 
     Only the files that the manifest lists are looked at; others may have been added since (a README by a push). With
-    `content` checksums are compared, which reads every file, otherwise only sizes; and weights must be finite.
+    `content` checksums are compared, which reads every file, otherwise only sizes; and weights must be finite. No link
+    in the folder may lead out of it (:func:`~hf_balancemix.files.check_inside`).
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -87,7 +88,10 @@ def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | N
         files = {}
     if not files or any(path.is_absolute() or ".." in path.parts for path in map(PurePosixPath, files)):
         return f"Its {MANIFEST} is damaged."
+    name = "."
     try:
+        if not _links_stay_inside(directory):
+            return "It has a link that leads out of the folder, which is not followed."
         for name, (size, _) in files.items():
             path = directory / name
             if not path.is_file():
@@ -184,6 +188,14 @@ def _describe(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": _checksum(path)}
+
+
+def _links_stay_inside(directory: Path) -> bool:
+    try:
+        check_links(directory)
+    except ValueError:
+        return False
+    return True
 
 
 def _non_finite_weight(path: Path) -> str | None:

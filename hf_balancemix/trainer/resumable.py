@@ -11,12 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from hf_balancemix.core.distributed import broadcast_buffers
-from hf_balancemix.files import quote
+from hf_balancemix.files import one_line, quote
 from hf_balancemix.models.peft_models import (
     base_digest,
     has_adapters,
@@ -25,6 +28,7 @@ from hf_balancemix.models.peft_models import (
     stored_adapters,
     without_card_of_peft,
 )
+from hf_balancemix.models.strangers import check_folder
 from hf_balancemix.trainer import checkpoints
 from hf_balancemix.trainer.hub import HubTrainer
 from hf_balancemix.trainer.interruption import EVALUATION_DUE
@@ -137,14 +141,23 @@ class ResumableTrainer(FiniteTrainer):
             raise ValueError(
                 f"cannot resume from {checkpoint}: {problem[:-1]}; it must be whole; pass another, or True, the last."
             )
-        saved, own = json.loads((checkpoint / RUN_FILE).read_text()), self._checkpoint_facts()
+        own, arguments = self._checkpoint_facts(), checkpoint / ARGUMENTS_FILE
+        with _reading(checkpoint):
+            saved = json.loads((checkpoint / RUN_FILE).read_text())
+            old = json.loads(arguments.read_text()) if arguments.is_file() else {}
+            for facts in (saved, old, saved.get("settings") or {}):
+                dict(facts)  # else it is another file of that name
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            check_folder(checkpoint)
+            for file in checkpoint.glob("*.safetensors"):
+                with safe_open(file, "pt"):
+                    pass
         if (version := saved.get("format", 1)) != CHECKPOINT_FORMAT:
             raise ValueError(
-                f"cannot resume from {checkpoint}: another version of hf_balancemix wrote it, in format {version}; it "
-                f"must be in format {CHECKPOINT_FORMAT}; resume with that version, or start in another output_dir."
+                f"cannot resume from {checkpoint}: another version of hf_balancemix wrote it, in format "
+                f"{quote(version)}; it must be in format {CHECKPOINT_FORMAT}; resume with that version, or start in "
+                "another output_dir."
             )
-        arguments = checkpoint / ARGUMENTS_FILE
-        old = json.loads(arguments.read_text()) if arguments.is_file() else {}
         new = json.loads(json.dumps(self.args.to_dict()))
         refused = [name for name in own if name not in _SHOULD_BE_EQUAL and saved.get(name) != own[name]]
         then, now = (saved, own) if refused else (old, new)
@@ -213,10 +226,19 @@ class ResumableTrainer(FiniteTrainer):
                 save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            file = Path(checkpoint, STATE_FILE)
-            self._load_run_state(load_file(file) if file.is_file() else {})
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                file = Path(checkpoint, STATE_FILE)
+                self._load_run_state(load_file(file) if file.is_file() else {})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _run_state(self) -> dict[str, Tensor]:
         """Called on every rank: what the method remembers, as tensors."""
@@ -243,9 +265,10 @@ class ResumableTrainer(FiniteTrainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights = self._load_weights(resume_from_checkpoint, model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_weights()
+        with _reading(resume_from_checkpoint):
+            load_weights = self._load_weights(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_weights()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing: keys that Trainer does not find are found by `_load_weights`, or refused by it."""
@@ -294,3 +317,17 @@ class ResumableTrainer(FiniteTrainer):
         if is_peft_model(own):
             return lambda: load_adapters(own, adapters)
         return lambda: own.load_state_dict(loaded.state_dict())
+
+
+@contextmanager
+def _reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """What a damaged file of a checkpoint makes its readers raise, as one sentence; one that names it stays."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(checkpoint) in str(error):
+            raise
+        start = f"cannot resume from {checkpoint} ("
+        end = "); it must be as it was written; pass another, or True, the last."
+        text = f"{type(error).__name__}: {error}"
+        raise ValueError(start + one_line(text, max(60, 390 - len(start + end))) + end) from error

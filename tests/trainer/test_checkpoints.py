@@ -166,9 +166,14 @@ def test_odd_names_links_and_pipes(tmp_path):
     listed = json.loads((directory / MANIFEST).read_text())["files"]
     assert {"new\nline", "żółw", ".hidden", "link", f"sub/{MANIFEST}", os.fsdecode(b"latin-\xe9")} < set(listed)
     assert not {"pipe", "loop", "up", "linked folder", "linked folder/weights", MANIFEST} & set(listed)
+    assert check(directory) == "It has a link that leads out of the folder, which is not followed."
+    (directory / "linked folder").unlink()
+    (directory / "link").unlink()
+    (directory / "link").symlink_to(".hidden")
+    write_manifest(directory)
     assert check(directory) is None
-    (tmp_path / "outside" / "weights").write_text("Shared")
-    assert "'link' differs" in check(directory)
+    (directory / ".hidden").write_text(".Hidden")
+    assert "'.hidden' differs" in check(directory)
 
 
 def test_files_larger_than_a_chunk(tmp_path):
