@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow lowest lint dist clean
+.PHONY: demo test test-slow lowest lint docs dist clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,11 +28,14 @@ lowest:
 	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[dev]'
 	$(VENV)-lowest/bin/python -m pytest -m "not slow" -n auto --dist worksteal
 
-lint: $(READY)
+lint: $(READY) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs docs/_build
 
 dist: $(READY)
 	rm -rf dist
@@ -40,4 +43,4 @@ dist: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest build dist docs/_build *.egg-info

@@ -43,13 +43,13 @@ class ClassAudit:
     """Labels that are given positive."""
     negatives: int
     wrong: tuple[float, float, float] | None
-    """Which share of the positive labels is wrong: estimate, and ends of the 95 % interval; None: not estimated, as
-    the network judged its own labels or the class has fewer than `MIN_POSITIVES`."""
+    """Which share of the positive labels is wrong, as estimate and ends of the 95 % interval; None is not estimated,
+    as the network judged its own labels or the class has fewer than `MIN_POSITIVES`."""
     missing: tuple[float, float, float] | None
     """Which share of the negative labels is wrong, that is, a missing label; as `wrong`."""
     histogram_positive: list[list[float]]
-    """Losses of the positive labels: edges of the bins (one more than bins) and counts; and where the mixture has two
-    components, how many labels of the clean, and of the noisy one it expects in each bin. `[]` where none are kept."""
+    """Losses of the positive labels, as edges of the bins (one more than bins) and counts; and where the mixture has
+    two components, how many labels of the clean, and of the noisy one it expects in each bin. `[]` where none are kept."""
     histogram_negative: list[list[float]]
 
 
@@ -73,7 +73,7 @@ class LabelAudit:
 
     @property
     def num_estimated(self) -> int:
-        """How many of the rows are wrong, as their scores say: what to look at first."""
+        """How many of the rows are wrong, as their scores say; what to look at first."""
         scores = self.rows.with_format("numpy")["score"][:] if len(self.rows) else np.zeros(0)
         return round(float(np.asarray(scores, dtype=np.float64).sum()))
 

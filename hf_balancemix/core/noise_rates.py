@@ -34,7 +34,7 @@ class NoiseRates(NamedTuple):
 def estimate_noise_rates(logits: Tensor, labels: Tensor) -> NoiseRates:
     """Which share of each class's given labels is wrong, in each direction.
 
-    For a class with n of N labels given positive, frequency v = n / N:
+    For a class with n of N labels given positive, frequency v = n / N::
 
         T10   share of given negatives among the n / 10 instances of the highest predictions, drawn towards the lower
               quartile of all classes (as if 50 more anchors had it), because few of a rare class are predicted surely

@@ -57,8 +57,9 @@ def out_of_fold_logits(
     """Must be called on every rank: the logits of each instance by linear heads that were fitted on the other folds.
 
     The heads are logistic regressions with an L2 penalty: sum over the fold's complement of weight x BCE, plus
-    c / 2 |w|^2. c is chosen for each class as the one of 0.2 to 20 with the smallest loss on what was held out. The
-    ranks share the folds; what they find is the same, bit for bit, on any number of like machines.
+    c / 2 times the square of the weights' norm. c is chosen for each class as the one of 0.2 to 20 with the smallest
+    loss on what was held out. The ranks share the folds; what they find is the same, bit for bit, on any number of
+    like machines.
 
     Args:
         features: `(N, D)` float32 as of :func:`principal_components`, the same on every rank.

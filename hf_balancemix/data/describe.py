@@ -46,7 +46,7 @@ class RealisedNoise:
 
     @property
     def overall(self) -> dict[str, float]:
-        """Shares over all classes: `all` of all labels, `positive_to_negative` and `negative_to_positive`."""
+        """Shares over all classes, `all` of all labels, `positive_to_negative` and `negative_to_positive`."""
         lost, gained = self.lost.sum(), self.gained.sum()
         positives, negatives = self.clean_positives.sum(), self.clean_negatives.sum()
         return {
@@ -73,7 +73,7 @@ class Description:
     negatives: np.ndarray
     """`(K,)` int64: given negative labels of each class; unknown labels are not among them."""
     labels_per_instance: np.ndarray
-    """int64, index n: number of instances with n positive labels."""
+    """1-D int64, at index n the number of instances with n positive labels."""
     groups: dict[str, np.ndarray]
     """`many`, `medium`, `few`: boolean `(K,)`, by the clean positive labels where they are known, as in the paper."""
     many: int | None
@@ -167,7 +167,7 @@ class Description:
 
     @property
     def headline(self) -> list[str]:
-        """Two lines of text: the size of the data set, and its imbalance."""
+        """Two lines of text, on the size of the data set, and its imbalance."""
         return [
             f"{self.num_instances:,} instances, {self.num_classes:,} classes, {self.positives.sum():,} positive "
             f"labels ({self.mean_labels:.2f} an instance)",

@@ -173,8 +173,9 @@ class CoTeachingTrainer(MixupTrainer):
     `trainer.model` is a :class:`TwoNetworks`. What is saved, to checkpoints and by `save_model`, is one ordinary
     model, the scored network (the first where the mean is scored), with its peer in the folder `peer`.
 
+    Arguments are those of :class:`MixupTrainer`; of `args`, `label_warmup_epochs` and `monotone` are used, too.
+
     Args:
-        As :class:`MixupTrainer`; of `args`, `label_warmup_epochs` and `monotone` are used, too.
         scored: The network that is evaluated and saved: `"first"` or `"second"`; `"mean"` evaluates the mean of both
             networks' logits and saves the first.
         peer: The second network, of the same architecture and with another start; by default that of

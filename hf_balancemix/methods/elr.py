@@ -99,8 +99,9 @@ class ELRTrainer(MixupTrainer):
     step sees a mixed image, which is no instance's. A pair's averages are mixed like its labels, as in the paper's
     ELR+. So neither the number of ranks nor the split of a batch matters.
 
+    Arguments are those of :class:`MixupTrainer`.
+
     Args:
-        As :class:`MixupTrainer`.
         settings: By default those of :class:`ELRSettings`.
 
     Attributes:

@@ -44,7 +44,7 @@ class LossTrainer(MixupTrainer):
 
     @property
     def method_settings(self) -> dict[str, Any]:
-        """What model cards say of the loss: its settings that differ from their defaults."""
+        """What model cards say of the loss, its settings that differ from their defaults."""
         return self.loss.changed_settings if isinstance(self.loss, MultiLabelLoss) else {}
 
     def _loss(self, logits: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -99,8 +99,8 @@ class NARTrainer(ELRTrainer):
     The paper's code also decides with an average of the predictions, with a threshold that grows with a class's share
     of positive labels, or with two networks; all three are off by default there, and are not here.
 
-    Args:
-        As :class:`ELRTrainer`; `settings` are :class:`NARSettings`. Of `args`, `label_warmup_epochs` is used, too.
+    Arguments are those of :class:`ELRTrainer`; `settings` are :class:`NARSettings`. Of `args`, `label_warmup_epochs`
+    is used, too.
 
     Attributes:
         labels: `(N, K)` int8 on the CPU, what is learned in this epoch: 0, 1, or -1 where left out or unknown; the

@@ -185,8 +185,7 @@ class TEstimatorTrainer(MixupTrainer):
     The reference holds 10 % of the training data out, only to find the epoch whose predictions Dual-T is to use. Here
     it is the last of the warm-up, and nothing is held out. No matrix is given any of its true zeros.
 
-    Args:
-        As :class:`MixupTrainer`; of `args`, `label_warmup_epochs` and `monotone` are used, too.
+    Arguments are those of :class:`MixupTrainer`; of `args`, `label_warmup_epochs` and `monotone` are used, too.
 
     Attributes:
         matrices: `(K, 2, 2)` float64; identities until the warm-up is over.

@@ -71,7 +71,7 @@ def label_quality(counts: torch.Tensor) -> dict[str, float]:
         counts: `(2, 7)` integer counts of `count_label_quality`, or a sum of such.
 
     Returns:
-        Fractions in [0, 1]; a figure is left out where its denominator is 0:
+        Fractions in [0, 1], of which each is left out where its denominator is 0.
         `clean_precision` (selected and truly clean / selected), `clean_recall` (selected and truly clean / truly
         clean), `relabel_proportion` (re-labelled / all), `relabel_accuracy` (re-labelled to the clean label /
         re-labelled), `ambiguous_proportion` (ambiguous / all), `noise_rate` (given other than clean / all).

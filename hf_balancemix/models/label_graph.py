@@ -70,7 +70,7 @@ def label_graph_embeddings(labels: Tensor, dim: int = 256, seed: int = 0) -> Ten
     """Embeddings of the classes whose cosines are the entries of their :func:`label_graph`, as far as these can be.
 
     They are what an MLP of three layers with 256 hidden units, drawn with `seed`, makes of one-hot classes after 500
-    steps of Adam on :func:`embedding_loss`: a pure function of its arguments, of which torch's generators see nothing.
+    steps of Adam on `embedding_loss`: a pure function of its arguments, of which torch's generators see nothing.
     A class without positive labels has one, too: away from all others.
 
     Args:

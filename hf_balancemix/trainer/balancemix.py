@@ -42,11 +42,10 @@ class BalanceMixTrainer(MixupTrainer):
     A network from scratch has no features worth judging by: `args.judge="network"` is for it. So is judged, too, with
     a line in the log, where the model has no linear classifier, unless `args.judge` was given.
 
-    Args:
-        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`. Where `train_dataset` has
-        `clean_labels`, label-quality figures (Eq. 14, 15) are logged every epoch; the method never sees them.
-            A `compute_loss_func` gets labels that are refined (Eq. 9) and mixed, without their weights: it replaces
-            Eq. 10, so that an ambiguous label counts like any other.
+    Arguments are those of :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`. Where
+    `train_dataset` has `clean_labels`, label-quality figures (Eq. 14, 15) are logged every epoch; the method never
+    sees them. A `compute_loss_func` gets labels that are refined (Eq. 9) and mixed, without their weights: it replaces
+    Eq. 10, so that an ambiguous label counts like any other.
 
     Attributes:
         balance_mix: :class:`~hf_balancemix.core.BalanceMix`, the method's state; absent without `train_dataset`.

@@ -28,9 +28,8 @@ class MixupTrainer(MultiLabelTrainer):
     learn from a pass over the training set (:meth:`_end_epoch`). With `args.mixup_alpha=0` nothing is mixed, and each
     instance is alone in its row. The loss of evaluations is BCE, as every method's.
 
-    Args:
-        As :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which `mixup_alpha` and
-            `lambda_per_batch` are used.
+    Arguments are those of :class:`MultiLabelTrainer`; `args` are :class:`BalanceMixTrainingArguments`, of which
+    `mixup_alpha` and `lambda_per_batch` are used.
 
     Attributes:
         warmup_epochs: `args.label_warmup_epochs`, on the given labels; at least 1, because nothing is known before.

@@ -93,9 +93,9 @@ def large_loss(
     Args:
         logits, labels, reduction: As :func:`binary_cross_entropy`, which also says what is returned and raised;
             published is the mean.
-        num_modified: k >= 0; see :func:`num_large_losses`.
+        num_modified: k >= 0; see `num_large_losses`.
         mode: `"reject"`: their loss is 0, the denominators of the reductions stay; `"correct"`: it is BCE(x, 1).
-        across_ranks: As :func:`large_loss_entries`, which says which labels these are.
+        across_ranks: As `large_loss_entries`, which says which labels these are.
     """
     check_choice("mode", mode, ("reject", "correct"))
     modified = large_loss_entries(logits, labels, num_modified, across_ranks=across_ranks)
