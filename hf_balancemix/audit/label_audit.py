@@ -49,7 +49,7 @@ class ClassAudit:
     """Which share of the negative labels is wrong, that is, a missing label; as `wrong`."""
     histogram_positive: list[list[float]]
     """Losses of the positive labels, as edges of the bins (one more than bins) and counts; and where the mixture has
-    two components, how many labels of the clean, and of the noisy one it expects in each bin. `[]` where none are kept."""
+    two components, how many labels of the clean and of the noisy one it expects in each bin. `[]` where none are."""
     histogram_negative: list[list[float]]
 
 

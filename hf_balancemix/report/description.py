@@ -34,7 +34,7 @@ def describe(dataset: datasets.Dataset, many: int | None = None, few: int | None
             default those of :func:`~hf_balancemix.metrics.shot_bounds`.
 
     Returns:
-        The figures: print them, or draw them with `.plot("figure.png")`.
+        The figures, to be printed, or drawn with `.plot("figure.png")`.
 
     Raises:
         TypeError, ValueError: As `data.labels.given_labels` for the label columns; `few` is above `many`.

@@ -66,7 +66,7 @@ class LabelNoise:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The name and the arguments, which together define the noise: for logs and model cards."""
+        """The name and the arguments, which together define the noise, for logs and model cards."""
         return {"name": type(self).__name__} | {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     def __repr__(self) -> str:
