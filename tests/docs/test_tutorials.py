@@ -137,6 +137,7 @@ def test_a_big_backbone_frozen_with_lora_and_in_full(capsys):
         assert model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape == (1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_several_processes_and_a_run_that_was_stopped():
     weights = Path("outputs/balancemix/model.safetensors")
