@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from pathlib import Path
 
 import hf_balancemix
 
@@ -81,6 +82,15 @@ def parameter_groups(app, what, name, obj, options, lines):
     lines[:] = shown
 
 
+def copy_notebooks(app):
+    """The notebooks of examples/ are shown among the tutorials, and link to these from elsewhere."""
+    tutorials = Path(__file__).parent / "tutorials"
+    for notebook in (tutorials.parents[1] / "examples/notebooks").glob("*.ipynb"):
+        text = notebook.read_text(encoding="utf-8").replace("../../docs/tutorials/", "")
+        (tutorials / notebook.name).write_text(text, encoding="utf-8")
+
+
 def setup(app):
+    app.connect("builder-inited", copy_notebooks)
     app.connect("missing-reference", internal_names_are_code)
     app.connect("autodoc-process-docstring", parameter_groups, priority=400)  # before napoleon
