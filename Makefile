@@ -35,7 +35,7 @@ lint: $(READY) docs
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs docs/_build
+	$(BIN)/python -m sphinx -q -E -W --keep-going -n -b html docs docs/_build  # -E: what was read before would not warn again
 
 dist: $(READY)
 	rm -rf dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -38,31 +39,30 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!hf_balancemix)[A-Za-z_]+\..*|Tensor|Module|dict\[str")]
 
 
-def _existing(name: str, near: str) -> bool:
-    """Whether `name` is an object of the package, seen from the module or class `near`, or by its full path."""
-    for start in (near, ""):
-        path = [*filter(None, start.split(".")), *name.split(".")]
-        for split in range(len(path), 0, -1):
-            try:
-                found = import_module(".".join(path[:split]))
-                for part in path[split:]:
-                    found = getattr(found, part)
-            except (ImportError, AttributeError):
-                continue
-            return True
-    return False
+def _within(start, name):
+    """Whether `name`, perhaps with dots, is an attribute of `start`."""
+    for part in name.split("."):
+        if not hasattr(start, part):
+            return False
+        start = getattr(start, part)
+    return True
 
 
 def internal_names_are_code(app, env, node, contnode):
     """A docstring may name what is ours and not public: that is plain code. What does not exist stays a warning."""
-    target = node.get("reftarget", "")
-    module = node.get("py:module") or ""
-    nears = [module, f"{module}.{node.get('py:class') or ''}".rstrip(".")]
-    for near in nears:  # a class's own module is below the room that shows it
-        room = import_module(near) if near == module and near else None
-        inner = getattr(room, (node.get("py:class") or "").split(".")[0], None)
-        nears += [inner.__module__] if inner is not None and inner.__module__ not in nears else []
-    return contnode if any(_existing(target, near) for near in nears) else None
+    target, room = node.get("reftarget", ""), node.get("py:module") or "hf_balancemix"
+    near = [module for name, module in sys.modules.items() if f"{name}.".startswith(f"{room}.")]
+    near += [getattr(module, owner) for module in near if hasattr(module, owner := node.get("py:class") or " ")]
+    module, _, name = target.rpartition(".")
+    while module.startswith("hf_balancemix"):  # the full path, of a module, or of a class in it
+        try:
+            near.append(import_module(module))
+            break
+        except ImportError:
+            module, _, owner = module.rpartition(".")
+            name = f"{owner}.{name}"
+    exists = any(_within(start, target) for start in near) or (module and name and _within(near[-1], name))
+    return contnode if exists else None
 
 
 def parameter_groups(app, what, name, obj, options, lines):

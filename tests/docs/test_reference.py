@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from dataclasses import fields
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 import hf_balancemix
+from hf_balancemix import BalanceMixTrainingArguments
+from hf_balancemix.core import BalanceMixSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "reference").glob("*.md")))
@@ -38,6 +43,14 @@ def test_every_public_name_is_on_a_reference_page():
     absent = {f"{room}.{name}" for room, names in rooms().items() for name in names} - shown
     assert {name for name in absent if name.rsplit(".", 1)[1] not in last_parts} == set()
     assert set(hf_balancemix.__all__) <= last_parts
+
+
+def test_every_knob_is_explained():
+    """Those of our training arguments that Trainer has not."""
+    page = (DOCS / "guides/knobs.md").read_text(encoding="utf-8")
+    ours = {f.name for f in fields(BalanceMixTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
+    explained = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^`.*$", page, re.MULTILINE))))
+    assert {*ours, *(f.name for f in fields(BalanceMixSettings))} <= explained
 
 
 def test_every_link_to_a_file_leads_somewhere():
