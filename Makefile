@@ -34,8 +34,9 @@ lint: $(READY) docs
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# -E reads every page: what was read before would not warn again.
 docs: $(READY)
-	$(BIN)/python -m sphinx -q -E -W --keep-going -n -b html docs docs/_build  # -E: what was read before would not warn again
+	$(BIN)/python -m sphinx -q -E -W --keep-going -n -b html docs docs/_build
 
 dist: $(READY)
 	rm -rf dist

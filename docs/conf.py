@@ -82,6 +82,11 @@ def parameter_groups(app, what, name, obj, options, lines):
     lines[:] = shown
 
 
+def short_signature(app, what, name, obj, options, signature, return_annotation):
+    """Trainer's arguments are 150, and the docstring has ours."""
+    return ("(output_dir=None, **arguments)", None) if name.endswith("TrainingArguments") else None
+
+
 def copy_notebooks(app):
     """The notebooks of examples/ are shown among the tutorials, and link to these from elsewhere."""
     tutorials = Path(__file__).parent / "tutorials"
@@ -92,5 +97,6 @@ def copy_notebooks(app):
 
 def setup(app):
     app.connect("builder-inited", copy_notebooks)
+    app.connect("autodoc-process-signature", short_signature)
     app.connect("missing-reference", internal_names_are_code)
     app.connect("autodoc-process-docstring", parameter_groups, priority=400)  # before napoleon

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ import transformers as tf
 from conftest import tiny_resnet
 from docs_tutorial import FROM_SCRATCH, SHORT, run
 from hub_standin import HubStandin
+from nbclient import NotebookClient
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -185,3 +188,37 @@ def test_a_loop_of_ones_own(capsys):
     run("own_loop", replace={"N, K, EPOCHS, BATCH = 2000, 9, 12, 50": "N, K, EPOCHS, BATCH = 1000, 9, 6, 50"})
     given, refined = [float(word[:-1]) for word in capsys.readouterr().out.split() if word.endswith("%")]
     assert refined > given + 2
+
+
+def test_noise_maps(dataset):
+    """Not a tutorial, but a page of code."""
+    dataset.save_to_disk("sample")
+    names = run(
+        "../guides/noise_maps",
+        replace={'load_coco(make_scenes(), split="train")': '__import__("datasets").load_from_disk("sample")'},
+    )
+    assert names["again"]["labels"][:] == names["noisy"]["labels"][:] != names["train"]["labels"][:]
+
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples/notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_keeps_what_it_showed(path):
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert path.stat().st_size < 600_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(path.parents[2]))
+    notebook = nbformat.read(path, 4)
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    before, after = re.findall(r"wrong labels for each true one: (\S+) before, (\S+) after", text)[0]
+    assert float(after) < float(before)
