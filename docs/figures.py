@@ -16,7 +16,7 @@ import torch
 from scipy.stats import norm
 
 from hf_balancemix import BalanceMixTrainer, load_coco, make_scenes
-from hf_balancemix.core import Reliability
+from hf_balancemix.core import LossMixtures, Reliability
 from hf_balancemix.data import class_names, label_matrix
 from hf_balancemix.report.figures import figure_png, new_figure
 from hf_balancemix.scripts.arguments import parse_script
@@ -68,28 +68,29 @@ def pictures_figure(dataset: Any, index: list[int], lines: list[list[tuple[str, 
     return figure
 
 
-def mixture_figure(trainer: BalanceMixTrainer, k: int, name: str, clean: np.ndarray) -> Any:
-    """The losses of the labels of one class that are given as positive: what the method sees, and what is true."""
-    state = trainer.balance_mix
-    positive = state.labels[:, k] == 1
-    losses = -state.scan_probability[positive, k].double().clamp_min(1e-6).log().numpy()
+def mixture_figure(mixtures: LossMixtures, logits: np.ndarray, clean: np.ndarray, k: int, name: str) -> Any:
+    """The losses of one class's labels that are given as positive: what the method sees, and what is true.
+
+    `logits` and `clean` are of the images with such a label.
+    """
+    losses = np.logaddexp(0, -logits[:, k])
     bars = np.linspace(0, np.quantile(losses, 0.995), 31)
     figure = new_figure(8.2, 2.9, dpi=110)
     seen, true = figure.subplots(1, 2, sharey=True)
     seen.hist(losses, bars, color="#c7c7c7", label=f"{len(losses)} labels given as “{name}”")
     x = np.linspace(bars[0], bars[-1], 400)
-    means, deviations = state.mixtures.means[1, k].numpy(), state.mixtures.variances[1, k].sqrt().numpy()
+    means, deviations = mixtures.means[1, k].tolist(), mixtures.variances[1, k].sqrt().tolist()
     for label, colour, weight, mean, deviation in zip(
         ("easy: probably right", "hard: probably wrong"),
         (RIGHT, WRONG),
-        state.mixtures.weights[1, k].tolist(),
+        mixtures.weights[1, k].tolist(),
         means,
         deviations,
         strict=True,
     ):
         height = weight * norm.pdf(x, mean, deviation) * len(losses) * (bars[1] - bars[0])
         seen.plot(x, height, color=colour, label=label)
-    truth = clean[positive.numpy(), k] == 1
+    truth = clean[:, k] == 1
     true.hist([losses[truth], losses[~truth]], bars, stacked=True, color=[RIGHT, WRONG], label=["right", "wrong"])
     seen.set(title="what the method sees")
     true.set(title="what is true")
@@ -134,9 +135,9 @@ def main() -> None:
     trainer = run()
     state, dataset = trainer.balance_mix, trainer.train_dataset
     names = class_names(dataset)
-    given = state.labels.numpy()
+    given = state.labels.toarray()
     clean = label_matrix(dataset, "clean_labels").numpy()
-    everything = state.refine(torch.arange(len(given)), state.labels.float())
+    everything = state.refine(torch.arange(len(given)), torch.tensor(given).float())
     refined, reliability = everything.labels.numpy(), everything.reliability.numpy()
     index = chosen(clean, given, refined)
 
@@ -155,21 +156,18 @@ def main() -> None:
             right = (now == clean[i, k]) != (kind == Reliability.AMBIGUOUS)
             texts.append((f"{names[k]}: {mark}", RIGHT if right else WRONG))
         after.append(texts)
+    logits = trainer.predict(dataset).predictions
+    commonest = int(given.sum(0).argmax())
+    shown = given[:, commonest] == 1
     FOLDER.mkdir(exist_ok=True)
     for name, figure in {
         "given": pictures_figure(dataset, index, first),
-        "mixtures": mixture_figure(trainer, *most_telling(state, names), clean),
+        "mixtures": mixture_figure(state.mixtures, logits[shown], clean[shown], commonest, names[commonest]),
         "decisions": pictures_figure(dataset, index, after),
         "shares": decisions_figure(given, clean, refined, reliability),
     }.items():
         (FOLDER / f"{name}.png").write_bytes(figure_png(figure))
         print(f"{FOLDER / name}.png: {(FOLDER / f'{name}.png').stat().st_size / 1000:.0f} kB")
-
-
-def most_telling(state: Any, names: list[str]) -> tuple[int, str]:
-    """The class with most positive labels."""
-    k = int((state.labels == 1).sum(0).argmax())
-    return k, names[k]
 
 
 if __name__ == "__main__":
