@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+
 import hf_balancemix
 
 project = "hf_balancemix"
@@ -34,6 +36,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # one entry may name several parameters: `first, second`
 napoleon_custom_sections = [("Attributes", "params_style")]  # as these
+# Else what stands before a colon in the docstring of a property would be its type.
+GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end
 nitpicky = True
 # Names of other packages in signatures; of ours each must exist.
 nitpick_ignore_regex = [("py:.*", r"(?!hf_balancemix)[A-Za-z_]+\..*|Tensor|Module|dict\[str")]
