@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 CLASSES_FILE = "classes.csv"  # beside the card where there are too many classes for its table
 _ALL_SHOWN, _SHOWN = 60, 20  # so many classes make one table; of more, so many of each end are shown
-CLASSES_FILE = "classes.csv"  # beside the card where there are too many classes for its table
-_ALL_SHOWN, _SHOWN = 60, 20  # so many classes make one table; of more, so many of each end are shown
 _PEFT_TITLE = "# Model Card for Model ID"  # of the empty template that peft writes beside an adapter
 MARK = "<!-- Written by hf_balancemix, anew at each save. Remove this line to keep a text of your own. -->"
 # In an evaluation's line of `state.log_history`, after its prefix ("eval_"): K fractions, None for a skipped class.
@@ -131,7 +129,6 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": _percent, "number": _number, "literal": _literal, "code": Markup}
-    environment.filters["interval"] = _interval
     environment.filters["interval"] = _interval
     text = environment.get_template("model_card.md").render(**facts, mark=Markup(MARK), paper=Markup(CITATION))
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{text}"
@@ -544,12 +541,6 @@ def _literal(names: Sequence[str]) -> str:
 
 def _percent(fraction: float | None) -> str:
     return Markup("not recorded") if fraction is None or not np.isfinite(fraction) else Markup(f"{100 * fraction:.1f}")
-
-
-def _interval(rate: Sequence[float]) -> str:
-    """An estimate and the ends of its interval, in per cent."""
-    estimate, low, high = (100 * value for value in rate)
-    return Markup(f"{estimate:.0f} ({low:.0f} to {high:.0f})")
 
 
 def _interval(rate: Sequence[float]) -> str:
