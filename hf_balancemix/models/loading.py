@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
 
 from hf_balancemix.core.evaluation import evaluation_mode
 from hf_balancemix.files import one_line, quote
@@ -420,8 +420,14 @@ def _stored_bytes(name: str) -> int | None:
     """Size of the safetensors of a folder or a Hub name; None where there are none, or several of a Hub name."""
     if Path(name).is_dir():
         return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) or None
-    file = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    file = _cached_file(name, "model.safetensors")
     return None if file is None else Path(file).stat().st_size
+
+
+def _cached_file(name: str, file: str) -> str | None:
+    """A file of a Hub name, brought into the cache; None if it has none, or `name` is a folder."""
+    absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return None if Path(name).is_dir() else cached_file(name, file, **absent)
 
 
 def _config_values(name: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -431,7 +437,7 @@ def _config_values(name: str, trust_remote_code: bool) -> dict[str, Any]:
     values = PreTrainedConfig.get_config_dict(name)[0]
     if not isinstance(values, dict):
         raise RefusedError(f"its config.json holds {quote(values)}; it must be an object; load another model")
-    if has_adapters(name):
+    if has_adapters(name) or _cached_file(name, ADAPTER_CONFIG_NAME) is not None:
         raise RefusedError(
             "it holds adapters of peft, not a whole model; save the merged model, "
             "trainer.model.merge_and_unload(), in a folder of its own"

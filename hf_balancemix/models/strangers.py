@@ -62,7 +62,9 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def _problem(node: Mapping[str, Any], key: str, value: Any) -> str | None:
     for part, known in _BUILT_IN.items():
-        if part in key and not all(isinstance(v, str | None) and v in known for v in _leaves(value)):
+        # A flag, such as `_attn_implementation_autoset` of old configs, names nothing.
+        named = [leaf for leaf in _leaves(value) if not isinstance(leaf, bool)]
+        if part in key and not all(isinstance(leaf, str | None) and leaf in known for leaf in named):
             return "which transformers fetches or imports"
     if key in _REFUSED and value not in (None, False):
         return "with which transformers loads or replaces code"

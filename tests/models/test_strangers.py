@@ -122,7 +122,7 @@ def test_whatever_else_brings_code_or_reads_elsewhere_is_refused(kind, where, ch
 
 @pytest.mark.parametrize("value", [None, "eager", "sdpa", {"": "eager"}], ids=str)
 def test_what_transformers_computes_by_itself_is_loaded(value, stored, tmp_path):
-    changes = {"_attn_implementation": value, "quantization_config": None}
+    changes = {"_attn_implementation": value, "_attn_implementation_autoset": True, "quantization_config": None}
     path = changed(stored["plain"], tmp_path, "", changes | {"auto_map": {"AutoModel": "some/one--m.Model"}})
     for door in DOORS:
         door(path)
@@ -173,6 +173,19 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(stored, tmp_path):
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}.blob")
     for door in DOORS:
         door(str(snapshot))
+
+
+def test_adapters_of_a_hub_name_which_bring_the_model_of_another_are_refused(stored, tmp_path, monkeypatch):
+    repository, commit = tmp_path / "models--some--one", "a" * 40
+    shutil.copytree(stored["plain"], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for door in DOORS:
+        door("some/one")
+    adapter = {"base_model_name_or_path": "else/where", "peft_type": "LORA"}
+    (repository / "snapshots" / commit / "adapter_config.json").write_text(json.dumps(adapter))
+    refused("some/one", "adapters of peft, not a whole model")
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
