@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from hf_balancemix.audit.label_audit import LabelAudit, make_audit, references
 from hf_balancemix.core.balance_mix import SUSPICIOUS, SuspiciousLabels
-from hf_balancemix.core.judge import judge_labels
+from hf_balancemix.core.judge import JudgedClasses, judge_in_blocks
 from hf_balancemix.core.loss_histogram import LossHistogram, label_losses
 from hf_balancemix.core.loss_mixture import LossMixtures
-from hf_balancemix.core.noise_rates import estimate_noise_rates, wrong_probability
+from hf_balancemix.core.noise_rates import (
+    NoiseRates,
+    anchor_counts,
+    rates_of_anchors,
+    transition_rates,
+    wrong_by_rates,
+)
 from hf_balancemix.data.images import MAX_IMAGE_PIXELS
-from hf_balancemix.data.labels import class_names, given_labels
+from hf_balancemix.data.labels import class_names, sparse_labels
 from hf_balancemix.models.features import pooled_features_of
 from hf_balancemix.models.thresholds import iter_outputs, iter_probabilities
+
+_VALUES_AT_ONCE = 1 << 24  # beside the predictions of all labels, in float64
 
 
 def audit_labels(
@@ -56,39 +66,64 @@ def audit_labels(
             be decoded; `folds` is no number of folds.
         FileNotFoundError: An image is gone.
     """
-    names, labels = class_names(dataset), given_labels(dataset).cpu()
+    names, labels = class_names(dataset), sparse_labels(dataset)
     references(dataset, np.arange(0))  # whether its ids will do, not only once the model has run
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "on_bad_image": on_bad_image,
-        "max_image_pixels": max_image_pixels,
-    }
+    options: dict[str, Any] = {"batch_size": batch_size, "on_bad_image": on_bad_image}
+    found: list[list[Tensor]] = []
+
+    def take(some: slice, of_some: JudgedClasses) -> None:
+        q = of_some.probability.double().masked_fill(bad[:, None], torch.nan)
+        t01, t10 = transition_rates(labels, of_some.rates)
+        scores = wrong_by_rates(of_some.labels, q, t01[some], t10)
+        place = instance, column = (scores >= SUSPICIOUS).nonzero(as_tuple=True)
+        found.append([instance, column + some.start, scores[place], q[place].float(), of_some.p_clean[place]])
+
     if folds is None:
         q = torch.full(labels.shape, torch.nan, dtype=torch.float64)
         order = _order_of_classes(model, names)
         for indices, probabilities in iter_probabilities(model, dataset, processor, **options):
             q[indices] = probabilities[:, order]
-        known = q.isfinite() & (labels >= 0)
-        logits, positive = torch.logit(q.nan_to_num(0.5), 1e-7), labels == 1
-        losses, histogram = label_losses(logits, positive), LossHistogram(len(names))
-        histogram.update(losses.masked_fill(~known, torch.nan), positive)
-        mixtures = LossMixtures.fit_histogram(histogram, "dividemix")
-        p_clean = mixtures.clean_probability(losses, positive, monotone=True)
-        rates = estimate_noise_rates(logits, labels.masked_fill(~known, -1))
+        bad = torch.zeros(len(q), dtype=torch.bool)
+        rates, mixtures, histogram = _judge_by(q, labels, take)
     else:
-        if not isinstance(folds, int) or not 2 <= folds <= len(labels):
-            required = f"it must be a whole number in [2, {len(labels)}], up to one for each image; 5 is usual"
+        num_instances = labels.shape[0]
+        if not isinstance(folds, int) or not 2 <= folds <= num_instances:
+            required = f"it must be a whole number in [2, {num_instances}], up to one for each image; 5 is usual"
             raise ValueError(f"folds is {folds!r}; {required}.")
         features = _features(model, dataset, processor, **options)
-        judged = judge_labels(features, labels, num_folds=folds, seed=seed)
-        q, p_clean, rates = judged.probability.double(), judged.p_clean, judged.rates
-        histogram, mixtures = judged.loss_histogram, judged.mixtures
-        q[~features.isfinite().all(1)] = torch.nan
-    scores = wrong_probability(labels, q, rates)
-    place = instance, label_class = (scores >= SUSPICIOUS).nonzero(as_tuple=True)
+        bad = ~features.isfinite().all(1)
+        rates, mixtures, histogram = judge_in_blocks(features, labels, take, num_folds=folds, seed=seed)
+    instance, label_class, scores, prediction, p_clean = (torch.cat(parts) for parts in zip(*found, strict=True))
     epochs = torch.zeros(len(instance), dtype=torch.int32)
-    suspicious = SuspiciousLabels(instance, label_class, scores[place], q[place].float(), p_clean[place], epochs)
+    suspicious = SuspiciousLabels(instance, label_class, scores, prediction, p_clean, epochs)
     return make_audit(dataset, names, labels, suspicious, rates, histogram.coarse_counts, mixtures)
+
+
+def _judge_by(
+    q: Tensor, labels: csr_array, take: Callable[[slice, JudgedClasses], object]
+) -> tuple[NoiseRates, LossMixtures, LossHistogram]:
+    """As :func:`~hf_balancemix.core.judge.judge_in_blocks`, by predictions `(N, K)` float64; NaN where there are none."""
+    num_instances, num_classes = labels.shape
+    width, columns = max(1, _VALUES_AT_ONCE // num_instances), labels.tocsc()
+    blocks = [slice(first, min(first + width, num_classes)) for first in range(0, num_classes, width)]
+    histogram, anchors = LossHistogram(num_classes), []
+
+    def of(some: slice) -> tuple[Tensor, Tensor, Tensor]:
+        given = torch.from_numpy(columns[:, some].toarray(order="C"))
+        known = q[:, some].isfinite() & (given >= 0)
+        return given, known, torch.logit(q[:, some].nan_to_num(0.5), 1e-7)
+
+    for some in blocks:
+        given, known, logits = of(some)
+        histogram.cells[:, some] = LossHistogram.of_labels(logits, given == 1, known).cells
+        anchors.append(anchor_counts(logits, given.masked_fill(~known, -1)))
+    rates, mixtures = rates_of_anchors(torch.cat(anchors)), LossMixtures.fit_histogram(histogram, "dividemix")
+    for some in blocks:
+        given, _, logits = of(some)
+        losses = label_losses(logits, given == 1)
+        p_clean = mixtures.of_classes(some).clean_probability(losses, given == 1, monotone=True)
+        take(some, JudgedClasses(given, p_clean, q[:, some], rates))
+    return rates, mixtures, histogram
 
 
 def _order_of_classes(model: nn.Module, names: list[str]) -> list[int]:

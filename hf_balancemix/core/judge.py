@@ -111,7 +111,7 @@ class JudgedClasses(NamedTuple):
     p_clean: Tensor
     """float32, as in :class:`JudgedLabels`."""
     probability: Tensor
-    """float32, as there."""
+    """As there, or float64."""
     rates: NoiseRates
     """Of all classes."""
 
@@ -122,7 +122,7 @@ def judge_in_blocks(
     labels: csr_array,
     take: Callable[[slice, JudgedClasses], object],
     *,
-    mixtures: str | MixtureSettings,
+    mixtures: str | MixtureSettings = "dividemix",
     monotone: bool = True,
     max_missing: float | None = None,
     num_folds: int = NUM_FOLDS,
@@ -166,7 +166,7 @@ def judge_in_blocks(
             fitted_heads.append(fitted)
             if number == 0:
                 anchors.append(anchor_counts(logits, given.masked_fill(~known, -1)))
-            histogram.cells[:, some] = _counted_losses(logits, given == 1, known).cells
+            histogram.cells[:, some] = LossHistogram.of_labels(logits, given == 1, known).cells
         if number == 0:
             rates = rates_of_anchors(torch.cat(anchors))
             if not any(rate[0].any() for rate in rates):
@@ -206,12 +206,6 @@ class _Changes(NamedTuple):
 
     def apply(self, targets: Tensor, weights: Tensor) -> None:
         targets[self.row, self.column], weights[self.row, self.column] = self.target, self.weight
-
-
-def _counted_losses(logits: Tensor, positive: Tensor, known: Tensor) -> LossHistogram:
-    histogram = LossHistogram(logits.shape[1])
-    histogram.update(label_losses(logits, positive).masked_fill(~known, float("nan")), positive)
-    return histogram
 
 
 class _Limits(NamedTuple):

@@ -87,6 +87,13 @@ class LossHistogram:
         self.num_classes = num_classes
         self.cells = torch.zeros(3, num_classes, 2, _NUM_BINS, dtype=torch.int64, device=device)
 
+    @classmethod
+    def of_labels(cls, logits: Tensor, positive: Tensor, known: Tensor) -> LossHistogram:
+        """The losses of some classes' known labels: logits, which are positive and which known, `(N, k)` each."""
+        histogram = cls(logits.shape[1])
+        histogram.update(label_losses(logits, positive).masked_fill(~known, math.nan), positive)
+        return histogram
+
     @property
     def counts(self) -> Tensor:
         """`(2, K, bins)` int64: how many losses each set has in each bin; where bins lie: :func:`bin_edges`."""
