@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -326,9 +325,9 @@ def _unreviewed(audit: Any, min_score: float) -> dict[tuple[str, str], Decided]:
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     labels, highest = {}, 0.0
     for where, row in _read_rows(_rows_of(audit), "the audit", ("image_id", "class", "given", "score")):
-        if not isinstance(row["score"], Real) or not 0 <= row["score"] <= 1:
+        if not isinstance(row["score"], int | float | np.floating) or not 0 <= row["score"] <= 1:
             raise ValueError(f"{where}: score is {quote(row['score'])}; it must be a number in [0, 1]; correct it.")
-        highest = max(highest, row["score"])
+        highest = max(highest, float(row["score"]))
         if np.float32(row["score"]) >= np.float32(min_score):  # as the audit keeps it
             image_id, name, given = _checked(where, row)
             by = f"audit, score {row['score']:.3g}{_NOT_REVIEWED}"

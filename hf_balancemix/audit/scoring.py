@@ -102,7 +102,7 @@ def audit_labels(
 def _judge_by(
     q: Tensor, labels: csr_array, take: Callable[[slice, JudgedClasses], object]
 ) -> tuple[NoiseRates, LossMixtures, LossHistogram]:
-    """As :func:`~hf_balancemix.core.judge.judge_in_blocks`, by predictions `(N, K)` float64; NaN where there are none."""
+    """As :func:`~hf_balancemix.core.judge.judge_in_blocks`, by `(N, K)` float64 predictions; NaN: there are none."""
     num_instances, num_classes = labels.shape
     width, columns = max(1, _VALUES_AT_ONCE // num_instances), labels.tocsc()
     blocks = [slice(first, min(first + width, num_classes)) for first in range(0, num_classes, width)]
