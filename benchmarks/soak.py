@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 -m benchmarks.soak
 
-BalanceMix with evaluation, a checkpoint every ten epochs (two are kept) and two data loader workers, on 64 drawn images
-and a tiny network. The table has, for each rank, the value after a fifth of the epochs, at the end, and the slope of a
-straight line through what lies between.
+BalanceMix with evaluation, a checkpoint every ten epochs (two are kept) and two data loader workers, on 64 drawn
+images and a tiny network. The table has, for each rank, the value after a fifth of the epochs, at the end, and the
+slope of a straight line through what lies between.
 """
 
 from __future__ import annotations
