@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate.utils import compare_versions
 from scipy.sparse import csr_array
 from torch import nn
 
@@ -91,6 +92,11 @@ def check_engine(trainer: Any) -> None:
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
+    if compare_versions("accelerate", "<", "1.15") or compare_versions("torch", "<", "2.14"):
+        raise ValueError(
+            "FSDP is on with an older accelerate or torch, of which 1.10 and 2.7 trained other weights than one "
+            "process; they must be 1.15 and 2.14 or newer; upgrade both."
+        )
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP's version is {plugin.fsdp_version}; it must be 2, which is tested; set it to 2.")
     if plugin.state_dict_type.name != "FULL_STATE_DICT":
