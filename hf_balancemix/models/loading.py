@@ -452,7 +452,7 @@ def _lacks_classifier(values: Mapping[str, Any]) -> bool:
     kind = values.get("model_type")
     if kind == "siglip2":  # its classifier wants patches
         return True
-    if kind not in CONFIG_MAPPING or kind == BalanceMixConfig.model_type:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or kind == BalanceMixConfig.model_type:
         return False
     config = CONFIG_MAPPING[kind]
     return config not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and backbone_class(config) is not None

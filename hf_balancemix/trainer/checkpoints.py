@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_balancemix.files import check_links, is_temporary, sync_folder, whole_file
+from hf_balancemix.files import check_links, is_temporary, one_line, quote, sync_folder, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -95,17 +95,17 @@ def check(directory: str | os.PathLike[str], *, content: bool = True) -> str | N
         for name, (size, _) in files.items():
             path = directory / name
             if not path.is_file():
-                return f"Its file {name!r} is missing."
+                return f"Its file {quote(name)} is missing."
             if (found := path.stat().st_size) != size:
-                return f"Its file {name!r} has {found} bytes instead of {size}."
+                return f"Its file {quote(name)} has {found} bytes instead of {quote(size)}."
         if content:
             for name, (_, checksum) in files.items():
                 if _checksum(directory / name) != checksum:
-                    return f"The content of its file {name!r} differs from what was saved (checksum)."
+                    return f"The content of its file {quote(name)} differs from what was saved (checksum)."
                 if (weight := _non_finite_weight(directory / name)) is not None:
-                    return f"The weight {weight!r} in its file {name!r} is not finite."
+                    return f"The weight {quote(weight)} in its file {quote(name)} is not finite."
     except OSError as error:
-        return f"Its file {name!r} cannot be read ({error})."
+        return f"Its file {quote(name)} cannot be read ({one_line(error)})."
     return None
 
 

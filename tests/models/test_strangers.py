@@ -247,6 +247,11 @@ def test_image_processors_that_make_no_pixels_are_one_sentence(changes, stored, 
     refused_as(str(path))
 
 
+@pytest.mark.parametrize("kind", [[], {}, 3, None, "theirs"], ids=str)
+def test_a_model_type_that_is_none_is_one_sentence_at_every_door(kind, stored, tmp_path):
+    refused_as(changed(stored["plain"], tmp_path, "", {"model_type": kind}))
+
+
 def refused_as(path: str, doors=DOORS) -> None:
     for door in doors:
         with pytest.raises((ValueError, OSError)) as error:
