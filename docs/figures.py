@@ -53,18 +53,19 @@ def chosen(clean: np.ndarray, given: np.ndarray, refined: np.ndarray) -> list[in
 
 def pictures_figure(dataset: Any, index: list[int], lines: list[list[tuple[str, str]]]) -> Any:
     """The images, and below each its lines of text in colours."""
-    rows, side, gap, line = max(map(len, lines)), 1.85, 0.15, 0.21  # inches
-    width, height = len(index) * (side + gap) - gap, side + rows * line + 0.1
+    side, gap, line, columns = 2.1, 0.15, 0.19, 2  # inches; two in a row can be read on a phone, too
+    block = side + max(map(len, lines)) * line + 0.2
+    width, height = columns * (side + gap) - gap, block * -(-len(index) // columns)
     figure = new_figure(width, height, dpi=110)
     figure.set_layout_engine("none")
     for place, (i, texts) in enumerate(zip(index, lines, strict=True)):
-        left = place * (side + gap)
-        axes = figure.add_axes((left / width, 1 - side / height, side / width, side / height))
+        left, top = (place % columns) * (side + gap), height - (place // columns) * block
+        axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
         axes.imshow(dataset[i]["image"])
         axes.set_axis_off()
         for row, (text, colour) in enumerate(texts):
-            y = 1 - (side + 0.06 + row * line) / height
-            figure.text(left / width, y, text, color=colour, fontsize=8.5, va="top")
+            y = top - side - 0.06 - row * line
+            figure.text(left / width, y / height, text, color=colour, fontsize=9, va="top")
     return figure
 
 
@@ -75,8 +76,8 @@ def mixture_figure(mixtures: LossMixtures, logits: np.ndarray, clean: np.ndarray
     """
     losses = np.logaddexp(0, -logits[:, k])
     bars = np.linspace(0, np.quantile(losses, 0.995), 31)
-    figure = new_figure(8.2, 2.9, dpi=110)
-    seen, true = figure.subplots(1, 2, sharey=True)
+    figure = new_figure(5.2, 4.8, dpi=110)
+    seen, true = figure.subplots(2, 1, sharex=True, sharey=True)
     seen.hist(losses, bars, color="#c7c7c7", label=f"{len(losses)} labels given as “{name}”")
     x = np.linspace(bars[0], bars[-1], 400)
     means, deviations = mixtures.means[1, k].tolist(), mixtures.variances[1, k].sqrt().tolist()
@@ -93,9 +94,8 @@ def mixture_figure(mixtures: LossMixtures, logits: np.ndarray, clean: np.ndarray
     truth = clean[:, k] == 1
     true.hist([losses[truth], losses[~truth]], bars, stacked=True, color=[RIGHT, WRONG], label=["right", "wrong"])
     seen.set(title="what the method sees")
-    true.set(title="what is true")
+    true.set(title="what is true", xlabel="loss of the label")
     for axes in (seen, true):
-        axes.set_xlabel("loss of the label")
         axes.legend(fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     seen.set_yscale("symlog", linthresh=10)
@@ -105,7 +105,7 @@ def mixture_figure(mixtures: LossMixtures, logits: np.ndarray, clean: np.ndarray
 
 def decisions_figure(given: np.ndarray, clean: np.ndarray, refined: np.ndarray, reliability: np.ndarray) -> Any:
     """What became of the labels that were given as positive: of the right ones and of the wrong ones."""
-    figure = new_figure(8.2, 2.2, dpi=110)
+    figure = new_figure(5.2, 2.0, dpi=110)
     axes = figure.subplots()
     groups = {"wrong labels": clean == 0, "right labels": clean == 1}
     kinds = {
@@ -120,7 +120,7 @@ def decisions_figure(given: np.ndarray, clean: np.ndarray, refined: np.ndarray, 
         shares = np.array([(which & (given == 1) & mask).sum() for mask in groups.values()]) / numbers
         axes.barh(names, shares, left=lefts, color=colour, label=kind)
         for y, (share, left) in enumerate(zip(shares, lefts, strict=True)):
-            if share > 0.04:
+            if share > 0.06:
                 colour_of_text = "black" if kind == "weighed down" else "white"
                 axes.text(left + share / 2, y, f"{100 * share:.0f} %", ha="center", va="center", color=colour_of_text)
         lefts += shares
