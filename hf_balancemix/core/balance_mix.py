@@ -454,11 +454,14 @@ class BalanceMix:
             of_entries = probabilities.gather(1, label_class)
         p_clean = entries.p_clean[place].float().where(some, 1.0)
         refined = refine_labels(labels.gather(1, label_class), p_clean, of_entries, s.relabel_threshold, **options)
-        unknown = labels < 0
-        every = RefinedLabels(
-            labels.float(), unknown.to(torch.uint8) * Reliability.AMBIGUOUS.value, (~unknown).float()
+        # Every other label is clean, or ambiguous where it is unknown.
+        weight = (labels >= 0).float()
+        reliability = (labels < 0).to(torch.uint8).mul_(Reliability.AMBIGUOUS.value)
+        return RefinedLabels(
+            labels.float().scatter(1, label_class, refined.labels),
+            reliability.scatter_(1, label_class, refined.reliability),
+            weight.scatter_(1, label_class, refined.weight),
         )
-        return RefinedLabels(*(table.scatter(1, label_class, x) for table, x in zip(every, refined, strict=True)))
 
     def _p_clean_of_views(self, labels: Tensor, probabilities: Tensor) -> Tensor:
         if self.mixtures is None:
