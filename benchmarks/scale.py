@@ -106,11 +106,11 @@ def judge_drawn(state: BalanceMix, right: np.ndarray) -> None:
     state.noise_rates = NoiseRates(torch.full((3, k), 0.2), torch.full((3, k), 0.001))
 
 
-def one_epoch(state: BalanceMix, logits: Logits, batch: int, share: float) -> dict[str, float]:
-    """Seconds of each part on this rank; with `share` under 1, of so much of the scan and of the steps."""
+def one_epoch(state: BalanceMix, logits: Logits, batch: int, scan_share: float, step_share: float) -> dict[str, float]:
+    """Seconds of each part on this rank; of the scan and of the steps only a share."""
     clock, (n, _), (rank, num_ranks) = Clock(), state.labels.shape, world()
     own = torch.arange(rank, n, num_ranks)
-    for index in own[: int(share * len(own))].split(batch):
+    for index in own[: int(scan_share * len(own))].split(batch):
         x = logits(index)
         with clock("scan: observe"):
             state.observe(index, x)
@@ -121,7 +121,7 @@ def one_epoch(state: BalanceMix, logits: Logits, batch: int, share: float) -> di
         sampler = PairSampler(n, 0, lambda: state.weights)
         pairs = np.fromiter((value for key in sampler for value in (key.random, key.minority)), np.int32, 2 * n)
     pairs = torch.from_numpy(pairs.reshape(n, 2)[rank::num_ranks])
-    for part in pairs[: int(share * len(pairs))].long().split(batch):
+    for part in pairs[: int(step_share * len(pairs))].long().split(batch):
         with clock("steps: labels of both batches"):
             labels = [label_rows(state.labels, index).float() for index in part.T]
         with clock("steps: refine and mix"):
@@ -146,7 +146,8 @@ def main() -> None:
     parser.add_argument("--judge", choices=["network", "cross_fit"], default="network")
     parser.add_argument("--max_missing", type=float, help="0: as printed, with a table of all labels.")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--share", type=float, default=1.0, help="Of the scan and of the steps that is measured.")
+    parser.add_argument("--scan_share", type=float, default=1.0, help="Of the scan that is measured.")
+    parser.add_argument("--step_share", type=float, default=1.0, help="Of the steps that is measured.")
     parser.add_argument("--judge_features", type=int, default=0, help="Measure the judging by N x D features instead.")
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
@@ -166,7 +167,7 @@ def main() -> None:
     else:
         if args.judge == "cross_fit":
             judge_drawn(state, right)
-        seconds = one_epoch(state, Logits(labels, right), args.batch, args.share)
+        seconds = one_epoch(state, Logits(labels, right), args.batch, args.scan_share, args.step_share)
     rank, num_ranks = world()
     peak = resident(peak=True) - before
     if rank == 0:
@@ -178,7 +179,8 @@ def main() -> None:
             ["labels remembered", f"{len(state.entries):,}"],
             ["peak memory of a rank, over the imports (MB)", f"{peak:,.0f}"],
             *([name, f"{value:,.1f} s"] for name, value in seconds.items()),
-            ["together", f"{sum(seconds.values()):,.1f} s" + (f" (share {args.share})" if args.share < 1 else "")],
+            ["share of the scan, and of the steps", f"{args.scan_share}, {args.step_share}"],
+            ["together", f"{sum(seconds.values()):,.1f} s"],
             ["checkpoint: of the labels remembered, each (bytes)", f"{of_entries / max(len(state.entries), 1):.2f}"],
             ["checkpoint: all of the method's state (MB)", f"{sum(x.nbytes for x in saved.values()) / MB:,.1f}"],
         ]
