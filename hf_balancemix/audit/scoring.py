@@ -68,7 +68,11 @@ def audit_labels(
     """
     names, labels = class_names(dataset), sparse_labels(dataset)
     references(dataset, np.arange(0))  # whether its ids will do, not only once the model has run
-    options: dict[str, Any] = {"batch_size": batch_size, "on_bad_image": on_bad_image}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "on_bad_image": on_bad_image,
+        "max_image_pixels": max_image_pixels,
+    }
     found: list[list[Tensor]] = []
 
     def take(some: slice, of_some: JudgedClasses) -> None:

@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_balancemix.core.given_labels import compressed_labels
 from hf_balancemix.core.mixing import mixing_coefficient
 from hf_balancemix.core.sampling import PairKey
 from hf_balancemix.data.images import MAX_IMAGE_PIXELS, bad_images, decode
@@ -67,7 +68,7 @@ class TrainingPairs(Dataset):
 
     Args:
         dataset: With `image` and `labels`, optionally `clean_labels`.
-        labels: `(N, K)` given labels as of :func:`~hf_balancemix.data.labels.sparse_labels`.
+        labels: `(N, K)` given labels in {0, 1}, or -1 where unknown: dense, or compressed rows of scipy.
         views: Makes the views.
         clean_labels: The same of the clean ones, or None.
         two_views_from: First epoch in which each instance has two views (label-wise management); None: never.
@@ -77,15 +78,16 @@ class TrainingPairs(Dataset):
     def __init__(
         self,
         dataset: datasets.Dataset,
-        labels: csr_array,
+        labels: Tensor | csr_array,
         views: Views,
         *,
-        clean_labels: csr_array | None = None,
+        clean_labels: Tensor | csr_array | None = None,
         two_views_from: int | None = None,
         mixup_alpha: float = 0.0,
     ) -> None:
         self.images = views.images(dataset)
-        self.labels, self.clean_labels, self.views = labels, clean_labels, views
+        self.labels, self.views = compressed_labels(labels), views
+        self.clean_labels = None if clean_labels is None else compressed_labels(clean_labels)
         self.two_views_from, self.mixup_alpha = two_views_from, mixup_alpha
 
     def __len__(self) -> int:
