@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -51,6 +52,16 @@ def test_every_knob_is_explained():
     ours = {f.name for f in fields(BalanceMixTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
     explained = set(re.findall(r"\*\*`(\w+)`\*\*", page))
     assert {*ours, *(f.name for f in fields(BalanceMixSettings))} <= explained
+
+
+def test_code_that_is_only_read_names_what_exists():
+    """Most of the tutorials' code is run (test_tutorials.py); here all of it, and the README's, is parsed."""
+    for page in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_balancemix"):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, name.name) for name in node.names), f"{page.name}: {node.module}"
 
 
 def test_every_link_to_a_file_leads_somewhere():
