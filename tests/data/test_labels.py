@@ -12,7 +12,16 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value, concatenate_datasets
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from hf_balancemix.data.labels import class_names, given_labels, is_class_list, label_matrix, mark_unknown, multi_hot
+from hf_balancemix.data import labels
+from hf_balancemix.data.labels import (
+    class_names,
+    given_labels,
+    is_class_list,
+    label_matrix,
+    mark_unknown,
+    multi_hot,
+    sparse_labels,
+)
 from hf_balancemix.data.noise import Mislabel
 
 NAMES = ["cat", "dog", "car", "tree"]
@@ -259,3 +268,30 @@ def test_unknown_labels_in_a_multi_hot_column(absent, dtype):
     marks = Features({"unknown_labels": List(Value("int64"))})["unknown_labels"]
     both = dataset.add_column("unknown_labels", [[0, 0, 1], [0, 0, 0], [0, 0, 0]], feature=marks)
     assert given_labels(both).tolist() == [[1, -1, -1], [0, 1, -1], [1, 0, 0]]
+
+
+def test_labels_are_read_some_rows_at_a_time_with_the_rows_in_messages(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [sorted(rng.choice(4, rng.integers(4), replace=False).tolist()) for _ in range(23)]
+    unknown = [[k for k in range(4) if k not in row][:1] for row in rows]
+    forms = [raw(rows, List(ClassLabel(names=NAMES)))]
+    hot = [[None if k in u else int(k in row) for k in range(4)] for row, u in zip(rows, unknown, strict=True)]
+    forms += [multi_hot_column([[int(k in row) for k in range(4)] for row in rows], "int64")]
+    whole = [given_labels(data) for data in forms]
+    marked = given_labels(multi_hot_column(hot, "int64"))
+    monkeypatch.setattr(labels, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(labels, "_VALUES_AT_ONCE", 12)
+    for data, expected in zip(forms, whole, strict=True):
+        found = sparse_labels(data.select(range(22, -1, -1)))
+        assert found.has_sorted_indices
+        assert found.toarray().tolist() == expected.flip(0).tolist()
+    assert sparse_labels(multi_hot_column(hot, "int64")).toarray().tolist() == marked.tolist()
+    rows[17] = [1, 1]
+    with pytest.raises(ValueError, match="row 17 lists the class id 1 more than once"):
+        sparse_labels(raw(rows, List(ClassLabel(names=NAMES))))
+    rows[17] = [4]
+    with pytest.raises(ValueError, match="row 17 has the class id 4"):
+        sparse_labels(raw(rows, List(ClassLabel(names=NAMES))))
+    hot[19][2] = 3
+    with pytest.raises(ValueError, match="row 19 has 3"):
+        sparse_labels(multi_hot_column(hot, "int64"))
