@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import tiny_resnet
-from docs_tutorial import FROM_SCRATCH, SHORT, run
+from docs_tutorial import FROM_SCRATCH, SHORT, TUTORIALS, run
 from hub_standin import HubStandin
 from nbclient import NotebookClient
 from PIL import Image
@@ -66,6 +66,16 @@ def _there(photos, monkeypatch):
     monkeypatch.setenv("HF_BALANCEMIX_CACHE", str(photos / "cache"))
 
 
+def explained_keys() -> re.Pattern[str]:
+    """What docs/guides/logs.md explains: `eval_mAP_many`, `_few` are two keys, and `train_*` are many."""
+    page = (TUTORIALS.parent / "guides/logs.md").read_text(encoding="utf-8")
+    keys: list[str] = []
+    for code in re.findall(r"`([\w*]+)`", page):
+        ending = code.startswith("_") and keys
+        keys.append(keys[-1].rsplit("_", 1)[0] + code if ending else code)
+    return re.compile("|".join(key.replace("*", r"\w*") + "(_positives)?" for key in keys))
+
+
 def test_your_own_folder_and_csv(capsys):
     names = run(
         "own_data",
@@ -83,6 +93,9 @@ def test_your_own_folder_and_csv(capsys):
     assert json.loads(Path("outputs/balancemix/config.json").read_text())["thresholds"]
     assert len(names["labels"]) == len(names["held_out"])
     assert Path("outputs/mine/model.safetensors").is_file()
+    logged = {key for line in names["trainer"].state.log_history for key in line}
+    assert {"noise_rate_wrong", "sampler_effective_size", "eval_mAP"} <= logged
+    assert [key for key in sorted(logged) if not explained_keys().fullmatch(key)] == []
 
 
 def test_from_a_noisy_folder_to_corrected_labels(capsys):
