@@ -155,11 +155,11 @@ class LossHistogram:
 
         Args:
             polarity: 0: of negative labels, 1: of positive ones.
-            counts: `(k,)` how many of each class's losses, at least 0, any dtype; they need not be whole.
+            counts: `(..., k)` how many of each class's losses, at least 0, any dtype; they need not be whole.
             some: Which k classes; all by default.
 
         Returns:
-            `(k,)` float64 on the CPU: the lower edge of the bin that holds the `counts`-th largest loss; inf where
+            `(..., k)` float64 on the CPU: the lower edge of the bin that holds the `counts`-th largest loss; inf where
             `counts` is 0; 0 where the set has fewer.
 
         Example:
@@ -170,7 +170,7 @@ class LossHistogram:
         """
         from_the_top = self.counts[polarity, some].flip(-1).cumsum(-1)
         counts = counts.to(from_the_top.device, torch.float64)
-        enough = _NUM_BINS - 1 - (from_the_top < counts[:, None]).sum(-1)  # -1: the set has fewer
+        enough = _NUM_BINS - 1 - (from_the_top < counts[..., None]).sum(-1)  # -1: the set has fewer
         thresholds = bin_edges()[enough.clamp(min=0).cpu()]
         return thresholds.masked_fill(counts.cpu() <= 0, math.inf)
 

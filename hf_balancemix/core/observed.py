@@ -106,8 +106,9 @@ class ObservedScan:
         """
         if not self._max_missing:
             return torch.zeros(len(positives), dtype=torch.float64)
-        missing = histogram.threshold_of_largest(0, self._max_missing * positives.double(), some)
-        suspicious = histogram.threshold_of_largest(0, positives + _MORE_SUSPICIOUS, some)
+        n = positives.double()
+        counts = torch.stack([self._max_missing * n, n + _MORE_SUSPICIOUS])
+        missing, suspicious = histogram.threshold_of_largest(0, counts, some)
         return missing.minimum(suspicious.clamp(min=_LEAST_DOUBT))
 
     def _count(self, index: Tensor, logits: Tensor) -> None:
