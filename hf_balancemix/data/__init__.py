@@ -6,7 +6,7 @@ from hf_balancemix.data.csv_file import from_csv
 from hf_balancemix.data.deepfashion import load_deepfashion
 from hf_balancemix.data.describe import Description, RealisedNoise
 from hf_balancemix.data.images import decode
-from hf_balancemix.data.labels import class_names, given_labels, label_matrix, multi_hot
+from hf_balancemix.data.labels import class_names, given_labels, label_matrix, multi_hot, sparse_labels
 from hf_balancemix.data.noise import ClassConditional, Compose, Mislabel, RandomFlip, SinglePositive
 from hf_balancemix.data.noise_map import NoiseMap, load_noise_map
 from hf_balancemix.data.sample import make_scenes
@@ -44,4 +44,5 @@ __all__ = [
     "make_scenes",
     "multi_hot",
     "normalise",
+    "sparse_labels",
 ]
