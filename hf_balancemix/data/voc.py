@@ -262,8 +262,9 @@ def _objects(file: Path, classes: Sequence[str], files: Sequence[Path]) -> list[
         if name not in classes:
             needed = f"one of the {len(classes)} classes ({one_line(classes[0], 40)}, ...)"
             others = (one for xml in files for one in _parse_xml(xml).findall("object"))
-            found = first_few(sorted({other.findtext("name", "").strip() for other in others}), 50, 60)
-            fix = f"correct it, or pass the classes of this data set: names=[...]; there are {found}"
+            there = sorted({other.findtext("name", "").strip() for other in others})
+            found = one_line(first_few(there, 50, 60), 60)
+            fix = f"correct it, or pass this data set's classes: names=[...]; there are {found}"
             raise ValueError(f"{file}: object[{index}] is named {quote(name)}; it must be {needed}; {fix}.")
         flag = _DIFFICULT.get(text := element.findtext("difficult", "0").strip().lower())
         if flag is None:

@@ -5,7 +5,7 @@ in tests/trainer/test_trainer_hooks.py: `_get_dataloader`, `_get_train_sampler`,
 `_prepare_inputs`, `_save`, `_save_checkpoint`, `_push_from_checkpoint`, `_save_optimizer_and_scheduler`,
 `_load_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_finish_current_push`,
 `_hp_search_setup`, `_issue_warnings_after_load`, `_init_training_state`, `_maybe_log_save_evaluate`, `_evaluate`,
-`_determine_best_metric`.
+`_determine_best_metric`, `_load_rng_state`, `_load_scaler`.
 """
 
 from __future__ import annotations

@@ -220,7 +220,10 @@ def test_permanent_corrections_are_in_the_checkpoint(dataset, tmp_path):
 def test_another_mode_is_not_resumed(dataset, tmp_path):
     args = arguments(tmp_path, num_train_epochs=1, save_strategy="epoch")
     end("ll-ct", dataset, args)
-    for method, message in (("ll-r", "method is 'll-ct', this run's is 'll-r'"), ("ll-cp", "trainer is 'LossTrainer'")):
+    for method, message in (
+        ("ll-r", "method is 'll-ct', this run's is 'll-r'"),
+        ("ll-cp", "trainer is 'LossTrainer'"),
+    ):
         trainer = trainer_for(method, args, model=tiny_vit(), train_dataset=dataset)
         with pytest.raises(ValueError, match=f"its {message}"):
             trainer.train(resume_from_checkpoint=True)

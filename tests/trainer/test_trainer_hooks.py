@@ -40,6 +40,8 @@ HOOKS = {
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
+    "_load_rng_state": ["checkpoint"],
+    "_load_scaler": ["checkpoint"],
     "_finish_current_push": [],
     "_hp_search_setup": ["trial"],
     "_issue_warnings_after_load": ["load_result"],
