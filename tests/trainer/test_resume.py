@@ -62,9 +62,16 @@ CONFIGURATIONS = list(itertools.product(["resnet", "vit"], [0, 2], [1, 2]))  # a
 # "step:7" of two ranks goes on from checkpoint-6, inside an epoch with label management: there batch-norm statistics,
 # which differ between the ranks, would decide about labels.
 ONE_EACH = ["scan:8", "save:3", "manifest:3", "step:7", "step:9", "manifest:2", "save:5", "step:3"]
+PAIRWISE = (0, 3, 5, 6)  # of these any two of architecture, workers and ranks come together; the others are slow
 
 
-@pytest.mark.parametrize(("configuration", "moment"), zip(CONFIGURATIONS, ONE_EACH, strict=True))
+@pytest.mark.parametrize(
+    ("configuration", "moment"),
+    [
+        pytest.param(*case, marks=[] if i in PAIRWISE else pytest.mark.slow)
+        for i, case in enumerate(zip(CONFIGURATIONS, ONE_EACH, strict=True))
+    ],
+)
 def test_killed_and_resumed_is_bit_equal(tmp_path, configuration, moment):
     arch, workers, ranks = configuration
     flags = ("--arch", arch, "--workers", str(workers), "--clip", "1.0")
