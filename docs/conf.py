@@ -21,7 +21,7 @@ html_theme = "furo"
 html_title = "hf_balancemix"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-exclude_patterns = ["_build", "results"]  # docs/results: cells and tables of the paper grid
+exclude_patterns = ["jupyter_execute", "_build", "results"]  # docs/results: cells and tables of the paper grid
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
