@@ -193,9 +193,9 @@ def iter_outputs(
     images: datasets.Dataset | Iterable[Any],
     processor: Any | None,
     *,
-    batch_size: int = 32,
-    on_bad_image: str = "error",
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    batch_size: int,
+    on_bad_image: str,
+    max_image_pixels: int,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """As :func:`iter_probabilities`, of what `forward` makes of a batch of `pixel_values`, on the CPU."""
     if processor is None:
